@@ -1,0 +1,22 @@
+"""One way to refuse bad input: name the key or file, the value and the remedy, once, without a traceback."""
+
+import os
+import sys
+import time
+
+
+class ConfigError(Exception):
+    """Input that cannot be run. The message names the key or file, the value, and what to do about it."""
+
+
+def exit_with(error: ConfigError) -> None:
+    """Print the error once whatever the number of ranks and exit with status 2.
+
+    Rank 0 speaks and exits, which makes torchrun end the others. They wait for that, so that nobody ends rank 0
+    before it has spoken, and speak themselves only if it never comes: then the fault is one that only their machine
+    has.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(15)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,281 @@
+"""Every key of a configuration and of a recipe: one dataclass a TOML section, the meaning under each field.
+
+A configuration (`configs/*.toml`) is one complete job: model, data, training, parallelism, checkpoints, metrics, and
+the recipe's file. A recipe (`recipes/*.toml`) says what is sparse and when, whatever the model: the sections
+`schedule`, `weights`, `activations` and `router`. Sections that torchtitan has keep its names and keys; this file
+adds to them and changes a few defaults.
+
+Bounds stand in a field's metadata, `_in(low, high)`, both ends included.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.titan import titan_config
+
+RECIPE_SECTIONS = ("schedule", "weights", "activations", "router")
+
+
+def _in(default, low=None, high=None):
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass
+class Source:
+    """One corpus of a mixture; in TOML a `[[data.sources]]` table."""
+
+    type: Literal["stdlib", "text", "json", "parquet", "hub"] = "stdlib"
+    """
+    stdlib: the source of the running Python's standard library, a file a document; there on any machine.
+    text: files, a file a document. json: JSON lines. parquet: Parquet files. hub: a data set on the Hugging Face hub,
+        streamed.
+    """
+
+    path: str = ""
+    """A file, a folder (searched through) or a glob; for hub the data set's name, such as "allenai/c4"."""
+
+    name: str = ""
+    """hub: the data set's configuration, such as "en"."""
+
+    split: str = "train"
+    """hub: the split to train on."""
+
+    validation_split: str = ""
+    """hub: the split to validate on; empty holds documents out of `split`."""
+
+    column: str = "text"
+    """json, parquet, hub: the column that holds the text."""
+
+    weight: float = _in(1.0, 0.0)
+    """Share of the documents that the mixture draws from here, relative to the other sources."""
+
+
+@dataclass
+class Data:
+    sources: list[Source] = field(default_factory=lambda: [Source()])
+    """The corpora. The default is the embedded one."""
+
+    validation_share: float = _in(0.02, 0.0, 0.5)
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+
+    seed: int = _in(0, 0)
+    """Order of the documents."""
+
+
+@dataclass
+class Tokenizer:
+    path: str = ""
+    """A Hugging Face tokenizer folder (tokenizer.json). Empty: a byte-level BPE is trained on the corpus and cached."""
+
+    vocab_size: int = _in(16384, 260, 1 << 20)
+    """Size of the BPE to train."""
+
+    sample_bytes: int = _in(64 << 20, 1 << 16)
+    """Bytes of training text that the BPE is trained on."""
+
+    cache_folder: str = "outputs/tokenizers"
+    """Where trained BPEs are kept, a folder for each corpus and size."""
+
+
+@dataclass
+class Phase:
+    mode: Literal["dense", "sparse"] = "dense"
+
+    end: int | float = 1.0
+    """Last step of the phase: a whole number is a step, a fraction such as 0.75 a share of training.steps."""
+
+
+@dataclass
+class Schedule:
+    phases: list[Phase] = field(default_factory=lambda: [Phase()])
+    """The run's phases in order; the last ends at 1.0."""
+
+    decay_with_tail: bool = False
+    """The learning rate starts to decay where the last phase starts (sets lr_scheduler.decay_ratio)."""
+
+
+@dataclass
+class Weights:
+    pattern: Literal["none", "2:4"] = "none"
+    """2:4: soft-thresholded weights, beta fixed when sparsity starts."""
+
+    products: list[int] = field(default_factory=lambda: [1, 3])
+    """
+    Which products read the 2:4 weight: 1 (W1, forward, exact gradients) and 3 (W2 for the gradient of h only, an
+    approximation).
+    """
+
+
+@dataclass
+class Activations:
+    pattern: Literal["none", "2:4", "venom", "groups"] = "none"
+    """What h is cut to in a sparse phase."""
+
+    v: int = _in(64, 1)
+    """venom, groups: tokens in a block."""
+
+    n: int = 2
+    """venom: entries that a token keeps of its block's four columns, 2 or 4."""
+
+    m: int = _in(16, 4)
+    """venom: columns in a block; the density is n / m."""
+
+    g: int = _in(64, 1)
+    """groups: neurons in a group."""
+
+    keep: float = _in(0.25, 0.0, 1.0)
+    """groups: share of the groups that a block of tokens keeps."""
+
+    cut_along_tokens: bool = False
+    """
+    2:4, venom: cut the operands of the weight gradients along the tokens as well, as the papers do for speed. Off:
+    exact gradients.
+    """
+
+
+@dataclass
+class Router:
+    enable: bool = False
+    """Cluster the neurons when sparsity starts, and sort the tokens by cluster in every sparse step."""
+
+    cluster_size: int = _in(64, 1)
+    """Neurons in a cluster, a divisor of the FFN's width."""
+
+    spread: bool = False
+    """
+    Place the neurons of a cluster m apart instead of side by side, so that a Venom block holds neurons of many
+    clusters.
+    """
+
+    recluster_every: int = _in(0, 0)
+    """Steps between re-clusterings in a sparse phase; 0: once, when it starts."""
+
+
+@dataclass
+class Job(titan_config.Job):
+    dump_folder: str = "outputs/run"
+    """Where the run keeps metrics, checkpoints, TensorBoard and its resolved configuration."""
+
+
+@dataclass
+class Model(titan_config.Model):
+    name: Literal["llama_relu2", "llama_swiglu"] = "llama_relu2"
+    """
+    llama_relu2: squared-ReLU FFN. llama_swiglu: the same Llama with a SwiGLU of equal parameters, the dense baseline.
+    """
+
+    flavor: str = "debug"
+    """Size: a key of models.llama.FLAVORS."""
+
+    dim: int | None = _in(None, 1)
+    """Model width, instead of the flavor's."""
+
+    n_layers: int | None = _in(None, 1)
+    """Number of blocks, instead of the flavor's."""
+
+    n_heads: int | None = _in(None, 1)
+    """Query heads, instead of the flavor's."""
+
+    n_kv_heads: int | None = _in(None, 1)
+    """Key and value heads, instead of the flavor's."""
+
+    hidden_dim: int | None = _in(None, 1)
+    """FFN width of the squared-ReLU model, instead of the flavor's; the SwiGLU takes two thirds of it."""
+
+
+@dataclass
+class Metrics(titan_config.Metrics):
+    enable_tensorboard: bool = True
+    """Whether to log metrics to TensorBoard."""
+
+    verbose: bool = False
+    """Show torchtitan's own log lines as well."""
+
+
+@dataclass
+class Checkpoint(titan_config.Checkpoint):
+    enable: bool = True
+    """Whether to save checkpoints, and to resume from those in the dump folder."""
+
+    last_save_model_only: bool = False
+    """Whether the last checkpoint holds the model alone, so that the run cannot be extended."""
+
+
+@dataclass
+class Validation(titan_config.Validation):
+    enable: bool = True
+    """Whether to validate on held-out documents."""
+
+    freq: int = _in(100, 1)
+    """Steps between validations; the last step always validates."""
+
+    sequences: int = _in(64, 1)
+    """Held-out sequences of training.seq_len tokens, the same ones on any number of GPUs."""
+
+
+@dataclass
+class JobConfig(titan_config.JobConfig):
+    recipe: str = "recipes/dense.toml"
+    """The recipe's file, looked up from here, then from the repository."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    weights: Weights = field(default_factory=Weights)
+    activations: Activations = field(default_factory=Activations)
+    router: Router = field(default_factory=Router)
+    metrics: Metrics = field(default_factory=Metrics)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+
+
+# Keys of torchtitan that have no meaning here, and what to set instead.
+REPLACED = {
+    "training.dataset": "data.sources",
+    "training.dataset_path": "data.sources",
+    "validation.dataset": "data.sources",
+    "validation.dataset_path": "data.sources",
+    "validation.local_batch_size": "training.local_batch_size",
+    "validation.seq_len": "training.seq_len",
+    "validation.steps": "validation.sequences",
+    "validation.dataloader": "validation.sequences",
+    "model.hf_assets_path": "tokenizer.path",
+    "model.tokenizer_path": "tokenizer.path",
+    "job.config_file": "--config",
+    "job.custom_config_module": "configs/schema.py",
+    "job.print_config": "--check",
+    "job.save_config_file": "the run's run.json",
+    "checkpoint.create_seed_checkpoint": "checkpoint.initial_load_path",
+    "experimental": "the code",
+    "fault_tolerance": "checkpoint",
+    "memory_estimation": "the code",
+}
+
+# Bounds of torchtitan's own fields, which carry none.
+BOUNDS = {
+    "training.local_batch_size": (1, None),
+    "training.seq_len": (1, None),
+    "training.steps": (1, None),
+    "training.max_norm": (0, None),
+    "training.gc_freq": (1, None),
+    "training.dataloader.num_workers": (0, 1),
+    "optimizer.lr": (0, None),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.eps": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "lr_scheduler.warmup_steps": (0, None),
+    "lr_scheduler.decay_ratio": (0, 1),
+    "lr_scheduler.min_lr_factor": (0, 1),
+    "metrics.log_freq": (1, None),
+    "checkpoint.interval": (1, None),
+    "checkpoint.keep_latest_k": (0, None),
+    "parallelism.data_parallel_replicate_degree": (1, None),
+    "parallelism.data_parallel_shard_degree": (-1, None),
+    "parallelism.tensor_parallel_degree": (1, None),
+    "activation_checkpoint.memory_budget": (0, 1),
+    "comm.init_timeout_seconds": (1, None),
+    "comm.train_timeout_seconds": (1, None),
+}

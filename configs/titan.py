@@ -1,0 +1,126 @@
+"""The door to torchtitan 0.2.2: every name that this project takes from it is imported here, and nowhere else.
+
+torchtitan settles on a device when it is imported, and without a CUDA device it does not settle on the CPU. So on
+such a machine its look-up is answered with the CPU while it is imported. Moving to another release of torchtitan
+starts and, with luck, ends in this file.
+"""
+
+import os
+import resource
+import types
+
+import torch
+import torch._utils
+import torch.distributed.checkpoint  # must see the real look-up functions, so before they are answered below
+
+
+class _CpuModule:
+    """torch.cpu with the device functions that torchtitan calls and torch.cpu lacks."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def set_device(self, device) -> None:
+        pass
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device=None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device=None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def memory_stats(self, device=None) -> dict:
+        # The peak of the resident set stands in for the allocator's peak: both say what the run needed.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+    def reset_peak_memory_stats(self, device=None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+_look_up = torch._utils._get_available_device_type, torch._utils._get_device_module
+if not torch.cuda.is_available():
+    torch._utils._get_available_device_type = lambda: "cpu"
+    torch._utils._get_device_module = lambda device_type: _CpuModule()  # type: ignore[assignment]
+try:
+    import torchtitan.tools.utils
+finally:
+    torch._utils._get_available_device_type, torch._utils._get_device_module = _look_up
+
+import torchtitan.train  # noqa: E402
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: E402
+from torchtitan.components.dataloader import DataloaderExhaustedError, ParallelAwareDataloader  # noqa: E402
+from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
+from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
+from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
+from torchtitan.components.optimizer import build_optimizers  # noqa: E402
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer, build_hf_tokenizer  # noqa: E402
+from torchtitan.components.validate import BaseValidator  # noqa: E402
+from torchtitan.config import job_config as titan_config  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.hf_datasets import DatasetConfig  # noqa: E402
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset  # noqa: E402
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
+from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
+from torchtitan.models.llama3.model.model import FeedForward as SwiGLU  # noqa: E402
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
+from torchtitan.models.utils import trunc_normal_  # noqa: E402
+from torchtitan.protocols import train_spec as _train_spec  # noqa: E402
+from torchtitan.protocols.train_spec import TrainSpec  # noqa: E402
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling  # noqa: E402
+from torchtitan.tools.utils import device_module, device_type, get_peak_flops  # noqa: E402
+from torchtitan.train import Trainer  # noqa: E402
+
+__all__ = [
+    "DATASETS",
+    "IGNORE_INDEX",
+    "AsyncMode",
+    "BaseTokenizer",
+    "BaseValidator",
+    "CheckpointManager",
+    "DataloaderExhaustedError",
+    "DatasetConfig",
+    "HuggingFaceTextDataset",
+    "HuggingFaceTokenizer",
+    "Llama3StateDictAdapter",
+    "MetricsProcessor",
+    "ParallelAwareDataloader",
+    "ParallelDims",
+    "RoPEScalingArgs",
+    "SwiGLU",
+    "TrainSpec",
+    "Trainer",
+    "Transformer",
+    "TransformerModelArgs",
+    "build_cross_entropy_loss",
+    "build_hf_tokenizer",
+    "build_lr_schedulers",
+    "build_optimizers",
+    "device_module",
+    "device_type",
+    "dist_utils",
+    "get_peak_flops",
+    "maybe_enable_memory_snapshot",
+    "maybe_enable_profiling",
+    "parallelize_llama",
+    "titan_config",
+    "torchtitan",
+    "trunc_normal_",
+    "use_train_spec",
+]
+
+
+def use_train_spec(name: str, spec: TrainSpec, checkpoint_manager: type[CheckpointManager]) -> None:
+    """Make the next Trainer build the model `name` by this specification, with this checkpoint manager.
+
+    torchtitan registers a name once and for all; here a process may train several jobs, one after the other.
+    """
+    _train_spec._extra_train_specs[name] = spec
+    torchtitan.train.CheckpointManager = checkpoint_manager  # type: ignore[misc]

@@ -1,0 +1,36 @@
+"""The sparse feed-forward network, one module a family, each with its plain PyTorch reference.
+
+A family's reference is its specification and its CPU path. `feed_forward` puts the families together into
+the six matrix products of a squared-ReLU FFN:
+
+    soft_threshold   2:4 weights (S-STE)
+    venom            V:N:M activations; 2:4 activations are V=1, N=2, M=4
+    groups           column groups, V tokens x G neurons
+    clustering       neurons into clusters, once; tokens to clusters, every step
+    feed_forward     products (1) to (6), forward and backward
+"""
+
+from kernels.clustering import balanced_clusters, permute_rows, route_tokens
+from kernels.feed_forward import Pattern, hidden_activations, sparse_feed_forward
+from kernels.groups import Groups, group_mask
+from kernels.soft_threshold import soft_threshold_2_4, soft_threshold_scale
+from kernels.venom import Venom, venom_mask
+
+# Hugging Face ships a package of the same name, and transformers probes for it. A version below every one it
+# asks for makes it leave ours alone.
+__version__ = "0.0.0"
+
+__all__ = [
+    "Groups",
+    "Pattern",
+    "Venom",
+    "balanced_clusters",
+    "group_mask",
+    "hidden_activations",
+    "permute_rows",
+    "route_tokens",
+    "soft_threshold_2_4",
+    "soft_threshold_scale",
+    "sparse_feed_forward",
+    "venom_mask",
+]

@@ -1,0 +1,111 @@
+"""Neurons into clusters, tokens to clusters: what makes a block of tokens want the same neurons.
+
+Which neurons of a squared-ReLU FFN fire depends on the token, so a pattern shared by V tokens fits well only
+if the V tokens are alike. Two permutations bring that about.
+
+Neurons, once, when sparsity starts: W1's rows are clustered by direction (balanced k-means under cosine
+distance, all clusters of one size) and W1's rows and W2's columns are put into cluster order. The
+network computes the same function; only the order of the neurons changed.
+
+Tokens, every step: a token goes to the cluster c of largest x . centroid_c, and the tokens of the batch are sorted by
+cluster. The FFN acts on each token alone, so sorting before it and undoing that after it changes nothing
+but which tokens share a block.
+
+Source: arXiv 2602.06183; the distance and the router's form are this project's choice.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _balanced_assignment(scores: Tensor, size: int) -> Tensor:
+    """Assign each row to one column, `size` rows a column, stably: no row and column both prefer each other.
+
+    Deferred acceptance (Gale and Shapley), vectorised: every row stands at its favourite among the columns that have
+    not turned it away, each column keeps its best `size` and turns the rest away, until nobody is turned away. It
+    ends because each round strikes at least one entry and there is a place for every row.
+    """
+    scores = scores.clone()
+    rows = torch.arange(scores.shape[0], device=scores.device)
+    while True:
+        best, choice = scores.max(dim=1)
+        order = best.sort(descending=True, stable=True).indices
+        order = order[choice[order].sort(stable=True).indices]
+        counts = choice.bincount(minlength=scores.shape[1])
+        place = rows - (counts.cumsum(0) - counts)[choice[order]]
+        rejected = order[place >= size]
+        if rejected.numel() == 0:
+            return choice
+        scores[rejected, choice[rejected]] = -torch.inf
+
+
+def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Balanced k-means of a weight's rows under cosine distance.
+
+    Args:
+        weight: `[f, d]`, floating point: W1, a row a neuron.
+        size: neurons in a cluster, a divisor of f.
+        iterations: rounds of assignment and centroid update at most; ends earlier when no row moves.
+        seed: chooses the first centroids among the rows.
+
+    Returns:
+        order `[f]` int64: the rows by cluster, so that `weight[order]` holds cluster c in its rows
+        `c * size` to `(c + 1) * size`; inside a cluster rows keep their order.
+        centroids `[f / size, d]` float32, of unit length.
+
+    Raises:
+        ValueError: size does not divide f, or no iteration is asked for.
+    """
+    neurons = weight.shape[0]
+    if size < 1 or neurons % size:
+        raise ValueError(f"size = {size} does not divide the FFN's hidden_dim = {neurons}")
+    if iterations < 1:
+        raise ValueError(f"iterations = {iterations}: clustering needs at least one")
+    rows = F.normalize(weight.detach().float(), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randperm(neurons, generator=generator, device="cpu")[: neurons // size].to(weight.device)
+    centroids = rows[first]
+    assignment = order = torch.full((neurons,), -1, device=weight.device)
+    for _ in range(iterations):
+        previous, assignment = assignment, _balanced_assignment(rows @ centroids.T, size)
+        if torch.equal(previous, assignment):
+            break
+        order = assignment.sort(stable=True).indices
+        # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed
+        # addition.
+        centroids = F.normalize(rows[order].unflatten(0, (-1, size)).sum(1), dim=1)
+    return order, centroids
+
+
+def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Send each token to the cluster whose centroid has the largest dot product with it.
+
+    Args:
+        x: `[T, d]`, floating point.
+        centroids: `[C, d]`, any floating dtype.
+
+    Returns:
+        clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, stably, so that tokens of a cluster
+        keep their order.
+    """
+    clusters = (x.detach() @ centroids.to(x.dtype).T).argmax(dim=1)
+    return clusters, clusters.sort(stable=True).indices
+
+
+class _PermuteRows(torch.autograd.Function):
+    # Indexing's own backward adds rows up, which needs a sort on a GPU; a permutation's backward is a gather.
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`x[order]` for a permutation `order [T]` of the rows of `x [T, d]` and its inverse permutation."""
+    return _PermuteRows.apply(x, order, inverse)

@@ -1,0 +1,120 @@
+"""The squared-ReLU FFN as a module: dense or sparse, by one flag.
+
+A run's phases flip `sparse`; nothing else about the module changes, so a model trained sparsely is a dense
+model with the same parameters. What a sparse phase needs beyond the parameters is three buffers, filled when it starts
+(`recipes/sparsity.py`): the two scales of the 2:4 weights and the router's centroids.
+
+In evaluation mode the module also counts how its activations fit the pattern. Validation runs on graphs of
+its own, so the counting costs a training step nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.titan import trunc_normal_
+from kernels import Pattern, hidden_activations, permute_rows, route_tokens, sparse_feed_forward
+
+
+@dataclass(frozen=True)
+class FeedForwardSparsity:
+    """What a sparse phase does to an FFN."""
+
+    pattern: Pattern | None = None
+    """What h is cut to."""
+
+    weight_products: tuple[int, ...] = ()
+    """Products that read a 2:4 weight: 1 (W1), 3 (W2 for the gradient of h)."""
+
+    cut_along_tokens: bool = False
+    """Products (4) and (6) read operands cut along the tokens as well."""
+
+    clusters: int = 0
+    """Clusters that the router sorts tokens by; 0: no router."""
+
+    def flops_share(self) -> float:
+        """FLOPs that the pattern leaves of the six products', forward and backward; what it drops counts as nothing."""
+        density = self.pattern.density if self.pattern is not None else 1.0
+        first = 0.5 if 1 in self.weight_products else 1.0
+        # (3) is needed where h is not zero, and from a 2:4 weight: a kernel takes the better of both.
+        third = min(density, 0.5) if 3 in self.weight_products else density
+        return (first + third + 4 * density) / 6
+
+
+class FeedForward(nn.Module):
+    """y = W2 relu(W1 x)^2, `[..., dim]` to `[..., dim]`.
+
+    Attributes:
+        sparse: whether the forward pass is the sparse one; False until a sparse phase sets it.
+        w1_scale, w2_scale: `[]` float32, beta of W1 and of W2 along d.
+        centroids: `[clusters, dim]` float32, unit length.
+        activity: `[4]` float32, counted in evaluation mode: entries of h, non-zero ones, energy (sum of h^2), energy
+            kept by the pattern.
+        routed: `[clusters]` float32, counted in evaluation mode: tokens sent to each cluster.
+    """
+
+    sparse: bool = False
+    w1_scale: Tensor
+    w2_scale: Tensor
+    centroids: Tensor
+    activity: Tensor
+    routed: Tensor
+
+    def __init__(self, dim: int, hidden_dim: int, sparsity: FeedForwardSparsity) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.sparsity = sparsity
+        # Not persistent: `recipes.sparsity.Sparsity` checkpoints them, so that a model's own state dict does not
+        # depend on the recipe.
+        for name, shape in (
+            ("w1_scale", ()),
+            ("w2_scale", ()),
+            ("centroids", (sparsity.clusters, dim)),
+            ("activity", (4,)),
+            ("routed", (sparsity.clusters,)),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
+
+    def init_weights(self, init_std: float) -> None:
+        """Initialise as torchtitan does its FFN; buffers too, since the model is built on the meta device."""
+        trunc_normal_(self.w1.weight, mean=0.0, std=0.02)
+        trunc_normal_(self.w2.weight, mean=0.0, std=init_std)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sparse:
+            return self._sparse_forward(x.flatten(0, -2)).view_as(x)
+        active = F.relu(self.w1(x))
+        h = active * active  # not square(): CUDA autocast computes powers in float32
+        if not self.training:
+            self._count(h)
+        return self.w2(h)
+
+    def _sparse_forward(self, x: Tensor) -> Tensor:
+        """The FFN of the tokens `x [T, dim]`, sorted by cluster for as long as a block of them shares a pattern."""
+        w1_scale = self.w1_scale if 1 in self.sparsity.weight_products else None
+        w2_scale = self.w2_scale if 3 in self.sparsity.weight_products else None
+        if self.sparsity.clusters:
+            clusters, order = route_tokens(x, self.centroids)
+            inverse = order.argsort()
+            x = permute_rows(x, order, inverse)
+            if not self.training:
+                self.routed += F.one_hot(clusters, self.sparsity.clusters).sum(0)
+        if not self.training:
+            self._count(hidden_activations(x, self.w1.weight, w1_scale))
+        y = sparse_feed_forward(
+            x, self.w1.weight, self.w2.weight, self.sparsity.pattern, w1_scale, w2_scale, self.sparsity.cut_along_tokens
+        )
+        return permute_rows(y, inverse, order) if self.sparsity.clusters else y
+
+    def _count(self, h: Tensor) -> None:
+        energy = h.float() ** 2
+        kept = energy.sum()
+        if self.sparse and self.sparsity.pattern is not None:
+            kept = (energy * self.sparsity.pattern.mask(h)).sum()
+        counts = torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
+        self.activity += counts

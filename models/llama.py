@@ -1,0 +1,68 @@
+"""Llama with a squared-ReLU FFN, and the same Llama with SwiGLU as the baseline people know.
+
+The block is torchtitan's Llama block (RMSNorm, RoPE, grouped-query attention, no biases), so that a comparison
+with it differs in the FFN alone:
+
+    llama_relu2    y = W2 relu(W1 x)^2              2 d f parameters
+    llama_swiglu   y = W2 (silu(W1 x) * W3 x)       3 d f' parameters, f' = 2/3 f rounded up to a multiple of 64
+
+Products (2) to (6) of the ungated one can be sparse: `models/feed_forward.py`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from configs.titan import RoPEScalingArgs, SwiGLU, Transformer, TransformerModelArgs
+from models.feed_forward import FeedForward, FeedForwardSparsity
+
+
+@dataclass
+class LlamaArgs(TransformerModelArgs):
+    """torchtitan's arguments and the FFN's: its width f, its kind, and what a sparse phase does to it."""
+
+    hidden_dim: int = 768
+    swiglu: bool = False
+    sparsity: FeedForwardSparsity = field(default_factory=FeedForwardSparsity)
+    multiple_of: int = 64
+    rope_theta: float = 500000
+    # torchtitan stretches RoPE for long contexts by default, as Llama 3.1 does; a factor of 1 leaves it as it is.
+    rope_scaling_args: RoPEScalingArgs = field(default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0))
+
+
+# Widths f = 4 d for 7b, as in Llama's own ratio of parameters, and 6 d below: the wider the FFN, the more of a
+# small model's time it takes. Parameter counts are without embeddings.
+FLAVORS = {
+    "debug": LlamaArgs(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=768),  # 0.9 M
+    "160m": LlamaArgs(dim=768, n_layers=12, n_heads=12, n_kv_heads=4, hidden_dim=4608),  # 104 M
+    "400m": LlamaArgs(dim=1024, n_layers=24, n_heads=16, n_kv_heads=4, hidden_dim=6144),  # 365 M
+    "1b": LlamaArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=12288),  # 0.97 B
+    "7b": LlamaArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=16384),  # 5.6 B
+    "7b-slice": LlamaArgs(dim=4096, n_layers=6, n_heads=32, n_kv_heads=8, hidden_dim=16384),  # 1.06 B
+}
+
+
+def llama_args(flavor: str, **changes: Any) -> LlamaArgs:
+    """The arguments of a flavor with some of them changed; a change to None is none."""
+    return replace(FLAVORS[flavor], **{name: value for name, value in changes.items() if value is not None})
+
+
+class Llama(Transformer):
+    """torchtitan's Llama with the FFN that `model_args` names: tokens `[B, S]` int64 to logits `[B, S, vocabulary]`."""
+
+    def __init__(self, model_args: LlamaArgs) -> None:
+        super().__init__(model_args)
+        for block in self.layers.values():
+            block.feed_forward = _feed_forward(model_args)
+
+    def feed_forwards(self) -> list[FeedForward]:
+        """The squared-ReLU FFNs in order of depth; none in a SwiGLU model."""
+        return [module for module in self.modules() if isinstance(module, FeedForward)]
+
+
+def _feed_forward(args: LlamaArgs) -> nn.Module:
+    if args.swiglu:
+        # Takes two thirds of the width itself.
+        return SwiGLU(args.dim, args.hidden_dim, args.multiple_of, ffn_dim_multiplier=None)
+    return FeedForward(args.dim, args.hidden_dim, args.sparsity)

@@ -1,0 +1,205 @@
+"""What keys mean together: combinations that cannot run are refused here, before any process group or model exists."""
+
+import difflib
+import os
+
+import torch
+
+from configs.errors import ConfigError
+from configs.schema import JobConfig
+from configs.titan import device_type
+from models.llama import FLAVORS, LlamaArgs, llama_args
+from recipes.schedule import Span, resolve_phases
+from recipes.sparsity import activation_pattern, feed_forward_sparsity
+
+
+def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
+    """Check a configuration as a whole, and settle what one key leaves to another.
+
+    Sets lr_scheduler.decay_ratio where schedule.decay_with_tail asks for it.
+
+    Returns:
+        The model's arguments, but for its vocabulary, and the run's phases in steps.
+
+    Raises:
+        ConfigError: keys that do not go together, with each other or with the machine.
+    """
+    spans = resolve_phases(config.schedule.phases, config.training.steps)
+    args = _check_model(config)
+    _check_schedule(config, spans)
+    if any(phase.mode == "sparse" for phase in config.schedule.phases):
+        _check_sparsity(config, args)
+    _check_parallelism(config)
+    _check_batch(config)
+    _check_rest(config)
+    return args, spans
+
+
+def _check_model(config: JobConfig) -> LlamaArgs:
+    model = config.model
+    if model.flavor not in FLAVORS:
+        close = difflib.get_close_matches(model.flavor, FLAVORS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(FLAVORS)}"
+        raise ConfigError(f'model.flavor = "{model.flavor}" is unknown: {hint}')
+    args = llama_args(
+        model.flavor,
+        dim=model.dim,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        hidden_dim=model.hidden_dim,
+        swiglu=model.name == "llama_swiglu",
+        max_seq_len=config.training.seq_len,
+    )
+    kv_heads = args.n_kv_heads or args.n_heads
+    if args.dim % args.n_heads or args.dim // args.n_heads % 2:
+        raise ConfigError(
+            f"model.n_heads = {args.n_heads} does not cut model.dim = {args.dim} into heads of even width: "
+            "change one of them"
+        )
+    if args.n_heads % kv_heads:
+        raise ConfigError(
+            f"model.n_kv_heads = {kv_heads} does not divide model.n_heads = {args.n_heads}: change one of them"
+        )
+    return args
+
+
+def _check_schedule(config: JobConfig, spans: list[Span]) -> None:
+    scheduler, steps = config.lr_scheduler, config.training.steps
+    if config.schedule.decay_with_tail:
+        if len(config.schedule.phases) < 2:
+            raise ConfigError("schedule.decay_with_tail = true needs a tail: give schedule.phases two phases or more")
+        scheduler.decay_ratio = (steps - spans[-1].start) / steps
+
+
+def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
+    activations, weights, router = config.activations, config.weights, config.router
+    if args.swiglu:
+        raise ConfigError(
+            f'model.name = "{config.model.name}" has no sparse mode, but {config.recipe} has a sparse phase: '
+            "use --recipe recipes/dense.toml, or model.name = llama_relu2"
+        )
+    if activations.pattern == "none" and weights.pattern == "none":
+        raise ConfigError(
+            f"{config.recipe} has a sparse phase, but weights.pattern and activations.pattern are none: set one of them"
+        )
+    if weights.pattern == "2:4":
+        unknown = set(weights.products) - {1, 3}
+        if unknown or not weights.products:
+            raise ConfigError(
+                f"weights.products = {weights.products}: list 1, 3 or both, the products with a 2:4 weight"
+            )
+        if args.dim % 4:
+            raise ConfigError(f"model.dim = {args.dim} is not divisible by 4, as weights.pattern = 2:4 needs")
+    if activations.pattern == "groups" and activations.keep == 0:
+        raise ConfigError("activations.keep = 0.0 keeps nothing: give a share above 0, such as 0.25")
+    pattern = activation_pattern(activations)
+    if pattern is not None:
+        try:
+            pattern.check(args.hidden_dim)
+        except ValueError as error:
+            raise ConfigError(f"activations.{error}; change it or model.hidden_dim") from None
+    tokens = config.training.local_batch_size * config.training.seq_len
+    if pattern is not None and pattern.v > tokens:
+        raise ConfigError(
+            f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
+            "(training.local_batch_size x training.seq_len): lower v or raise those"
+        )
+    if activations.cut_along_tokens:
+        if activations.pattern not in ("2:4", "venom"):
+            raise ConfigError(
+                f'activations.cut_along_tokens = true does not fit pattern = "{activations.pattern}": set it to false'
+            )
+        window = 4 if activations.pattern == "2:4" else activations.m
+        if tokens % window:
+            raise ConfigError(
+                f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {window}: "
+                "change training.local_batch_size or training.seq_len"
+            )
+    if router.enable:
+        if args.hidden_dim % router.cluster_size:
+            raise ConfigError(
+                f"router.cluster_size = {router.cluster_size} does not divide model.hidden_dim = {args.hidden_dim}: "
+                "change one of them"
+            )
+        if activations.pattern == "none":
+            raise ConfigError("router.enable = true has no meaning with activations.pattern = none: set it to false")
+    args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
+
+
+def _check_parallelism(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    tensor = parallelism.tensor_parallel_degree
+    for name in ("pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree"):
+        if (degree := getattr(parallelism, name)) != 1:
+            raise ConfigError(
+                f"parallelism.{name} = {degree} is not supported: set it to 1, shard with data_parallel_shard_degree"
+            )
+    sparse = any(phase.mode == "sparse" for phase in config.schedule.phases)
+    if tensor > 1 and sparse:
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree = {tensor} works with dense phases only, but {config.recipe} has "
+            "a sparse one: use data_parallel_shard_degree"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard == 0 or world % (replicate * tensor) or (shard > 0 and replicate * shard * tensor != world):
+        raise ConfigError(
+            f"parallelism: data_parallel_replicate_degree = {replicate} x data_parallel_shard_degree = {shard} x "
+            f"tensor_parallel_degree = {tensor} is not the {world} process{'es' if world > 1 else ''} of this run: "
+            "change a degree (data_parallel_shard_degree = -1 takes what is left) or torchrun's --nproc_per_node"
+        )
+    if shard < 0:
+        shard = world // (replicate * tensor)
+    if replicate > 1 and shard == 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} without sharding halves gradients in "
+            "torchtitan 0.2.2: use data_parallel_shard_degree"
+        )
+    if config.training.seq_len % tensor:
+        raise ConfigError(
+            f"training.seq_len = {config.training.seq_len} is not divisible by tensor_parallel_degree = {tensor}: "
+            "change one of them"
+        )
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device_type == "cuda" and local_world > torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc_per_node={local_world} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
+            "lower it"
+        )
+
+
+def _check_batch(config: JobConfig) -> None:
+    parallelism, training = config.parallelism, config.training
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = world // parallelism.tensor_parallel_degree
+    local, batch = training.local_batch_size, training.global_batch_size
+    if batch != -1 and (batch < 1 or batch % (local * ranks)):
+        raise ConfigError(
+            f"training.global_batch_size = {batch} is not a multiple of training.local_batch_size = {local} times "
+            f"{ranks} data-parallel rank{'s' if ranks > 1 else ''}: change one of them"
+        )
+
+
+def _check_rest(config: JobConfig) -> None:
+    if config.model.converters and device_type == "cpu":
+        raise ConfigError(f"model.converters = {config.model.converters} needs a GPU: leave it empty on this machine")
+    if config.checkpoint.async_mode == "async_with_pinned_mem" and device_type == "cpu":
+        raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU: use "async" on this machine')
+    if config.checkpoint.keep_latest_k == 1:
+        raise ConfigError(
+            "checkpoint.keep_latest_k = 1 could leave no complete checkpoint: keep 2 or more, or 0 for all"
+        )
+    if config.optimizer.name not in ("Adam", "AdamW"):
+        raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
+    if config.optimizer.early_step_in_backward:
+        raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
+    folder = config.job.dump_folder
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f'job.dump_folder = "{folder}" cannot be made: {error.strerror}; name another folder'
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f'job.dump_folder = "{folder}" is not writable: name another folder')

@@ -1,0 +1,158 @@
+"""What a run shows and keeps: one row a logged step, the same in TensorBoard, in `metrics.jsonl` and on the console.
+
+Columns (a row has those that apply):
+
+    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
+    tokens_per_second (all ranks), step_seconds, peak_memory_gib
+    mfu           model FLOPs utilisation in percent, dense-equivalent: the FLOPs of the dense model over time and peak
+    mfu_executed  the same with the FLOPs that the backend executed
+    val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
+    val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase
+    nonzero_share, energy_kept, router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
+
+The peak is that of the accelerator's dense bf16 tensor cores; on a CPU there is none and no MFU.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from configs.schema import JobConfig
+from configs.titan import MetricsProcessor, ParallelDims, device_type
+
+logger = logging.getLogger("sparsetitan")
+
+
+class Metrics(MetricsProcessor):
+    """torchtitan's metrics processor with this project's row. Constructed by torchtitan's Trainer."""
+
+    job_config: JobConfig
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
+        job_config.metrics.disable_color_printing |= not sys.stdout.isatty()
+        super().__init__(job_config, parallel_dims, tag)
+        self.file = Path(job_config.job.dump_folder) / "metrics.jsonl"
+        self.writes = dist.get_rank() == 0
+        self.steps_since_last_log = 0
+        self.log_next = False
+        self.row: dict[str, Any] = {}
+
+    def should_log(self, step: int) -> bool:
+        """Whether this step gets a row: as torchtitan decides, and where the trainer asks for one."""
+        return self.log_next or super().should_log(step)
+
+    def start(self, step: int) -> None:
+        """
+        Begin after `step`, resumed or 0: rows of steps that will be run again are dropped, an earlier run's file is
+        set aside.
+        """
+        self.time_last_log = time.perf_counter()
+        if not self.writes or not self.file.exists():
+            return
+        if step == 0:
+            number = 1
+            while (aside := self.file.with_name(f"metrics-{number}.jsonl")).exists():
+                number += 1
+            os.replace(self.file, aside)
+            logger.info(f"{self.file} is of an earlier run: kept as {aside.name}")
+            return
+        kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.file)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin the row of a step; called by torchtitan at the end of its training step."""
+        seconds = time.perf_counter() - self.time_last_log
+        # Counted a rank; over the ranks that share a batch it is the same tokens.
+        tokens_per_second = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size
+        extra = extra_metrics or {}
+        self.row = {
+            "step": step,
+            "loss": float(global_avg_loss),
+            "lr": extra.get("lr"),
+            "grad_norm": grad_norm,
+            "tokens": int(extra.get("n_tokens_seen", 0)),
+            "tokens_per_second": tokens_per_second * dist.get_world_size(),
+            "step_seconds": seconds / max(1, self.steps_since_last_log),
+            "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+        }
+        if device_type != "cpu":
+            self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
+            # The references multiply the zeros too.
+            self.row["mfu_executed"] = self.row["mfu"]
+
+    def finish(self, phase: str, extra: dict[str, float]) -> None:
+        """Complete the row with what was measured after the training step, and write it everywhere."""
+        row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
+        if self.writes:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.logger.log(
+            {
+                "sparse" if key == "phase" else key: value == "sparse" if key == "phase" else value
+                for key, value in row.items()
+            },
+            row["step"],
+        )
+        logger.info(self._line(row))
+        self.ntokens_since_last_log = 0
+        self.steps_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        """A row as one console line."""
+        color, steps = self.color, self.job_config.training.steps
+        tint = color.cyan if row["phase"] == "sparse" else color.green
+        parts = [
+            f"step {row['step']:>{len(str(steps))}}/{steps} {tint}{row['phase']:6}{color.reset}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.1e}",
+            f"{_short(row['tokens_per_second'])} tok/s",
+            f"{row['peak_memory_gib']:.1f} GiB",
+        ]
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.0f}%")
+        if "val_loss" in row:
+            sparse = f" ({row['val_loss_sparse']:.4f} sparse)" if "val_loss_sparse" in row else ""
+            parts.append(f"{color.yellow}val {row['val_loss']:.4f}{sparse} {row['val_bpb']:.3f} bpb{color.reset}")
+        parts.append(f"{_duration((steps - row['step']) * row['step_seconds'])} left")
+        return "  ".join(parts)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; a line cut off when the run was killed belongs to none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def build_metrics(job_config: JobConfig, parallel_dims: ParallelDims, model_args=None, tag=None) -> Metrics:
+    """torchtitan's hook for a metrics processor of one's own."""
+    return Metrics(job_config, parallel_dims, tag)

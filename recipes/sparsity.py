@@ -1,0 +1,234 @@
+"""What a recipe does to a model: from its TOML sections to FFNs that are dense or sparse at a step.
+
+At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the first step of a sparse phase, and at
+every re-clustering, it prepares them: W1's rows are clustered and the neurons put into cluster order, with their
+optimizer moments; at the first step also the scales of the 2:4 weights are fitted, once and for the whole phase.
+
+Preparation reads nothing but the weights, the step and the seed. So a run killed before the switch prepares at its
+resume what it would have prepared, and one killed after it finds scales, centroids and the neurons' order in
+the checkpoint (the order is the weights' own: cluster c is a run of neighbouring rows of W1).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from configs.schema import Activations, JobConfig
+from kernels import Groups, Pattern, Venom, balanced_clusters, soft_threshold_2_4, soft_threshold_scale
+from models.feed_forward import FeedForward, FeedForwardSparsity
+from recipes.schedule import Span, span_at
+
+
+def activation_pattern(activations: Activations) -> Pattern | None:
+    """The pattern that the section [activations] describes."""
+    match activations.pattern:
+        case "venom":
+            return Venom(activations.v, activations.n, activations.m)
+        case "2:4":
+            return Venom(v=1, n=2, m=4)
+        case "groups":
+            return Groups(activations.v, activations.g, activations.keep)
+        case _:
+            return None
+
+
+def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSparsity:
+    """What the recipe's sparse phases do to an FFN of width `hidden_dim`."""
+    return FeedForwardSparsity(
+        pattern=activation_pattern(config.activations),
+        weight_products=tuple(config.weights.products) if config.weights.pattern == "2:4" else (),
+        cut_along_tokens=config.activations.cut_along_tokens,
+        clusters=hidden_dim // config.router.cluster_size if config.router.enable else 0,
+    )
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _reorder(tensor: Tensor, order: Tensor, dim: int) -> None:
+    """Put the entries of a tensor, sharded or not, along `dim` into another order, in place."""
+    ordered = _full(tensor).index_select(dim, order)
+    if isinstance(tensor, DTensor):
+        # Every rank holds the whole: each cuts out its own shard, and none has to send any.
+        ordered = distribute_tensor(ordered, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(ordered)
+
+
+class Sparsity(Stateful):
+    """The sparse state of a model's FFNs, and the one place that changes it.
+
+    Args:
+        config: the job.
+        feed_forwards: the FFNs in order of depth; none in a model that has no sparse mode.
+        optimizers: those that hold the FFNs' moments.
+        spans: the run's phases.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        feed_forwards: Sequence[FeedForward],
+        optimizers: Sequence[Optimizer],
+        spans: Sequence[Span],
+    ) -> None:
+        self.config = config
+        self.feed_forwards = feed_forwards
+        self.optimizers = optimizers
+        self.spans = spans
+        self.phase = "dense"
+
+    def enter(self, step: int) -> bool:
+        """Put the FFNs into the mode of this step. Returns whether the phase differs from the step before."""
+        span = span_at(self.spans, step)
+        since = step - span.start - 1
+        every = self.config.router.recluster_every
+        if span.mode == "sparse" and (since == 0 or (every and since % every == 0)):
+            self._prepare(step, first=since == 0)
+        changed, self.phase = span.mode != self.phase, span.mode
+        for feed_forward in self.feed_forwards:
+            feed_forward.sparse = span.mode == "sparse"
+        return changed
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Run the FFNs densely, as inference does, whatever the phase."""
+        for feed_forward in self.feed_forwards:
+            feed_forward.sparse = False
+        try:
+            yield
+        finally:
+            for feed_forward in self.feed_forwards:
+                feed_forward.sparse = self.phase == "sparse"
+
+    @torch.no_grad()
+    def _prepare(self, step: int, first: bool) -> None:
+        for index, feed_forward in enumerate(self.feed_forwards):
+            if self.config.router.enable:
+                seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
+                self._cluster(feed_forward, seed % 2**31)
+            if first and self.config.weights.pattern == "2:4":
+                feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)))
+                feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T))
+
+    def _cluster(self, feed_forward: FeedForward, seed: int) -> None:
+        size = self.config.router.cluster_size
+        order, centroids = balanced_clusters(_full(feed_forward.w1.weight), size, seed=seed)
+        if self.config.router.spread:
+            order = order.view(-1, size).T.flatten()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # All ranks computed the same up to the order of floating-point sums, which is not enough here.
+            dist.broadcast(order, src=0)
+            dist.broadcast(centroids, src=0)
+        feed_forward.centroids.copy_(centroids)
+        for weight, dim in ((feed_forward.w1.weight, 0), (feed_forward.w2.weight, 1)):
+            _reorder(weight, order, dim)
+            for moment in self._moments(weight):
+                _reorder(moment, order, dim)
+
+    def _moments(self, weight: Tensor) -> list[Tensor]:
+        """The optimizer's tensors that belong to a weight entry by entry."""
+        states = (optimizer.state[weight] for optimizer in self.optimizers if weight in optimizer.state)
+        return [
+            value
+            for state in states
+            for value in state.values()
+            if isinstance(value, Tensor) and value.shape == weight.shape
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"{index}.{name}": buffer
+            for index, feed_forward in enumerate(self.feed_forwards)
+            for name in ("w1_scale", "w2_scale", "centroids")
+            if (buffer := feed_forward.get_buffer(name)).numel()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict.items():
+            index, name = key.split(".")
+            self.feed_forwards[int(index)].get_buffer(name).copy_(value)
+
+    def reset_health(self) -> None:
+        """Forget what the FFNs have counted so far in evaluation mode."""
+        for feed_forward in self.feed_forwards:
+            feed_forward.activity.zero_()
+            feed_forward.routed.zero_()
+
+    def health(self) -> dict[str, float]:
+        """What the FFNs counted since `reset_health`, over all ranks, by layer and in all.
+
+        nonzero_share: non-zero entries of h before the cut. energy_kept: share of the sum of h^2 that the pattern
+        keeps. router_balance: entropy of the tokens' clusters over that of a uniform choice, 1 when all clusters get
+        equally many. The aggregates are over all layers' entries and energies; router_balance is the mean over
+        layers.
+        """
+        if not self.feed_forwards:
+            return {}
+        activity = torch.stack([feed_forward.activity for feed_forward in self.feed_forwards]).double()
+        routed = torch.stack([feed_forward.routed for feed_forward in self.feed_forwards]).double()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(activity)
+            dist.all_reduce(routed)
+        series = {"nonzero_share": (activity[:, 1], activity[:, 0])}
+        sparse = self.phase == "sparse"
+        if sparse and self.config.activations.pattern != "none":
+            series["energy_kept"] = (activity[:, 3], activity[:, 2])
+        if sparse and routed.shape[1] > 1:
+            share = routed / routed.sum(1, keepdim=True)
+            entropy = -torch.xlogy(share, share).sum(1)
+            series["router_balance"] = (entropy, torch.full_like(entropy, math.log(routed.shape[1])))
+        return _by_layer(series)
+
+    def weight_masks(self) -> list[list[Tensor]]:
+        """Which weights of W1 and W2 the 2:4 pattern keeps now, by layer; of a sharded weight this rank's part."""
+        return [
+            [soft_threshold_2_4(local) != 0 for local in _groups_of_four(feed_forward)]
+            for feed_forward in self.feed_forwards
+        ]
+
+    def flip_rate(self, before: list[list[Tensor]]) -> dict[str, float]:
+        """Share of the mask's entries that changed since `before`, by layer and in all (Hu et al., NeurIPS 2024)."""
+        counts = torch.tensor(
+            [
+                [
+                    float(sum((old != new).sum() for old, new in zip(olds, news, strict=True))),
+                    float(sum(new.numel() for new in news)),
+                ]
+                for olds, news in zip(before, self.weight_masks(), strict=True)
+            ],
+            dtype=torch.float64,
+            device=self.feed_forwards[0].activity.device,
+        )
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts)
+        return _by_layer({"flip_rate": (counts[:, 0], counts[:, 1])})
+
+
+def _groups_of_four(feed_forward: FeedForward) -> Iterator[Tensor]:
+    """
+    W1 and W2^T, both with d last, the dimension in which they are 2:4; local shards where these hold whole groups.
+    """
+    for weight, transposed in ((feed_forward.w1.weight.detach(), False), (feed_forward.w2.weight.detach(), True)):
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if transposed and local.shape[0] % 4:
+            local = _full(weight)
+        yield local.T if transposed else local
+
+
+def _by_layer(series: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """{name: (numerators, denominators)} a layer to the shares in all and by layer."""
+    shares = {}
+    for name, (numerator, denominator) in series.items():
+        shares[name] = float(numerator.sum() / denominator.sum())
+        for index, share in enumerate((numerator / denominator).tolist()):
+            shares[f"layers/{index}/{name}"] = share
+    return shares

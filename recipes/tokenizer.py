@@ -1,0 +1,177 @@
+"""The tokenizer: a given one, or a byte-level BPE trained on the corpus.
+
+A byte-level BPE starts from the 256 bytes and merges the most frequent pair of neighbours until it has `vocab_size`
+tokens. Every string has a UTF-8 encoding, so nothing is unknown and decoding gives back every text exactly, but for the
+names of the special tokens. Its tokens are bytes, written as one printable character a byte; a token may end in the
+middle of a character.
+
+Losses of different tokenizers cannot be compared by the token. They can by the byte: bits per byte is the loss in bits
+summed over the tokens, divided by the UTF-8 bytes that these tokens stand for, which `token_bytes` counts.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from configs.schema import JobConfig
+from configs.titan import HuggingFaceTokenizer
+from recipes.data import load_corpus, refuse
+
+logger = logging.getLogger("sparsetitan")
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def prepare_tokenizer(config: JobConfig) -> str:
+    """The folder of the tokenizer to use, which is trained first if there is none.
+
+    Of the ranks that call this at the same time, one trains and the others wait.
+
+    Returns:
+        A folder that torchtitan's HuggingFaceTokenizer and transformers' AutoTokenizer load.
+
+    Raises:
+        ConfigError: `tokenizer.path` holds no tokenizer, or the corpus cannot be read.
+    """
+    if config.tokenizer.path:
+        _check_folder(config.tokenizer.path)
+        return config.tokenizer.path
+    folder = Path(config.tokenizer.cache_folder) / _cache_name(config)
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    _train(config, folder)
+        except OSError as error:
+            key, problem = "tokenizer.cache_folder", f"cannot be written ({error})"
+            raise refuse(key, config.tokenizer.cache_folder, problem, "give another folder") from error
+    return str(folder)
+
+
+def _check_folder(path: str) -> None:
+    remedy = "give a folder with a Hugging Face tokenizer.json, or leave it empty to train one on the corpus"
+    if not os.path.isdir(path):
+        raise refuse("tokenizer.path", path, "no such folder", remedy)
+    try:
+        tokenizer = HuggingFaceTokenizer(path)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise refuse("tokenizer.path", path, f"no tokenizer can be loaded from it ({cause})", remedy) from error
+    if tokenizer.eos_id is None:
+        logger.warning("the tokenizer in %s names no eos_token: documents will run into each other", path)
+
+
+def _cache_name(config: JobConfig) -> str:
+    """A readable name and a hash of everything that the trained tokenizer depends on."""
+    corpus = load_corpus(config)
+    spec = [
+        [astuple(source) for source in config.data.sources],
+        [part.files for part in corpus.parts],
+        config.tokenizer.vocab_size,
+        config.tokenizer.sample_bytes,
+        config.data.validation_share,
+        config.data.seed,
+        sys.version if any(source.type == "stdlib" for source in config.data.sources) else "",
+    ]
+    digest = hashlib.blake2b(json.dumps(spec).encode(), digest_size=6).hexdigest()
+    names = [Path(source.path).stem or source.type for source in config.data.sources if source.weight > 0]
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(names)).strip("-")[:40]
+    return f"{readable}-{config.tokenizer.vocab_size}-{digest}"
+
+
+def _sample(config: JobConfig) -> Iterator[str]:
+    """Training documents in their order, until they make `tokenizer.sample_bytes` or an epoch ends."""
+    left = config.tokenizer.sample_bytes
+    for document in load_corpus(config).row(0, 1):
+        yield document["text"]
+        left -= len(document["text"].encode("utf-8"))
+        if left <= 0:
+            return
+
+
+def _train(config: JobConfig, folder: Path) -> None:
+    vocab_size = config.tokenizer.vocab_size
+    logger.info("training a byte-level BPE of %d tokens on the corpus", vocab_size)
+    start = time.perf_counter()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(_sample(config), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        logger.warning("the corpus gives a vocabulary of %d tokens only", tokenizer.get_vocab_size())
+
+    # Whoever finds the folder finds it complete: it gets its name last.
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        tokenizer.save(str(unfinished / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "model_max_length": 10**9,
+            "clean_up_tokenization_spaces": False,  # else transformers' decode drops spaces before punctuation
+        }
+        (unfinished / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        unfinished.chmod(0o755)  # mkdtemp's folders are private, a cache is shared
+        os.replace(unfinished, folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(unfinished)
+    seconds = time.perf_counter() - start
+    logger.info("trained a BPE of %d tokens in %.1f s: %s", tokenizer.get_vocab_size(), seconds, folder)
+
+
+def _is_byte_level(spec: Any) -> bool:
+    """Whether a ByteLevel step is somewhere in a (possibly nested) part of a tokenizer.json."""
+    if isinstance(spec, dict):
+        return spec.get("type") == "ByteLevel" or any(map(_is_byte_level, spec.values()))
+    return isinstance(spec, list) and any(map(_is_byte_level, spec))
+
+
+def token_bytes(tokenizer_folder: str) -> torch.Tensor:
+    """UTF-8 bytes of text that each token stands for; 0 for special tokens.
+
+    For a byte-level BPE the tokens of a text sum to the text's bytes exactly. For one in the manner of sentencepiece
+    ("▁" is a space, "<0xE2>" a byte) they do up to the space that such a tokenizer may put before a text.
+
+    Returns:
+        int64 [vocabulary].
+    """
+    tokenizer = HuggingFaceTokenizer(tokenizer_folder).tokenizer
+    spec = json.loads(tokenizer.to_str())
+    byte_level = _is_byte_level([spec["pre_tokenizer"], spec["decoder"]])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    sizes = torch.zeros(max(max(vocabulary.values()) + 1, tokenizer.get_vocab_size()), dtype=torch.int64)
+    added = tokenizer.get_added_tokens_decoder()
+    for token, index in vocabulary.items():
+        if index in added:
+            sizes[index] = 0 if added[index].special else len(added[index].content.encode("utf-8"))
+        elif byte_level:
+            sizes[index] = len(token)
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(token.replace("▁", " ").encode("utf-8"))
+    return sizes

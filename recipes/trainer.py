@@ -1,0 +1,234 @@
+"""The trainer: torchtitan's, with phases.
+
+torchtitan builds the model, shards and compiles it, and takes the training steps. Added here: what a step is
+depends on its phase (`recipes/schedule.py`, `recipes/sparsity.py`), a sparse phase is validated twice, the run can
+be interrupted by a signal at any time, and it resumes exactly.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from recipes.data import build_dataloader
+from recipes.tokenizer import prepare_tokenizer, token_bytes
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+import configs.titan as titan
+from configs.loader import resolved
+from configs.schema import JobConfig
+from models.llama import Llama, LlamaArgs
+from recipes.checkpoint import SafeCheckpointManager
+from recipes.metrics import Metrics, build_metrics
+from recipes.schedule import Span
+from recipes.sparsity import Sparsity
+from recipes.validation import Validator
+
+logger = logging.getLogger("sparsetitan")
+
+
+class SparseTrainer(titan.Trainer):
+    """Trains one job through its phases.
+
+    Args:
+        config: a checked configuration.
+        args: the model's arguments; the vocabulary is filled in from the tokenizer.
+        spans: the run's phases in steps.
+    """
+
+    job_config: JobConfig
+    metrics_processor: Metrics
+    checkpointer: SafeCheckpointManager
+
+    def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
+        _set_up_process(config)
+        self.interrupted = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._interrupt)
+        config.model.hf_assets_path = prepare_tokenizer(config)
+        args.vocab_size = len(token_bytes(config.model.hf_assets_path))
+        _register(config, args)
+        super().__init__(config)
+        self.signals = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        (model,) = self.model_parts
+        self.sparsity = Sparsity(config, model.feed_forwards(), list(self.optimizers), spans)
+        if self.sparsity.feed_forwards and self.checkpointer.enable:
+            self.checkpointer.states["sparsity"] = self.sparsity
+        if dist.get_rank() == 0:
+            self._describe_run(model, spans)
+
+    def train(self) -> None:
+        """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
+        config = self.job_config
+        self.checkpointer.load(step=config.checkpoint.load_step)
+        self.metrics_processor.start(self.step)
+        if self.step:
+            logger.info(f"resumed after step {self.step}")
+        batches = self.batch_generator(self.dataloader)
+        profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
+        with (
+            titan.maybe_enable_profiling(config.profiling, **profile) as profiler,
+            titan.maybe_enable_memory_snapshot(config.profiling, **profile) as memory_profiler,
+        ):
+            first = self.step + 1
+            while self.step < config.training.steps and not self._any_rank_interrupted():
+                self.step += 1
+                self.gc_handler.run(self.step)
+                self._enter_phase()
+                self._train_validate_log(batches)
+                self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
+                for each in (profiler, memory_profiler):
+                    if each:
+                        each.step()
+                if self.step == first and titan.device_type != "cpu":
+                    # Compilation and lazy initialisation are over: a stuck collective is noticed sooner from here on.
+                    timeout = timedelta(seconds=config.comm.train_timeout_seconds)
+                    titan.dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
+        if self.step < config.training.steps:
+            if self.step:
+                self.checkpointer.save_now(self.step)
+            logger.info(f"stopped by a signal after step {self.step}; the same command resumes")
+
+    def _enter_phase(self) -> None:
+        began = time.perf_counter()
+        if self.sparsity.enter(self.step):
+            seconds = time.perf_counter() - began
+            logger.info(f"step {self.step}: {self.sparsity.phase} phase begins (switched in {seconds:.1f} s)")
+
+    def _train_validate_log(self, batches) -> None:
+        """One training step; where a row is due, also its validation and the health of its sparsity."""
+        config, metrics = self.job_config, self.metrics_processor
+        validates = config.validation.enable and self.validator.should_validate(self.step)
+        metrics.log_next = validates or self.step == config.training.steps
+        sparse = self.sparsity.phase == "sparse"
+        flips = metrics.should_log(self.step) and sparse and config.weights.pattern == "2:4"
+        masks = self.sparsity.weight_masks() if flips else None
+        self.train_step(batches)
+        metrics.steps_since_last_log += 1
+        if not metrics.should_log(self.step):
+            return
+        extra = self._validate() if validates else {}
+        if masks is not None:
+            extra |= self.sparsity.flip_rate(masks)
+        metrics.finish(self.sparsity.phase, extra)
+
+    def _validate(self) -> dict[str, float]:
+        """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
+        with self.sparsity.dense():
+            self.sparsity.reset_health()
+            score = self.validator.validate(self.model_parts, self.step)
+        row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
+        if self.sparsity.phase == "sparse":
+            self.sparsity.reset_health()
+            score = self.validator.validate(self.model_parts, self.step)
+            row |= {"val_loss_sparse": score.loss, "val_bpb_sparse": score.bits_per_byte}
+        return row | self.sparsity.health()
+
+    def _interrupt(self, number: int, frame) -> None:
+        self.interrupted = True
+
+    def _any_rank_interrupted(self) -> bool:
+        """Whether a signal reached any rank; over gloo, so that no rank waits for its GPU."""
+        if self.signals is None:
+            return self.interrupted
+        flag = torch.tensor(int(self.interrupted))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
+        return bool(flag)
+
+    def _describe_run(self, model: nn.Module, spans: list[Span]) -> None:
+        """Say what is about to run, and write `run.json` beside the metrics."""
+        config, args = self.job_config, self.model_args
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        flops = self.metrics_processor.num_flops_per_token
+        ffn_flops = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
+        saved = ffn_flops * (1 - args.sparsity.flops_share())
+        packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
+        device = titan.device_module.get_device_name()
+        run = {
+            "config": resolved(config),
+            "command": sys.argv,
+            "parameters": parameters,
+            "vocabulary": args.vocab_size,
+            "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
+            "flops_per_token": {"dense": flops, "sparse_pattern": flops - saved},
+            "peak_flops": self.metrics_processor.gpu_peak_flops if titan.device_type != "cpu" else None,
+            "backend": "reference",
+            "versions": {name: importlib.metadata.version(name) for name in packages}
+            | {"python": platform.python_version(), "cuda": torch.version.cuda},
+            "hardware": {"device": device, "ranks": dist.get_world_size(), "host": socket.gethostname()},
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        file = Path(config.job.dump_folder) / "run.json"
+        file.write_text(json.dumps(run, indent=2) + "\n")
+        logger.info(
+            f"{config.model.name} {config.model.flavor}: {parameters / 1e6:.1f} M parameters, "
+            f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"
+        )
+        if config.lr_scheduler.warmup_steps > config.training.steps:
+            logger.info(f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is cut to training.steps")
+        phases = ", ".join(f"{span.mode} to step {span.stop}" for span in spans)
+        logger.info(f"{config.recipe}: {phases}")
+        if any(span.mode == "sparse" for span in spans):
+            logger.info(
+                "FFN backend: reference (plain PyTorch on masked operands, no faster than dense); a kernel for this "
+                f"pattern would execute {100 * (flops - saved) / flops:.0f}% of the dense model's FLOPs"
+            )
+
+
+def _set_up_process(config: JobConfig) -> None:
+    """Run as one process where torchrun did not start this, and let rank 0 alone speak."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    speaks = os.environ["RANK"] == "0"
+    # torchtitan logs to the root logger.
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.getLogger().setLevel(logging.INFO if config.metrics.verbose and speaks else logging.ERROR)
+    logger.setLevel(logging.INFO if speaks else logging.ERROR)
+    # Neither says anything about the run: float32 needs no autocast, and the data loader's call is torchdata's own.
+    warnings.filterwarnings("ignore", message="In CPU autocast")
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
+def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
+    model = titan.parallelize_llama(model, parallel_dims, job_config)
+    if titan.device_type == "cpu":
+        # gloo has no pre-multiplied sum, which FSDP2 reduces gradients with by default.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _register(config: JobConfig, args: LlamaArgs) -> None:
+    """Make torchtitan's Trainer build this job from our parts."""
+    spec = titan.TrainSpec(
+        model_cls=Llama,
+        model_args={config.model.flavor: args},
+        parallelize_fn=_parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=titan.build_optimizers,
+        build_lr_schedulers_fn=titan.build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=titan.build_hf_tokenizer,
+        build_loss_fn=titan.build_cross_entropy_loss,
+        build_validator_fn=Validator,
+        build_metrics_processor_fn=build_metrics,
+    )
+    titan.use_train_spec(config.model.name, spec, SafeCheckpointManager)

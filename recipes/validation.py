@@ -1,0 +1,94 @@
+"""Validation on held-out documents: loss and bits per byte, on the same sequences whatever the number of ranks.
+
+Loss is in nats a token and depends on the tokenizer; bits per byte does not:
+
+    bpb = (sum of the tokens' losses) / (ln 2 * bytes of text that the tokens stand for)
+
+Markers of beginning and end stand for no bytes but cost their loss, so bpb is on the safe side.
+"""
+
+import math
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from recipes.data import validation_sequences
+from recipes.tokenizer import token_bytes
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from configs.schema import JobConfig
+from configs.titan import IGNORE_INDEX, BaseTokenizer, BaseValidator, ParallelDims, device_type
+
+
+class Score(NamedTuple):
+    loss: float
+    """Nats a token."""
+
+    bits_per_byte: float
+
+
+class Validator(BaseValidator):
+    """Scores a model on this rank's share of the held-out sequences. Constructed by torchtitan's Trainer."""
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        parallel_dims: ParallelDims,
+        loss_fn,
+        validation_context,
+        maybe_enable_amp: AbstractContextManager,
+        **_,
+    ) -> None:
+        super().__init__(job_config)
+        self.loss_fn = loss_fn
+        self.context = validation_context
+        self.amp = maybe_enable_amp
+        self.mesh = parallel_dims.get_optional_mesh("batch")
+        sequences = validation_sequences(tokenizer, job_config)
+        self.inputs, self.labels = sequences[:, :-1], sequences[:, 1:]
+        self.bytes = token_bytes(job_config.model.hf_assets_path)[self.labels].sum(1)
+        self.batch_size = job_config.training.local_batch_size
+        # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.
+        batches = -(-len(sequences) // (self.batch_size * dp_world_size))
+        missing = batches * self.batch_size * dp_world_size - len(sequences)
+        filler = self.inputs[:1].expand(missing, -1)
+        self.inputs = torch.cat([self.inputs, filler])[dp_rank::dp_world_size]
+        self.labels = torch.cat([self.labels, torch.full_like(filler, IGNORE_INDEX)])[dp_rank::dp_world_size]
+        self.bytes = torch.cat([self.bytes, self.bytes.new_zeros(missing)])[dp_rank::dp_world_size]
+
+    def should_validate(self, step: int) -> bool:
+        """Whether this step ends with a validation: every `validation.freq` steps, and the last one."""
+        return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> Score:  # type: ignore[override]
+        """Score the model as it stands, FFNs in whatever mode they are in."""
+        (model,) = model_parts
+        model.eval()
+        total = torch.zeros(3, dtype=torch.float64)
+        batches = (rows.split(self.batch_size) for rows in (self.inputs, self.labels, self.bytes))
+        for inputs, labels, size in zip(*batches, strict=True):
+            with self.context(), self.amp:
+                loss = self.loss_fn(model(inputs.to(device_type)), labels.to(device_type))
+            total += torch.stack([_local(loss).double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])
+        model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # The last layers stay gathered after a forward pass, for the backward pass that does not come here;
+                # whoever looks at the parameters next, such as a checkpoint, expects shards.
+                module.reshard()
+        if self.mesh is not None:
+            total = total.to(device_type)
+            dist.all_reduce(total, group=self.mesh.get_group())
+        loss, tokens, size = total.tolist()
+        return Score(loss / tokens, loss / (math.log(2) * size))
+
+
+def _local(loss: Tensor) -> Tensor:
+    """Under tensor parallelism the loss is a replicated DTensor."""
+    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss

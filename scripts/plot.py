@@ -1,0 +1,502 @@
+"""Draw runs from what they logged: loss, sparsity health and throughput in one PNG.
+
+    python -m scripts.plot outputs/run                        # writes outputs/run/plot.png
+    python -m scripts.plot outputs/dense outputs/venom        # compares: writes loss.png here
+
+A run's dump folder holds `metrics.jsonl`, one JSON object a logged step (recipes/metrics.py lists its keys), and
+`run.json`, its resolved configuration. How to read the picture:
+
+- Loss against tokens, not steps, so that runs with different batches compare. The faint line is every logged step, the
+  bold one its running mean over `--smooth` logged steps, which never reaches across a change of phase: a jump where
+  sparsity starts or ends is real and stays sharp. Circles are the validation loss of the dense model, which means the
+  same in every phase and every run; dashed diamonds are the same weights with the sparse pattern on. The gap between
+  the two is what switching the pattern off changes, before any dense tail.
+- Sparsity health, where a run logs it: one line a layer, coloured by depth, and the aggregate in bold. Layers that
+  drift away from the bundle are the ones to look at. Of several runs only the aggregates are drawn.
+- Throughput and learning rate, to tell a slow node or a wrong schedule from a bad recipe.
+
+Axes leave out the outermost few percent of the values (a run's first steps, a compilation's pause) when these would
+flatten everything else; a curve that leaves the frame is cut, not lost: the numbers are in the file.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as `python scripts/plot.py`: look imports up from the repository, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from configs.errors import ConfigError, exit_with
+
+# Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too faint on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+SHADE = "#ECECEC"
+GREY = "#6E6E6E"
+
+# Marker, line and name of the two validations.
+VALIDATIONS = {
+    "val_loss": ("o", "-", "validation, dense"),
+    "val_loss_sparse": ("D", "--", "validation, with the pattern"),
+}
+MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
+
+HEALTH = {
+    "nonzero_share": "non-zero entries of h, before the cut",
+    "energy_kept": "share of h² that the pattern keeps",
+    "flip_rate": "share of the 2:4 mask flipped",
+    "router_balance": "use of the clusters, 1 is even",
+}
+
+WIDTH, DPI = 10.0, 150  # inches, dots an inch: 1500 pixels
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.5,
+    "axes.labelcolor": "#333333",
+    "axes.edgecolor": "#999999",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DADADA",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass
+class Run:
+    """What one run logged, its lines in the order of their steps."""
+
+    name: str
+    model: str
+    recipe: str
+    folder: Path
+    lines: list[dict[str, Any]]
+
+    def values(self, key: str) -> np.ndarray:
+        """The key's value in every line, NaN where it is missing, null or not finite. [lines]"""
+        numbers = [line.get(key) for line in self.lines]
+        array = np.array([x if isinstance(x, int | float) else math.nan for x in numbers], dtype=float)
+        return np.where(np.isfinite(array), array, math.nan)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens seen at every line; where a line does not say, interpolated between those that do. [lines]"""
+        tokens, steps = self.values("tokens"), self.values("step")
+        known = np.isfinite(tokens)
+        return np.where(known, tokens, np.interp(steps, steps[known], tokens[known])) if known.any() else tokens
+
+    @cached_property
+    def phase_index(self) -> np.ndarray:
+        """How often the phase had changed at every line; without a phase, a line continues the one before. [lines]"""
+        phases = self._phases()
+        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(phases)])
+
+    def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
+        """(phase, start, end) of every phase; one starts where the last line of the one before stands."""
+        phases, index = self._phases(), self.phase_index
+        last = [int(np.flatnonzero(index == i)[-1]) for i in range(index[-1] + 1)]
+        starts = [0.0] + [float(x[i]) for i in last[:-1]]
+        return [(phases[i], start, float(x[i])) for i, start in zip(last, starts, strict=True)]
+
+    def _phases(self) -> list[str]:
+        phases: list[str] = []
+        for line in self.lines:
+            phases.append(str(line.get("phase") or (phases[-1] if phases else "dense")))
+        return phases
+
+    def layers(self, metric: str) -> list[int]:
+        """The layers that log this metric, by depth."""
+        keys = {key for line in self.lines for key in line}
+        matches = (re.fullmatch(rf"layers/(\d+)/{metric}", key) for key in keys)
+        return sorted(int(match.group(1)) for match in matches if match and self.has(match.group(0)))
+
+    def has(self, key: str) -> bool:
+        return bool(np.isfinite(self.values(key)).any())
+
+
+def load_run(path: Path) -> Run:
+    """Read a dump folder, or the metrics.jsonl in one."""
+    metrics = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder or file; give the dump folder (job.dump_folder) of a run")
+    if not metrics.exists():
+        raise ConfigError(f"{path}: no metrics.jsonl in this folder; give the dump folder (job.dump_folder) of a run")
+    folder = metrics.parent
+    lines = read_lines(metrics)
+    config = read_config(folder / "run.json")
+    section = config.get("model")
+    model = section if isinstance(section, dict) else {}
+    return Run(
+        name=folder.resolve().name,
+        model=" ".join(str(model[key]) for key in ("name", "flavor") if model.get(key)),
+        recipe=Path(str(config.get("recipe") or "")).stem,
+        folder=folder,
+        lines=lines,
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl.
+
+    A last line without its newline belongs to a run that was killed, or is, while writing it: left out unless complete.
+    A resumed run logs the steps since its checkpoint again, and what it wrote last counts.
+    """
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(raw, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            step = line["step"] if isinstance(line, dict) else None
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise ValueError("not an object with a whole number `step`")
+        except (ValueError, KeyError) as error:
+            if number == len(raw):
+                break
+            reason = "no `step`" if isinstance(error, KeyError) else error
+            raise ConfigError(
+                f"{path}, line {number}: not a line of metrics ({reason}); delete or mend that line"
+            ) from None
+        while lines and lines[-1]["step"] >= step:
+            lines.pop()
+        lines.append(line)
+    if not lines:
+        raise ConfigError(f"{path}: holds no logged step; wait for the run's first one (metrics.log_freq)")
+    if not any(isinstance(line.get("loss"), int | float) and math.isfinite(line["loss"]) for line in lines):
+        raise ConfigError(f"{path}: no line holds a finite loss; give the metrics.jsonl of a training run")
+    return lines
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration in a run.json; empty where there is none, and the plot then names only the folder."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_bytes()).get("config", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a run.json ({error}); mend it, or delete it to plot without names") from None
+    return config if isinstance(config, dict) else {}
+
+
+def smooth(values: np.ndarray, index: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over `window` lines, shorter at the ends; never across a change of phase. [lines]"""
+    result = np.full(len(values), math.nan)
+    for phase in range(index[-1] + 1):
+        inside = np.flatnonzero((index == phase) & np.isfinite(values))
+        sums = np.concatenate([[0.0], np.cumsum(values[inside])])
+        at = np.arange(len(inside))
+        low, high = np.maximum(at - (window - 1) // 2, 0), np.minimum(at + window // 2 + 1, len(inside))
+        result[inside] = (sums[high] - sums[low]) / (high - low)
+    return result
+
+
+def points(run: Run, x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points that exist, with a break in the line wherever a whole phase logged none."""
+    at = np.flatnonzero(np.isfinite(values) & np.isfinite(x))
+    breaks = np.flatnonzero(np.diff(run.phase_index[at]) > 1) + 1
+    return np.insert(x[at], breaks, math.nan), np.insert(values[at], breaks, math.nan)
+
+
+def y_range(curves: list[np.ndarray], low: float, high: float) -> tuple[float, float]:
+    """Limits that hold the `low` to `high` quantile of every curve, and all of them where that costs little height."""
+    kept = [curve[np.isfinite(curve)] for curve in curves]
+    kept = [curve for curve in kept if len(curve)]
+    bottom, top = min(np.quantile(c, low) for c in kept), max(np.quantile(c, high) for c in kept)
+    all_bottom, all_top = min(c.min() for c in kept), max(c.max() for c in kept)
+    if all_top - all_bottom <= 1.5 * (top - bottom):
+        bottom, top = all_bottom, all_top
+    pad = 0.07 * (top - bottom) or 0.05 * abs(top) or 1.0
+    return float(bottom - pad), float(top + pad)
+
+
+def amount(value: float, _position: int | None = None) -> str:
+    """1500000 as 1.5M, 0.00025 as 2.5e-4."""
+    for unit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{sign}"
+    if 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+class Picture:
+    """The figure of one or several runs, a method a panel."""
+
+    def __init__(self, runs: list[Run], window: int | None):
+        self.runs = runs
+        self.window = window
+        self.single = len(runs) == 1
+        by_tokens = all(run.has("tokens") for run in runs)
+        self.x_label = "tokens" if by_tokens else "step"
+        self.x = [run.tokens if by_tokens else run.values("step") for run in runs]
+        self.end = max(float(x.max()) for x in self.x)
+        self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
+        self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
+        self.any_sparse = any(phase == "sparse" for spans in self.spans for phase, _, _ in spans)
+        self.strips = self.any_sparse and not self.one_schedule
+        few = len(runs) <= len(PALETTE)
+        self.colours = PALETTE[: len(runs)] if few else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
+
+    def _same(self, spans: list[tuple[str, float, float]], others: list[tuple[str, float, float]]) -> bool:
+        """Whether two schedules would be shaded alike."""
+        return len(spans) == len(others) and all(
+            a[0] == b[0] and abs(a[2] - b[2]) <= 0.005 * self.end for a, b in zip(spans, others, strict=True)
+        )
+
+    def draw(self) -> Figure:
+        layers = {metric: self.runs[0].layers(metric) if self.single else [] for metric in HEALTH}
+        health = [metric for metric in HEALTH if layers[metric] or any(run.has(metric) for run in self.runs)]
+        depth = sorted(set().union(*layers.values()))
+        bottom = [key for key in ("tokens_per_second", "lr") if any(run.has(key) for run in self.runs)]
+
+        # Rows in inches: loss, phase strips, the layers' colour bar, health, throughput and learning rate.
+        per_row = {0: 1, 1: 1, 2: 2, 3: 3, 4: 2}[len(health)]
+        rows = {
+            "loss": 3.9,
+            "strips": 0.13 * len(self.runs) + 0.05 if self.strips else 0.0,
+            "bar": 0.13 if len(depth) > 1 else 0.0,
+        }
+        rows |= {f"health{row}": 1.85 for row in range(math.ceil(len(health) / per_row))}
+        rows["bottom"] = 1.5 if bottom else 0.0
+        rows = {name: height for name, height in rows.items() if height}
+        order = {name: place for place, name in enumerate(rows)}
+
+        size = (WIDTH, sum(rows.values()) + 0.5 * len(rows) + 0.45)
+        engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07, hspace=0.02, wspace=0.03)
+        figure = Figure(figsize=size, dpi=DPI, layout=engine)
+        grid = figure.add_gridspec(len(rows), 6, height_ratios=list(rows.values()))
+        figure.suptitle(self.title(), fontsize=13.5, fontweight="bold", x=0.012, ha="left", color="#222222")
+
+        main = figure.add_subplot(grid[0, :])
+        self.loss(main)
+        if self.strips:
+            self.phase_strips(figure.add_subplot(grid[order["strips"], :], sharex=main), main)
+        if "bar" in order:
+            self.colour_bar(figure, grid, order["bar"], depth)
+        span, separator = 6 // per_row, "\n" if per_row == 3 else " "
+        for place, metric in enumerate(health):
+            row, column = divmod(place, per_row)
+            axes = figure.add_subplot(grid[order[f"health{row}"], column * span : (column + 1) * span])
+            self.health(axes, metric, depth, separator)
+        for place, key in enumerate(bottom):
+            span = 6 // len(bottom)
+            self.small(figure.add_subplot(grid[order["bottom"], place * span : (place + 1) * span]), key)
+        figure.align_ylabels()
+        return figure
+
+    def title(self) -> str:
+        models = list(dict.fromkeys(run.model for run in self.runs if run.model))
+        recipes = list(dict.fromkeys(run.recipe for run in self.runs if run.recipe))
+        parts = [", ".join(models), ", ".join(recipes) if len(recipes) <= 4 else f"{len(recipes)} recipes"]
+        return "  ·  ".join(part for part in parts if part) or self.runs[0].name
+
+    def label(self, run: Run) -> str:
+        """Run, recipe, and the last validation."""
+        text = run.name if run.recipe in ("", run.name) else f"{run.name} ({run.recipe})"
+        for key, form in (("val_loss", "{:.3f}"), ("val_bpb", "{:.4f} bpb")):
+            values = run.values(key)[np.isfinite(run.values(key))]
+            if len(values):
+                text += (": validation " if key == "val_loss" else ", ") + form.format(values[-1])
+        return text
+
+    def smoothed(self, run: Run, key: str) -> np.ndarray:
+        window = self.window or max(1, int(np.isfinite(run.values(key)).sum()) // 40)
+        return smooth(run.values(key), run.phase_index, window)
+
+    def frame(self, axes: Axes) -> None:
+        """The x axis that all panels share, and the sparse phases behind it."""
+        axes.set_xlim(0, self.end * 1.005 or 1.0)
+        axes.xaxis.set_major_formatter(FuncFormatter(amount))
+        if self.any_sparse and self.one_schedule:
+            for phase, start, end in self.spans[0]:
+                if phase == "sparse":
+                    axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
+
+    def loss(self, axes: Axes) -> None:
+        """Training loss, every step and smoothed, and both validations."""
+        self.frame(axes)
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            axes.plot(*points(run, x, run.values("loss")), color=colour, alpha=0.28, linewidth=0.7, zorder=2)
+            axes.plot(*points(run, x, self.smoothed(run, "loss")), color=colour, linewidth=2.0, zorder=3)
+            for key, (marker, line, _) in VALIDATIONS.items():
+                at, values = points(run, x, run.values(key))
+                tint = PALETTE[1] if self.single else colour
+                every = max(1, len(at) // 30)
+                marks = slice((len(at) - 1) % every, None, every)  # counted so that the last validation has one
+                axes.plot(at, values, line, color=tint, marker=marker, markevery=marks, zorder=4, **MARKED)
+        curves = [self.smoothed(run, "loss") for run in self.runs]
+        curves += [run.values(key) for run in self.runs for key in VALIDATIONS]
+        axes.set_ylim(*y_range(curves, 0.0, 0.95))
+        axes.set_ylabel("loss (nats a token)")
+        if not self.strips:
+            axes.set_xlabel(self.x_label)
+        self.legends(axes)
+
+    def legends(self, axes: Axes) -> None:
+        """Which run is which colour (top right), and what each kind of line is."""
+        ink, mark = (PALETTE[0], PALETTE[1]) if self.single else (GREY, GREY)
+        handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
+        texts = ["training"]
+        for key, (marker, line, text) in VALIDATIONS.items():
+            if any(run.has(key) for run in self.runs):
+                handles += axes.plot([], [], line, color=mark, marker=marker, **MARKED)
+                texts.append(text)
+        if self.any_sparse:
+            handles.append(Patch(facecolor=SHADE if self.one_schedule else GREY, edgecolor="#BBBBBB", linewidth=0.5))
+            texts.append("sparse phase")
+        if self.single:
+            title = self.label(self.runs[0])
+            axes.legend(handles, texts, title=title, loc="upper right", alignment="left", title_fontsize=10.5)
+            return
+        lines = [Line2D([], [], color=colour, linewidth=2.6) for colour in self.colours]
+        names = axes.legend(lines, [self.label(run) for run in self.runs], loc="upper right", alignment="left")
+        axes.add_artist(names)
+        axes.legend(handles, texts, loc="lower left", ncols=len(handles), bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+
+    def phase_strips(self, axes: Axes, main: Axes) -> None:
+        """Schedules that differ: a bar a run, filled where the run is sparse."""
+        for place, (spans, colour) in enumerate(zip(self.spans, self.colours, strict=True)):
+            for phase, start, end in spans:
+                fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
+                axes.broken_barh([(start, end - start)], (place - 0.36, 0.72), facecolor=fill, linewidth=0)
+        axes.set_ylim(len(self.runs) - 0.5, -0.5)
+        axes.set_yticks([(len(self.runs) - 1) / 2], ["phases"])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(False)
+        axes.set_xlabel(self.x_label)
+        main.tick_params(labelbottom=False)
+
+    def colour_bar(self, figure: Figure, grid: GridSpec, row: int, depth: list[int]) -> None:
+        """Which colour is which layer."""
+        bar = figure.add_subplot(grid[row, 3:])
+        places = np.arange(len(depth) + 1) - 0.5
+        colours = ListedColormap([self.depth_colour(layer, depth) for layer in depth])
+        every = math.ceil(len(depth) / 12)
+        ticks = list(range(0, len(depth), every))
+        norm = BoundaryNorm(places, len(depth))
+        Colorbar(bar, cmap=colours, norm=norm, orientation="horizontal", ticks=ticks)
+        bar.minorticks_off()
+        bar.set_xticklabels([str(depth[tick]) for tick in ticks])
+        bar.text(-0.015, 0.5, "layer", transform=bar.transAxes, ha="right", va="center", color="#333333")
+
+    @staticmethod
+    def depth_colour(layer: int, depth: list[int]) -> Any:
+        """From the first layer, dark, to the last, light."""
+        return colormaps["viridis"](0.92 * depth.index(layer) / max(1, len(depth) - 1))
+
+    def health(self, axes: Axes, metric: str, depth: list[int], separator: str) -> None:
+        """One kind of sparsity health: of a single run by layer and in all, of several in all."""
+        self.frame(axes)
+        curves: list[np.ndarray] = []
+
+        def line(run: Run, x: np.ndarray, key: str, **style: Any) -> None:
+            at, values = points(run, x, run.values(key))
+            few = len(at) < 40  # one a validation
+            axes.plot(at, values, marker="o" if few else "", markersize=1.6 * style["linewidth"], **style)
+            curves.append(values)
+
+        if self.single:
+            for layer in self.runs[0].layers(metric):
+                colour = self.depth_colour(layer, depth)
+                line(self.runs[0], self.x[0], f"layers/{layer}/{metric}", color=colour, linewidth=0.9, alpha=0.85)
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            if run.has(metric):
+                line(run, x, metric, color="black" if self.single else colour, linewidth=2.2, zorder=4)
+        axes.set_title(f"{metric}:{separator}{HEALTH[metric]}")
+        axes.set_ylim(*y_range(curves, 0.01, 0.98))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+    def small(self, axes: Axes, key: str) -> None:
+        """Throughput, smoothed as the loss is, or the learning rate."""
+        self.frame(axes)
+        curves = []
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            if key == "lr":
+                curves.append(run.values(key))
+            else:
+                curves.append(self.smoothed(run, key))
+                axes.plot(*points(run, x, run.values(key)), color=colour, alpha=0.28, linewidth=0.7)
+            axes.plot(*points(run, x, curves[-1]), color=colour, linewidth=1.6)
+        axes.set_ylim(0, y_range(curves, 0.0, 0.99)[1])
+        axes.set_title("learning rate" if key == "lr" else "tokens a second")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(self.x_label)
+        axes.yaxis.set_major_formatter(FuncFormatter(amount))
+
+
+def plot(paths: list[Path], out: Path | None = None, window: int | None = None) -> Path:
+    """Draw the runs into `out` and return where it was written."""
+    if window is not None and window < 1:
+        raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
+    if out is not None and out.suffix.lower() != ".png":
+        raise ConfigError(f"-o {out}: give a file name that ends in .png")
+    runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:  # outputs/a/run and outputs/b/run
+            run.name = "/".join(run.folder.resolve().parts[-2:])
+    out = out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("loss.png"))
+    with rc_context(STYLE):
+        figure = Picture(runs, window).draw()
+        try:
+            figure.savefig(out)
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with -o") from None
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.plot", description="Draw runs from their metrics.jsonl.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a dump folder or a metrics.jsonl")
+    parser.add_argument(
+        "-o", metavar="OUT.png", dest="out", type=Path, help="default: RUN/plot.png, or loss.png for several"
+    )
+    parser.add_argument(
+        "--smooth", metavar="N", type=int, help="logged steps in the running mean; default: a 40th of the run"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(plot(options.runs, options.out, options.smooth))
+    except ConfigError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Shared by the tests: tiny jobs that train in seconds, in this process or under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs.loader import load_config
+from recipes.check import check_config
+from recipes.data import check_data
+from recipes.trainer import SparseTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small corpus: 240 files of Python-like text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in range(240):
+        lines = [f"def f{index}_{line}(x):\n    return x * {line * index % 97} + {line}\n" for line in range(12)]
+        (folder / f"{index:03}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus, tmp_path_factory) -> list[str]:
+    """Command-line keys that make configs/debug.toml a job of seconds: 12 steps, sparse in steps 4 to 8."""
+    cache = tmp_path_factory.mktemp("tokenizers")
+    phases = '[{mode = "dense", end = 3}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
+    keys = {
+        "data.sources": f'[{{type = "text", path = "{corpus}/*.py"}}]',
+        "data.validation_share": "0.1",
+        "tokenizer.cache_folder": str(cache),
+        "tokenizer.vocab_size": "384",
+        "model.dim": "32",
+        "model.n_layers": "2",
+        "model.n_heads": "2",
+        "model.n_kv_heads": "1",
+        "model.hidden_dim": "128",
+        "training.steps": "12",
+        "training.seq_len": "32",
+        "training.local_batch_size": "4",
+        "lr_scheduler.warmup_steps": "2",
+        "validation.freq": "4",
+        "validation.sequences": "6",
+        "metrics.log_freq": "1",
+        "metrics.enable_tensorboard": "false",
+        "checkpoint.interval": "1",
+        "checkpoint.keep_latest_k": "0",
+        "schedule.phases": phases,
+    }
+    return [word for key, value in keys.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture
+def train(tiny):
+    """Run a tiny job in this process: `train(folder, *words, stop_after=None)` returns its rows by step.
+
+    With `stop_after` the run dies, as by an exception nobody expects, after that step's checkpoint.
+    """
+
+    def run(folder: Path, *words: str, recipe: str = "venom_2of16", stop_after: int | None = None) -> dict[int, dict]:
+        command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
+        config, _ = load_config(merge(command, [*words, "--job.dump_folder", str(folder)]))
+        args, spans = check_config(config)
+        check_data(config)
+        trainer = SparseTrainer(config, args, spans)
+        if stop_after is not None:
+            original = trainer._enter_phase
+
+            def enter_phase():
+                if trainer.step == stop_after + 1:
+                    raise KeyboardInterrupt
+                original()
+
+            trainer._enter_phase = enter_phase  # type: ignore[method-assign]
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            trainer.close()
+            dist.destroy_process_group()
+        return rows(folder)
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    torch.set_num_threads(2)
+    return run
+
+
+def merge(words: list[str], more: list[str]) -> list[str]:
+    """Two lists of `--key value`, the second winning where both have a key."""
+    pairs = dict(zip(words[::2], words[1::2], strict=True)) | dict(zip(more[::2], more[1::2], strict=True))
+    return [word for pair in pairs.items() for word in pair]
+
+
+def rows(folder: Path) -> dict[int, dict]:
+    """A run's metrics by step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def losses(run: dict[int, dict]) -> dict[int, float]:
+    return {step: row["loss"] for step, row in run.items()}
+
+
+def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """Run train.py as a user would: under torchrun with so many processes, or plainly with 0."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=localhost:0"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [*command, "train.py", *words],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

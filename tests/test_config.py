@@ -1,0 +1,209 @@
+"""Bad input: one message that names the key or file, the value and the remedy; status 2; no traceback."""
+
+import json
+import re
+import shlex
+import tomllib
+
+import pytest
+from conftest import ROOT, launch
+
+from configs.errors import ConfigError
+from configs.loader import load_config
+from configs.schema import RECIPE_SECTIONS
+from recipes.check import check_config
+
+DEBUG = "--config configs/debug.toml"
+
+
+def check(words: str):
+    config, _ = load_config(shlex.split(words))
+    return config, *check_config(config)
+
+
+# A command line, and what the message has to name: the key or file, the value, the remedy.
+BAD = [
+    ("", ["--config", "configs/debug.toml"]),
+    ("--config", ["config", "no such file"]),
+    ("--config configs/nope.toml", ["configs/nope.toml", "configs/debug.toml"]),
+    ("--config configs", ["configs", "no such file"]),
+    (f"{DEBUG} --recipe recipes/venom.toml", ["recipes/venom.toml", "recipes/venom_2of16.toml"]),
+    (f"{DEBUG} --recipe", ["recipe", "recipes/dense.toml"]),
+    (f"{DEBUG} stray", ["stray", "--section.key value"]),
+    (f"{DEBUG} --training.steps 5 --training.steps 6", ["training.steps", "twice"]),
+    (f"{DEBUG} --training.step 5", ["training.step", "did you mean training.steps?"]),
+    (f"{DEBUG} --trainin.steps 5", ["trainin.steps", "did you mean training.steps?"]),
+    (f"{DEBUG} --activation.pattern venom", ["activation.pattern", "did you mean activations.pattern?"]),
+    (f"{DEBUG} --wholly.unknown 1", ["wholly.unknown", "the keys are"]),
+    (f"{DEBUG} --training.dataset c4", ["training.dataset", "data.sources"]),
+    (f"{DEBUG} --model.hf_assets_path x", ["model.hf_assets_path", "tokenizer.path"]),
+    (f"{DEBUG} --training.steps abc", ["training.steps", "abc", "whole number"]),
+    (f"{DEBUG} --training.steps 2.5", ["training.steps", "2.5", "whole number"]),
+    (f"{DEBUG} --training.steps true", ["training.steps", "true", "whole number"]),
+    (f"{DEBUG} --training.steps", ["training.steps", "needs a value"]),
+    (f"{DEBUG} --optimizer.lr fast", ["optimizer.lr", "fast", "number"]),
+    (f"{DEBUG} --optimizer.lr nan", ["optimizer.lr", "nan", "number"]),
+    (f"{DEBUG} --compile.enable maybe", ["compile.enable", "maybe", "true or false"]),
+    (f"{DEBUG} --activations.pattern venon", ["activations.pattern", "venon", '"venom"']),
+    (f"{DEBUG} --data.sources 5", ["data.sources", "5", "list of table"]),
+    (f"{DEBUG} --data.sources '[{{typ = \"text\"}}]'", ["data.sources[0].typ", "did you mean data.sources[0].type?"]),
+    (f"{DEBUG} --data.sources '[{{weight = -1}}]'", ["data.sources[0].weight", "-1", "at least 0"]),
+    (f"{DEBUG} --training.steps 0", ["training.steps", "0", "at least 1"]),
+    (f"{DEBUG} --training.local_batch_size 0", ["training.local_batch_size", "0", "at least 1"]),
+    (f"{DEBUG} --optimizer.lr -1", ["optimizer.lr", "-1", "at least 0"]),
+    (f"{DEBUG} --data.validation_share 0.9", ["data.validation_share", "0.9", "from 0.0 to 0.5"]),
+    (f"{DEBUG} --tokenizer.vocab_size 100", ["tokenizer.vocab_size", "100", "260"]),
+    (f"{DEBUG} --lr_scheduler.decay_ratio 1.5", ["lr_scheduler.decay_ratio", "1.5", "from 0 to 1"]),
+    (f"{DEBUG} --activations.keep 2 --activations.pattern groups", ["activations.keep", "2", "from 0.0 to 1.0"]),
+    (f"{DEBUG} --activations.keep 0 --activations.pattern groups", ["activations.keep", "above 0"]),
+    (f"{DEBUG} --activations.n 3", ["activations.n = 3", "2 or 4"]),
+    (f"{DEBUG} --activations.m 10", ["activations.m = 10", "multiple of 4"]),
+    (f"{DEBUG} --activations.m 40", ["activations.m = 40", "hidden_dim = 768"]),
+    (f"{DEBUG} --activations.v 0", ["activations.v", "0", "at least 1"]),
+    (f"{DEBUG} --activations.v 4096", ["activations.v = 4096", "2048 tokens", "lower v"]),
+    (f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.g 100", ["activations.g = 100", "hidden_dim = 768"]),
+    (f"{DEBUG} --router.cluster_size 100", ["router.cluster_size = 100", "hidden_dim = 768"]),
+    (f"{DEBUG} --model.hidden_dim 1000", ["activations.m = 16", "hidden_dim = 1000"]),
+    (f"{DEBUG} --recipe recipes/weights_2of4.toml --router.enable true", ["router.enable", "set it to false"]),
+    (f"{DEBUG} --weights.products '[2]'", ["weights.products", "[2]", "1, 3"]),
+    (
+        f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.cut_along_tokens true",
+        ["activations.cut_along_tokens", "groups", "false"],
+    ),
+    (
+        f"{DEBUG} --activations.cut_along_tokens true --training.seq_len 250 --training.local_batch_size 1",
+        ["activations.cut_along_tokens", "250", "16"],
+    ),
+    (f"{DEBUG} --model.name llama_swiglu", ["llama_swiglu", "recipes/dense.toml"]),
+    (f"{DEBUG} --model.flavor 16m", ["model.flavor", "16m", "160m"]),
+    (f"{DEBUG} --model.n_heads 5", ["model.n_heads = 5", "model.dim = 128"]),
+    (f"{DEBUG} --model.n_kv_heads 3", ["model.n_kv_heads = 3", "model.n_heads = 4"]),
+    (f"{DEBUG} --schedule.phases '[]'", ["schedule.phases", "empty"]),
+    (
+        f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 0.5}}, {{mode = "sparse", end = 0.3}}]\'',
+        ["schedule.phases[1].end = 0.3", "order"],
+    ),
+    (f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 5000}}]\'', ["5000", "training.steps = 300", "1.0"]),
+    (f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 1.5}}, {{}}]\'', ["1.5", "share of the run"]),
+    (
+        f'{DEBUG} --schedule.decay_with_tail false --schedule.phases \'[{{mode = "dense", end = 0.5}}]\'',
+        ["step 150", "training.steps = 300"],
+    ),
+    (f"{DEBUG} --recipe recipes/dense.toml --schedule.decay_with_tail true", ["schedule.decay_with_tail", "two phases"]),
+    (f"{DEBUG} --activations.pattern none --weights.pattern none --router.enable false", ["sparse phase", "set one"]),
+    (f"{DEBUG} --parallelism.data_parallel_shard_degree 4", ["data_parallel_shard_degree = 4", "1 process", "-1"]),
+    (f"{DEBUG} --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2", "dense phases only"]),
+    (f"{DEBUG} --parallelism.pipeline_parallel_degree 2", ["pipeline_parallel_degree = 2", "set it to 1"]),
+    (f"{DEBUG} --training.global_batch_size 12", ["global_batch_size = 12", "local_batch_size = 8"]),
+    (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
+    (f"{DEBUG} --checkpoint.async_mode sometimes", ["checkpoint.async_mode", "sometimes", '"async"']),
+    (f"{DEBUG} --optimizer.name SGD", ["optimizer.name", "SGD", "AdamW"]),
+    (f"{DEBUG} --job.dump_folder /dev/null/x", ["job.dump_folder", "/dev/null/x", "another folder"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD, ids=[words.replace(DEBUG, "") or "none" for words, _ in BAD])
+def test_bad_command_line(words, named):
+    with pytest.raises(ConfigError) as error:
+        check(words)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message, message
+
+
+BAD_FILES = [
+    ("config", "recipe = 'recipes/dense.toml'\n[training\nsteps = 3", ["not valid TOML", "line 2"]),
+    ("config", "[training]\nstepz = 3", ["training.stepz", "did you mean training.steps?"]),
+    ("config", "[trainning]\nsteps = 3", ["trainning", "did you mean training?"]),
+    ("config", "[training]\nsteps = '3'", ["training.steps", '"3"', "whole number"]),
+    ("config", "[schedule]\ndecay_with_tail = true", ["[schedule] belongs in a recipe"]),
+    ("config", "training = 3", ["training = 3", "table"]),
+    ("recipe", "[training]\nsteps = 3", ["[training] belongs in a configuration"]),
+    ("recipe", "[activation]\npattern = '2:4'", ["[activation]", "did you mean activations?"]),
+    ("recipe", "[activations]\npatern = '2:4'", ["activations.patern", "did you mean activations.pattern?"]),
+    ("recipe", "[[schedule.phases]]\nmode = 'dens'", ["schedule.phases[0].mode", '"dens"', '"dense"']),
+    ("recipe", "[weights]\nproducts = ['1']", ["weights.products", "list of whole number"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "named"), BAD_FILES)
+def test_bad_file_names_the_file(tmp_path, kind, text, named):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    words = f"--config {file}" if kind == "config" else f"{DEBUG} --recipe {file}"
+    with pytest.raises(ConfigError) as error:
+        check(words)
+    for part in [str(file), *named]:
+        assert part in str(error.value), str(error.value)
+
+
+def test_world_size_must_match_the_degrees(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(f"{DEBUG} --parallelism.data_parallel_shard_degree 2")
+    for words, part in [
+        ("--parallelism.data_parallel_shard_degree 1", "2 processes"),
+        ("--parallelism.data_parallel_replicate_degree 2", "halves gradients"),
+        ("--training.global_batch_size 8", "2 data-parallel ranks"),
+    ]:
+        with pytest.raises(ConfigError, match=part):
+            check(f"{DEBUG} {words}")
+
+
+def test_command_line_over_recipe_over_configuration():
+    config, _, spans = check(f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.keep 0.5 --training.seq-len=128")
+    assert (config.activations.pattern, config.activations.keep, config.activations.v) == ("groups", 0.5, 128)
+    assert config.training.seq_len == 128
+    assert [(span.mode, span.start, span.stop) for span in spans] == [
+        ("dense", 0, 30),
+        ("sparse", 30, 225),
+        ("dense", 225, 300),
+    ]
+    config, *_ = check(f"{DEBUG} --compile.enable --lr_scheduler.decay_ratio none --compile.components model,loss")
+    assert config.compile.enable and config.compile.components == ["model", "loss"]
+
+
+def test_decay_starts_with_the_tail():
+    phases = '[{mode = "dense", end = 30}, {mode = "sparse", end = 0.6}, {mode = "dense"}]'
+    config, *_ = check(f"{DEBUG} --schedule.phases '{phases}'")
+    assert config.lr_scheduler.decay_ratio == pytest.approx(0.4)
+
+
+def test_short_runs_leave_out_phases_of_no_step():
+    _, _, spans = check(f"{DEBUG} --training.steps 2")
+    assert [(span.mode, span.stop) for span in spans] == [("sparse", 2)]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_with_every_recipe(job, recipe):
+    check(f"--config {job} --recipe {recipe}")
+    assert set(tomllib.loads(recipe.read_text())) <= set(RECIPE_SECTIONS)
+
+
+def test_check_prints_the_resolved_configuration():
+    result = launch(*shlex.split(f"{DEBUG} --check --training.steps 77"))
+    assert result.returncode == 0, result.stderr
+    config = json.loads(result.stdout)
+    assert config["training"]["steps"] == 77
+    assert config["activations"]["m"] == 16
+    assert config["lr_scheduler"]["decay_ratio"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_help_lists_every_section():
+    result = launch("--help")
+    assert result.returncode == 0
+    for key in ("--training.steps", "--activations.keep", "--checkpoint.interval", "--data.sources", "--recipe"):
+        assert key in result.stdout
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_error_is_printed_once_with_status_2_and_no_traceback(processes):
+    result = launch(*shlex.split(f"{DEBUG} --training.stepz 5"), processes=processes)
+    output = result.stdout + result.stderr
+    assert result.returncode == 2 if processes == 0 else result.returncode != 0
+    assert len(re.findall("unknown key training.stepz", output)) == 1, output
+    if processes == 0:
+        assert "Traceback" not in output
+    else:
+        assert "exitcode  : 2" in output, output

@@ -1,0 +1,536 @@
+"""Sources, split, mixture, row streams and tokenizer: what a step trains on, and that a resumed run trains on the same."""
+
+import gzip
+import json
+import os
+import sysconfig
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from configs.errors import ConfigError
+from configs.schema import JobConfig, Source
+from configs.titan import HuggingFaceTokenizer
+from recipes import data, tokenizer
+
+
+class Characters:
+    """A tokenizer of one token a character, so that tests see what was packed."""
+
+    bos_id, eos_id = 1, 2
+
+    def encode(self, text, add_bos=False, add_eos=False):
+        return [1] * add_bos + [ord(c) % 251 + 3 for c in text] + [2] * add_eos
+
+
+def document(name: str, index: int) -> str:
+    return f"{name}{index}:" + "abcdefghij"[index % 10] * (index * 7 % 61)
+
+
+def make_config(*sources: Source, rows: int = 4, seq_len: int = 16, workers: int = 0, share: float = 0.1) -> JobConfig:
+    config = JobConfig()
+    config.data.sources = list(sources)
+    config.data.validation_share = share
+    config.training.seq_len = seq_len
+    config.training.local_batch_size = 1
+    config.training.global_batch_size = rows
+    config.training.dataloader.num_workers = workers
+    config.validation.sequences = 4
+    return config
+
+
+def write_files(folder: Path, count: int = 60, name: str = "doc") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"{index:03}.txt").write_text(document(name, index))
+    return folder
+
+
+def texts(config: JobConfig) -> list[str]:
+    return [example["text"] for example in data.load_corpus(config).row(0, 1)]
+
+
+def sequences(config: JobConfig, ranks: int = 1, rank: int = 0):
+    """A rank's micro-batches, with label and input put together again: int64 [local_batch_size, seq_len + 1]."""
+    loader = data.build_dataloader(
+        dp_world_size=ranks, dp_rank=rank, tokenizer=Characters(), job_config=config, infinite=True
+    )
+    return loader, (torch.cat([batch["input"], labels[:, -1:]], dim=1) for batch, labels in loader)
+
+
+def global_batches(config: JobConfig, ranks: int, steps: int) -> list[torch.Tensor]:
+    """The rows of each step as a [B, seq_len + 1] tensor, gathered from all ranks and micro-batches."""
+    micro = config.training.global_batch_size // (ranks * config.training.local_batch_size)
+    streams = [sequences(config, ranks, rank)[1] for rank in range(ranks)]
+    return [torch.cat([batch for stream in streams for batch in islice(stream, micro)]) for _ in range(steps)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    data._load_corpus.cache_clear()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the hub: names of data sets to their splits, streamed in shards."""
+    splits = {}
+
+    def load_dataset(path, name=None, split=None, streaming=False, **options):
+        if not streaming:
+            return load_local(path, name, split=split, **options)
+        found = splits[path]
+        if isinstance(found, Exception):
+            raise found
+        return found[split]
+
+    load_local = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return splits
+
+
+def stream(name: str, count: int, shards: int) -> datasets.IterableDataset:
+    rows = {"body": [document(name, index) for index in range(count)], "id": list(range(count))}
+    return datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=shards)
+
+
+def hub_source(name: str = "org/set", **options) -> Source:
+    return Source(type="hub", path=name, column="body", **options)
+
+
+# Sources
+
+
+def test_stdlib():
+    found = texts(make_config(Source(), share=0.0))
+    assert len(found) > 500
+    assert (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8") in found
+
+
+def test_text_file_folder_and_globs(tmp_path):
+    folder = write_files(tmp_path / "corpus", 5)
+    write_files(folder / "deeper", 3, "deep")
+    (folder / "binary.txt").write_bytes(b"a\0b")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "empty.txt").write_text("")
+    (folder / "other.md").write_bytes(b"kept\r\nas it is")
+    top = {document("doc", index) for index in range(5)}
+    deep = {document("deep", index) for index in range(3)}
+    cases = {
+        folder / "001.txt": {document("doc", 1)},
+        folder: top | deep | {"kept\r\nas it is"},
+        folder / "*.txt": top,
+        folder / "**/*.txt": top | deep,
+        folder / "00[12].txt": {document("doc", 1), document("doc", 2)},
+    }
+    for path, expected in cases.items():
+        found = texts(make_config(Source(type="text", path=str(path)), share=0.0))
+        assert sorted(found) == sorted(expected), path
+
+
+def test_edited_files_are_read_again(tmp_path):
+    folder = write_files(tmp_path / "corpus", 4)
+    lines = tmp_path / "lines.jsonl"
+    for word in ("first", "other"):
+        (folder / "000.txt").write_text(word)
+        lines.write_text(json.dumps({"text": word}) + "\n")
+        for path in (folder, lines):
+            os.utime(path / "000.txt" if path.is_dir() else path, ns=(0, len(word) * 10**9 + hash(word) % 10**9))
+        data._load_corpus.cache_clear()
+        assert word in texts(make_config(Source(type="text", path=str(folder)), share=0.0))
+        assert word in texts(make_config(Source(type="json", path=str(lines)), share=0.0))
+
+
+def test_json_and_parquet(tmp_path):
+    rows = [{"body": document("row", index), "id": index} for index in range(20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "json [1]").mkdir()
+    (tmp_path / "json [1]" / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    expected = sorted(row["body"] for row in rows)
+    for kind, path in (("json", "json [1]"), ("json", "*.gz"), ("parquet", "*.parquet"), ("parquet", "")):
+        source = Source(type=kind, path=str(tmp_path / path), column="body")
+        assert sorted(texts(make_config(source, share=0.0))) == expected, (kind, path)
+
+
+def test_documents_shuffle_by_seed(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
+    orders = []
+    for seed in (0, 1, 0):
+        data._load_corpus.cache_clear()
+        config.data.seed = seed
+        orders.append(texts(config))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+# Split and mixture
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_held_out_documents_are_not_trained_on(tmp_path, hub, streamed):
+    hub["org/set"] = {"train": stream("hub", 300, 3)}
+    sources = [Source(type="text", path=str(write_files(tmp_path / "a", 300)))] + [hub_source()] * streamed
+    config = make_config(*sources, share=0.2)
+    held_out = [example["text"] for example in data.load_corpus(config).held_out()]
+    train = set(texts(config))
+    everything = {document(name, index) for name in ("doc", "hub")[: 1 + streamed] for index in range(300)}
+    assert train.isdisjoint(held_out)
+    assert train | set(held_out) == everything
+    assert len(set(held_out)) == len(held_out)
+    assert 0.12 < len(held_out) / len(everything) < 0.28
+
+
+def test_validation_split_of_the_hub(hub):
+    hub["org/set"] = {"train": stream("train", 40, 2), "validation": stream("valid", 10, 1)}
+    config = make_config(hub_source(validation_split="validation"))
+    assert set(texts(config)) == {document("train", index) for index in range(40)}
+    found = {example["text"] for example in data.load_corpus(config).held_out()}
+    assert found == {document("valid", index) for index in range(10)}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_mixture_weights(tmp_path, hub, streamed):
+    hub["org/set"] = {"train": stream("b", 200, 3)}
+    a = Source(type="text", path=str(write_files(tmp_path / "a", 200, "a")), weight=3.0)
+    b = Source(type="text", path=str(write_files(tmp_path / "b", 200, "b")), weight=1.0)
+    unread = Source(type="text", path="/nowhere", weight=0.0)
+    config = make_config(a, unread, hub_source(weight=1.0) if streamed else b)
+    found = texts(config)
+    assert set(found) >= {
+        text for text in map(lambda i: document("b", i), range(200)) if not data.is_held_out(text, 0.1)
+    }
+    assert 0.7 < sum(text.startswith("a") for text in found) / len(found) < 0.8
+
+
+def test_validation_sequences(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a", 200))))
+    found = data.validation_sequences(Characters(), config)
+    assert found.shape == (4, 17) and found.dtype == torch.int64
+    packed = []
+    for example in data.load_corpus(config).held_out():
+        packed += Characters().encode(example["text"], add_bos=True, add_eos=True)
+    assert found.flatten().tolist() == packed[: 4 * 17]
+    config.validation.sequences = 10**6
+    with pytest.raises(ConfigError, match=r"validation.sequences = 1000000: .* only \d+ sequences.*; lower it"):
+        data.validation_sequences(Characters(), config)
+
+
+# Row streams
+
+
+def source_of(kind: str, tmp_path: Path, hub: dict) -> list[Source]:
+    local = Source(type="text", path=str(write_files(tmp_path / "rows", 40)))
+    hub["org/set"] = {"train": stream("hub", 90, {"few shards": 3, "many shards": 10, "mixture": 3}.get(kind, 1))}
+    return {"local": [local], "mixture": [local, hub_source(weight=2.0)]}.get(kind, [hub_source()])
+
+
+KINDS = ["local", "few shards", "many shards", "mixture"]
+
+
+def test_a_row_packs_every_bth_document(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))), rows=3)
+    order = texts(config)
+    batches = global_batches(config, ranks=1, steps=12)
+    for row in range(3):
+        packed = []
+        for text in order[row::3] * 3:
+            packed += Characters().encode(text, add_bos=True, add_eos=True)
+        assert torch.cat([batch[row] for batch in batches]).tolist() == packed[: 12 * 17]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_global_batch_does_not_depend_on_ranks(tmp_path, hub, kind):
+    config = make_config(*source_of(kind, tmp_path, hub), rows=8, seq_len=32)
+    expected = global_batches(config, ranks=1, steps=25)  # several epochs, 8 micro-batches
+    assert len({tuple(row.tolist()) for batch in expected[:2] for row in batch}) == 16
+    for ranks, local_batch_size in ((2, 1), (4, 2), (1, 4)):
+        config.training.local_batch_size = local_batch_size
+        for one, other in zip(expected, global_batches(config, ranks, 25), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_is_exact(tmp_path, hub, kind, workers):
+    config = make_config(*source_of(kind, tmp_path, hub), rows=4, workers=workers)
+    total = 160 if workers == 0 else 130
+    loader, batches = sequences(config, ranks=2, rank=1)
+    states, expected = [], []
+    for batch in islice(batches, total):
+        expected.append(batch)
+        states.append(loader.state_dict())
+    epochs = data.RowStreams(data.load_corpus(config), Characters(), 16, range(2, 4), 4)
+    list(islice(epochs, total - 20))
+    assert min(epochs.state_dict()["epochs"]) >= 2  # the last resumptions below are in a second epoch
+    # Every point without workers; with a worker a process is started for each.
+    for taken in range(1, total - 20, 1 if workers == 0 and kind == "local" else 5 if workers == 0 else 37):
+        loader, batches = sequences(config, ranks=2, rank=1)
+        loader.load_state_dict(states[taken - 1])
+        found = list(islice(batches, 20))
+        assert torch.equal(torch.cat(found), torch.cat(expected[taken : taken + 20])), taken
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
+    """A state taken after one sequence keeps the places of the rows that have not moved since they were loaded."""
+    config = make_config(*source_of(kind, tmp_path, hub), rows=4)
+
+    def streams():
+        return data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4)
+
+    expected = list(islice(streams(), 120))
+    state, found = streams().state_dict(), []
+    for _ in range(0, 120, 3):
+        rows = streams()
+        rows.load_state_dict(state)
+        assert rows.state_dict() == state
+        found += list(islice(rows, 3))
+        state = rows.state_dict()
+    for (one, _), (other, _) in zip(expected, found, strict=True):
+        assert torch.equal(one["input"], other["input"])
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_resume_of_streamed_files(tmp_path, monkeypatch, kind):
+    """The readers of JSON and Parquet streams, as the hub's data sets have them, resume as exactly."""
+    for shard in range(3):
+        rows = datasets.Dataset.from_dict({"body": [document(f"s{shard}-", index) for index in range(40)]})
+        rows.to_parquet(tmp_path / f"{shard}.parquet", batch_size=7)
+        rows.to_json(tmp_path / f"{shard}.json")
+    files = [str(tmp_path / f"{shard}.{kind}") for shard in range(3)]
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: load(kind, data_files=files, split="train", streaming=True)
+    )
+    config = make_config(hub_source())
+
+    def streams():
+        return data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4)
+
+    rows = streams()
+    expected, states = [], []
+    for sequence in islice(rows, 300):
+        expected.append(sequence[0]["input"])
+        states.append(rows.state_dict())
+    assert min(states[250]["epochs"]) >= 2
+    for taken in range(1, 280, 23):
+        rows = streams()
+        rows.load_state_dict(states[taken - 1])
+        found = [sequence[0]["input"] for sequence in islice(rows, 20)]
+        assert torch.equal(torch.stack(found), torch.stack(expected[taken : taken + 20])), taken
+
+
+def test_epochs_are_logged_once(tmp_path, caplog):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a", 40))))
+    with caplog.at_level("INFO"):
+        list(islice(sequences(config)[1], 200))
+    messages = [record.getMessage() for record in caplog.records]
+    assert not any("re-looped" in message for message in messages)
+    assert sum("epoch 2 begins" in message for message in messages) == 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Source(type="text"), r'data.sources\[0\].path = "": .*needs a path'),
+        (Source(type="text", path="none.txt"), r'data.sources\[0\].path = "none.txt": no such file or folder; give an'),
+        (
+            Source(type="text", path="none/*.txt"),
+            r'path = "none/\*.txt": no file matches; give an existing file, folder',
+        ),
+        (Source(type="text", path="empty"), r'path = "empty": the folder holds no file; give'),
+        (Source(type="json", path="empty"), r'path = "empty": the folder holds no file that ends in .jsonl or'),
+        (
+            Source(type="text", path="binary"),
+            r'path = "binary": no training document \(0 documents read.*; add documents',
+        ),
+        (Source(type="json", path="bad.jsonl"), r'path = "bad.jsonl": the files cannot be read as json \(.*; repair'),
+        (
+            Source(type="parquet", path="bad.jsonl"),
+            r'path = "bad.jsonl": the files cannot be read as parquet \(.*; repair',
+        ),
+        (Source(type="json", path="ok.jsonl"), r'column = "text": no such column; the columns are: body, id'),
+        (Source(type="parquet", path="ok.parquet"), r'column = "text": no such column; the columns are: body, id'),
+        (Source(type="json", path="ok.jsonl", column="id"), r'column = "id": the column does not hold text'),
+        (Source(type="hub"), r'data.sources\[0\].path = "": a source of type "hub" needs a data set'),
+        (Source(weight=0.0), r"data.sources\[0\].weight = 0.0: the weights of all sources are 0; raise one"),
+    ],
+)
+def test_bad_sources(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    rows = datasets.Dataset.from_dict({"body": ["a", "b"], "id": [1, 2]})
+    rows.to_json(tmp_path / "ok.jsonl")
+    rows.to_parquet(tmp_path / "ok.parquet")
+    with pytest.raises(ConfigError, match=message):
+        data.check_data(make_config(source))
+
+
+def test_no_sources():
+    with pytest.raises(ConfigError, match="data.sources = "):
+        data.check_data(make_config())
+
+
+def test_fewer_documents_than_rows(tmp_path, monkeypatch):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a", 5))), rows=8, share=0.0)
+    with pytest.raises(ConfigError, match=r"5 training documents for a global batch of 8 rows.*; add documents"):
+        data.check_data(config)
+    config.training.global_batch_size = 4
+    data.check_data(config)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"training.global_batch_size = 4: not a multiple .* 8; give a multiple of 8"):
+        data.check_data(config)
+    config.training.global_batch_size = -1
+    config.parallelism.tensor_parallel_degree = 2
+    data.check_data(config)  # 4 ranks of data, 1 sequence each
+    assert data.num_rows(config, 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/set' doesn't exist"), r'path = "org/set": .*; check'),
+        (
+            ConnectionError("Couldn't reach 'org/set' on the Hub"),
+            r'path = "org/set": the hub cannot be read .*; check the net',
+        ),
+        (ValueError("Config name is missing.\nPlease pick one: ['en']"), r"name = \"\": .*\['en'\]; give one"),
+        (ValueError('Bad split: train. Available splits: ["test"]'), r'split = "train": Bad split.*; give one'),
+    ],
+)
+def test_bad_answers_of_the_hub(hub, error, message):
+    hub["org/set"] = error
+    with pytest.raises(ConfigError, match=r"data.sources\[0\]\." + message):
+        data.check_data(make_config(hub_source()))
+
+
+def test_missing_column_of_the_hub(hub):
+    hub["org/set"] = {"train": stream("hub", 5, 1)}
+    with pytest.raises(ConfigError, match=r'column = "text": no such column; the columns are: body, id'):
+        data.check_data(make_config(Source(type="hub", path="org/set")))
+
+
+# Tokenizer
+
+WEIRD = [
+    "",
+    " leading and trailing \n\t ",
+    "naïve façade, Ελληνικά, 漢字, हिन्दी",
+    "👩‍👩‍👧‍👦 e\u0301 \u200b\u202e\ufeff \x00\x07\x7f \r\n",
+    "\U0010ffff\ue000\ufffd",
+    "don't   stop   [...]   ?!",
+]
+
+
+@pytest.fixture
+def bpe_config(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a", 200))))
+    config.tokenizer.vocab_size = 300
+    config.tokenizer.cache_folder = str(tmp_path / "tokenizers")
+    return config
+
+
+def test_bpe_round_trip_and_bytes(bpe_config):
+    folder = tokenizer.prepare_tokenizer(bpe_config)
+    bpe = HuggingFaceTokenizer(folder)
+    assert (bpe.get_vocab_size(), bpe.bos_id, bpe.eos_id) == (300, 0, 1)
+    sizes = tokenizer.token_bytes(folder)
+    assert sizes.dtype == torch.int64 and sizes.shape == (300,) and sizes[:2].tolist() == [0, 0]
+    for text in WEIRD:
+        tokens = bpe.encode(text, add_bos=True, add_eos=True)
+        assert tokens[0] == 0 and tokens[-1] == 1 and not {0, 1} & set(tokens[1:-1])
+        assert bpe.decode(tokens) == text
+        assert sizes[tokens].sum() == len(text.encode("utf-8"))
+
+
+def test_bpe_is_trained_once(bpe_config, monkeypatch):
+    folder = tokenizer.prepare_tokenizer(bpe_config)
+    train = tokenizer._train
+    monkeypatch.setattr(tokenizer, "_train", lambda *_: pytest.fail("trained again"))
+    data._load_corpus.cache_clear()
+    assert tokenizer.prepare_tokenizer(bpe_config) == folder
+    monkeypatch.setattr(tokenizer, "_train", train)
+    bpe_config.tokenizer.vocab_size = 290
+    assert tokenizer.prepare_tokenizer(bpe_config) != folder
+    bpe_config.tokenizer.vocab_size = 300
+    Path(bpe_config.data.sources[0].path, "new.txt").write_text("one more document")
+    data._load_corpus.cache_clear()
+    assert tokenizer.prepare_tokenizer(bpe_config) != folder
+
+
+def test_killed_training_leaves_no_tokenizer(bpe_config, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die)
+        tokenizer.prepare_tokenizer(bpe_config)
+    assert not [path for path in Path(bpe_config.tokenizer.cache_folder).iterdir() if path.is_dir()]
+    assert HuggingFaceTokenizer(tokenizer.prepare_tokenizer(bpe_config)).get_vocab_size() == 300
+
+
+def test_bpe_of_a_tiny_corpus_is_smaller(tmp_path, bpe_config, caplog):
+    bpe_config.data.sources = [Source(type="text", path=str(write_files(tmp_path / "tiny", 2)))]
+    bpe_config.data.validation_share = 0.0
+    bpe_config.tokenizer.vocab_size = 5000
+    with caplog.at_level("INFO", logger="sparsetitan"):
+        folder = tokenizer.prepare_tokenizer(bpe_config)
+    assert 258 <= HuggingFaceTokenizer(folder).get_vocab_size() < 5000
+    assert "tokens only" in caplog.text
+
+
+def test_sample_bytes_bounds_the_sample(bpe_config):
+    bpe_config.tokenizer.sample_bytes = 500
+    sample = list(tokenizer._sample(bpe_config))
+    assert 500 <= sum(map(len, sample)) < 600
+    assert sample == texts(bpe_config)[: len(sample)]
+
+
+def test_given_tokenizer(tmp_path, bpe_config):
+    folder = tokenizer.prepare_tokenizer(bpe_config)
+    bpe_config.tokenizer.path = folder
+    assert tokenizer.prepare_tokenizer(bpe_config) == folder
+    (tmp_path / "none").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "tokenizer.json").write_text('{"model": ')
+    for name, problem in (
+        ("missing", "no such folder"),
+        ("none", "no tokenizer can be"),
+        ("corrupt", "no tokenizer can be"),
+    ):
+        bpe_config.tokenizer.path = str(tmp_path / name)
+        with pytest.raises(ConfigError, match=rf'tokenizer.path = ".*{name}": {problem}.*; give a folder'):
+            tokenizer.prepare_tokenizer(bpe_config)
+
+
+def test_unwritable_tokenizer_cache(tmp_path, bpe_config):
+    (tmp_path / "file").write_text("")
+    bpe_config.tokenizer.cache_folder = str(tmp_path / "file" / "tokenizers")
+    with pytest.raises(ConfigError, match=r"tokenizer.cache_folder = .*; give another folder"):
+        tokenizer.prepare_tokenizer(bpe_config)
+
+
+def test_token_bytes_of_sentencepiece(tmp_path):
+    words = ["<unk>", "<s>", "▁a", "bc", "▁", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    piece = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    piece.add_special_tokens(["<unk>", "<s>"])
+    piece.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    piece.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    piece.save(str(tmp_path / "tokenizer.json"))
+    sizes = tokenizer.token_bytes(str(tmp_path))
+    assert sizes[:7].tolist() == [0, 0, 2, 2, 1, 2, 1]
+    for text in (" é", "漢 é"):
+        assert sizes[piece.encode(text).ids].sum() == len(text.encode("utf-8"))

@@ -1,0 +1,250 @@
+"""The plot of synthetic runs: an image of the right size, what it is drawn from, and every refusal."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.figure import Figure
+
+from configs.errors import ConfigError
+from scripts import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+THREE_PHASES = (("dense", 0.2), ("sparse", 0.8), ("dense", 1.0))
+
+
+def write_run(folder: Path, phases=THREE_PHASES, recipe="venom_2of16", steps=200, layers=3, drop=()) -> Path:
+    """A dump folder whose loss decays, with a validation and sparsity health every tenth logged step."""
+    folder.mkdir(parents=True)
+    config = {"recipe": f"recipes/{recipe}.toml", "model": {"name": "llama_relu2", "flavor": "debug"}}
+    (folder / "run.json").write_text(json.dumps({"config": config, "versions": {}}))
+    random = np.random.default_rng(0)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(2, steps + 1, 2):
+            phase = next(name for name, end in phases if step <= end * steps)
+            loss = 2.8 + 7 * math.exp(-step / 10) + random.normal(0, 0.04)
+            line = {"step": step, "phase": phase, "loss": loss, "tokens": step * 4096, "lr": 6e-4, "grad_norm": None}
+            line["tokens_per_second"] = 1e4 if step == 2 else 1e6
+            if step % 20 == 0:
+                line |= {"val_loss": loss, "val_bpb": loss / 3, "nonzero_share": 0.3, "layers/0/nonzero_share": 0.4}
+                if phase == "sparse":
+                    line["val_loss_sparse"] = loss + 0.1
+                    for metric in ("energy_kept", "flip_rate", "router_balance"):
+                        line |= {metric: 0.5} | {f"layers/{i}/{metric}": 0.5 + 0.01 * i for i in range(layers)}
+            kept = {key: value for key, value in line.items() if key.split("/")[-1] not in drop}
+            file.write(json.dumps(kept) + "\n")
+    return folder
+
+
+def pixels(path: Path) -> np.ndarray:
+    """The image, [height, width, channels], after a check of its size and that something is drawn."""
+    picture = image.imread(path)
+    height, width = picture.shape[:2]
+    assert 1400 <= width <= 1600
+    assert 600 <= height <= 2400
+    assert picture[..., :3].std() > 0.02
+    return picture
+
+
+def drawn(*folders: Path, window: int | None = None) -> Figure:
+    return plot.Picture([plot.load_run(folder) for folder in folders], window).draw()
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title(loc="left").split(":")[0] for axes in figure.axes if axes.get_title(loc="left")]
+
+
+def texts(figure: Figure) -> str:
+    legends = [legend for axes in figure.axes for legend in [axes.get_legend(), *axes.artists] if legend]
+    return "\n".join(text.get_text() for legend in legends for text in [legend.get_title(), *legend.get_texts()])
+
+
+@pytest.fixture(autouse=True)
+def style():
+    """The figures that a test draws itself look as the script's do."""
+    with plot.rc_context(plot.STYLE):
+        yield
+
+
+def command(*arguments: str | Path, module: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "scripts.plot"] if module else [str(ROOT / "scripts" / "plot.py")]
+    return subprocess.run([sys.executable, *start, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_one_run_as_a_module(tmp_path):
+    run = write_run(tmp_path / "run")
+    result = command(run)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{run / 'plot.png'}\n", "")
+    pixels(run / "plot.png")
+
+
+def test_several_runs_as_a_file_from_another_folder(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", (("dense", 1.0),), "dense")]
+    result = command(*runs, module=False, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "loss.png\n", "")
+    pixels(tmp_path / "loss.png")
+
+
+def test_a_metrics_file_without_run_json(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "run.json").unlink()
+    assert plot.plot([run / "metrics.jsonl"], tmp_path / "x.png", 1) == tmp_path / "x.png"
+    pixels(tmp_path / "x.png")
+
+
+def test_panels_of_one_run(tmp_path):
+    figure = drawn(write_run(tmp_path / "run"))
+    assert titles(figure) == [*plot.HEALTH, "tokens a second", "learning rate"]
+    assert figure.get_suptitle() == "llama_relu2 debug  ·  venom_2of16"
+    assert "run (venom_2of16): validation" in texts(figure)
+    assert "validation, with the pattern" in texts(figure)
+    shades = [
+        patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == pytest.approx([0.925] * 3, 0.01)
+    ]
+    assert [shade.get_bbox().intervalx.tolist() for shade in shades] == [[40 * 4096, 160 * 4096]]
+    # The first steps' spike, at 9, does not set the range.
+    assert figure.axes[0].get_ylim()[1] < 6
+
+
+@pytest.mark.parametrize("drop", [("flip_rate",), ("flip_rate", "router_balance"), tuple(plot.HEALTH), ("lr",)])
+def test_only_what_is_there_is_drawn(tmp_path, drop):
+    run = write_run(tmp_path / "run", drop=drop)
+    assert not set(drop) & set(titles(drawn(run)))
+    pixels(plot.plot([run]))
+
+
+def test_runs_whose_phases_differ_get_strips(tmp_path):
+    same = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    other = write_run(tmp_path / "c", (("dense", 0.5), ("sparse", 1.0)))
+    assert not plot.Picture([plot.load_run(run) for run in same], None).strips
+    figure = drawn(same[0], other)
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["phases"]
+    assert not figure.axes[0].patches
+    assert len(figure.axes[1].collections) == 5
+
+
+def test_many_runs_and_runs_of_one_name(tmp_path):
+    runs = [write_run(tmp_path / str(i) / "run", recipe=f"recipe{i}") for i in range(9)]
+    out = plot.plot(runs, tmp_path / "many.png")
+    pixels(out)
+    figure = drawn(*runs)
+    assert figure.get_suptitle() == "llama_relu2 debug  ·  9 recipes"
+
+
+def test_smoothing_stops_at_a_change_of_phase():
+    values = np.array([1.0, 2.0, 3.0, 10.0, math.nan, 12.0])
+    index = np.array([0, 0, 0, 1, 1, 1])
+    np.testing.assert_allclose(plot.smooth(values, index, 3), [1.5, 2.0, 2.5, 11.0, math.nan, 11.0])
+    np.testing.assert_allclose(plot.smooth(values, index, 1), values)
+
+
+def test_a_phase_without_values_breaks_the_line(tmp_path):
+    phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
+    run = plot.load_run(write_run(tmp_path / "run", phases))
+    assert np.isnan(plot.points(run, run.tokens, run.values("energy_kept"))[1]).sum() == 1
+    assert not np.isnan(plot.points(run, run.tokens, run.values("nonzero_share"))[1]).any()
+
+
+def test_null_nan_and_missing_values_are_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = ['"loss": 3.0, "tokens": 10', '"loss": NaN', '"loss": null, "lr": Infinity', '"loss": 2.0, "tokens": 40']
+    file.write_text("".join(f'{{"step": {step}, {row}}}\n' for step, row in enumerate(rows, start=1)))
+    run = plot.load_run(file)
+    np.testing.assert_array_equal(run.values("loss"), [3.0, math.nan, math.nan, 2.0])
+    np.testing.assert_array_equal(run.tokens, [10, 20, 30, 40])
+    pixels(plot.plot([file]))
+
+
+def test_a_single_line_is_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.7}\n')
+    pixels(plot.plot([tmp_path]))
+
+
+@pytest.mark.parametrize("cut", ['{"step": 999, "lo', '{"step": 999', "{", "\0\0\0"])
+def test_a_last_line_cut_off_is_ignored(tmp_path, cut):
+    run = write_run(tmp_path / "run")
+    whole = plot.load_run(run).lines
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    assert plot.load_run(run).lines == whole
+
+
+def test_a_complete_last_line_without_newline_counts(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.7}\n{"step": 2, "loss": 9.6}')
+    assert len(plot.load_run(tmp_path).lines) == 2
+
+
+def test_steps_logged_again_after_a_resume_replace_the_first(tmp_path):
+    steps = [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (4, 2.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {loss}}}\n' for s, loss in steps))
+    assert [(line["step"], line["loss"]) for line in plot.load_run(tmp_path).lines] == [(1, 5.0), (2, 4.5), (4, 2.0)]
+
+
+GOOD = '{"step": 1, "loss": 9.7}\n'
+REFUSED = {
+    "empty": ("", "metrics.jsonl: holds no logged step; wait"),
+    "only a cut line": ('{"step": 1', "metrics.jsonl: holds no logged step; wait"),
+    "broken": (GOOD + '{"step": 2,\n' + GOOD, "metrics.jsonl, line 2: not a line of metrics"),
+    "broken last, newline written": (GOOD + "{\n", "metrics.jsonl, line 2: not a line of metrics"),
+    "not an object": (GOOD + "3\n", "metrics.jsonl, line 2: not a line of metrics"),
+    "no step": (GOOD + '{"loss": 1}\n', "metrics.jsonl, line 2: not a line of metrics (no `step`); delete or mend"),
+    "step is text": (GOOD + '{"step": "2"}\n', "metrics.jsonl, line 2: not a line of metrics"),
+    "not text": (GOOD + "\x80\x81\n", "metrics.jsonl, line 2: not a line of metrics"),
+    "no loss": ('{"step": 1, "loss": NaN}\n', "metrics.jsonl: no line holds a finite loss; give"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_metrics(tmp_path, case):
+    content, message = REFUSED[case]
+    (tmp_path / "metrics.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError) as error:
+        plot.plot([tmp_path])
+    assert f"{tmp_path}/{message}" in str(error.value)
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_refused_arguments(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        (str(tmp_path / "none"),): f"error: {tmp_path}/none: no such folder or file; give the dump folder",
+        (str(empty),): f"error: {empty}: no metrics.jsonl in this folder; give the dump folder",
+        (str(run), "--smooth", "0"): "error: --smooth 0: give 1 (no smoothing) or more",
+        (str(run), "-o", "plot.pdf"): "error: -o plot.pdf: give a file name that ends in .png",
+        (
+            str(run),
+            "-o",
+            f"{empty}/no/x.png",
+        ): f"error: {empty}/no/x.png: cannot be written (No such file or directory)",
+    }
+    for arguments, message in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            plot.main(list(arguments))
+        output = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert output.err.startswith(message)
+        assert output.err.count("\n") == 1
+        assert not output.out
+
+
+def test_refused_run_json(tmp_path):
+    run = write_run(tmp_path / "run")
+    for content in ("{", "[]"):
+        (run / "run.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"run\.json: not a run\.json .*; mend it, or delete it"):
+            plot.load_run(run)
+
+
+def test_a_refusal_has_no_traceback(tmp_path):
+    result = command(tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: {tmp_path}: no metrics.jsonl in this folder; give the dump folder (job.dump_folder) of a run\n"
+    )

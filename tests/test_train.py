@@ -1,0 +1,230 @@
+"""The trainer end to end: phases, what a run keeps, exact resume, signals, several ranks.
+
+The tiny job runs 12 steps, sparse in steps 4 to 8, with a checkpoint after every step (see conftest.tiny).
+"""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch, losses, merge, rows
+
+from models.llama import FLAVORS, Llama, llama_args
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+LAST_STEP = 12
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses of a whole run, by recipe; each is trained once."""
+    known: dict[tuple, dict[int, dict]] = {}
+
+    def get(train, recipe: str, *words: str):
+        if (recipe, words) not in known:
+            known[recipe, words] = train(tmp_path_factory.mktemp(recipe), *words, recipe=recipe)
+        return known[recipe, words]
+
+    return get
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_through_its_phases(train, uninterrupted, recipe):
+    run = uninterrupted(train, recipe) if recipe != "dense" else uninterrupted(train, recipe, *DENSE)
+    assert sorted(run) == list(range(1, LAST_STEP + 1))
+    sparse = [step for step, row in run.items() if row["phase"] == "sparse"]
+    assert sparse == ([] if recipe == "dense" else [4, 5, 6, 7, 8])
+    assert run[LAST_STEP]["loss"] < run[1]["loss"] - 0.3
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in run.values())
+
+
+DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
+
+
+def test_a_row_holds_what_was_measured(train, uninterrupted):
+    run = uninterrupted(train, "venom_2of16")
+    keys = {"step", "phase", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "peak_memory_gib"}
+    assert all(keys <= set(row) for row in run.values())
+    assert run[LAST_STEP]["tokens"] == LAST_STEP * 4 * 32
+    assert "mfu" in run[1] if torch.cuda.is_available() else "mfu" not in run[1]
+    # Validation at 4, 8 and 12: twice in a sparse phase.
+    assert {step for step, row in run.items() if "val_loss" in row} == {4, 8, 12}
+    assert {step for step, row in run.items() if "val_loss_sparse" in row} == {4, 8}
+    assert all(0 < run[step]["val_bpb"] < 8 for step in (4, 8, 12))
+    # Health: where the model is evaluated; flips of the 2:4 mask at every sparse step.
+    health = run[8]
+    for name in ("nonzero_share", "energy_kept", "router_balance", "flip_rate"):
+        assert 0 <= health[name] <= 1, name
+        layers = [health[f"layers/{layer}/{name}"] for layer in range(2)]
+        assert min(layers) - 1e-6 <= health[name] <= max(layers) + 1e-6
+    assert 0 < health["nonzero_share"] < 1 and 0.2 < health["energy_kept"] < 1
+    assert {step for step, row in run.items() if "flip_rate" in row} == {4, 5, 6, 7, 8}
+    assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
+
+
+def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path):
+    run = train(tmp_path / "run", "--metrics.enable_tensorboard", "true", "--checkpoint.enable", "false")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert kept["config"]["activations"]["pattern"] == "venom"
+    assert kept["phases"] == [["dense", 1, 3], ["sparse", 4, 8], ["dense", 9, 12]]
+    assert kept["versions"]["torch"] == torch.__version__
+    flops = kept["flops_per_token"]
+    assert 0 < flops["sparse_pattern"] < flops["dense"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "run" / "tb").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses(run))
+    assert [event.value for event in events.Scalars("sparse")] == [0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert events.Scalars("layers/1/energy_kept")[-1].step == 8
+
+
+@pytest.mark.parametrize("recipe", ["venom_2of16", "groups_quarter", "activations_2of4"])
+@pytest.mark.parametrize("killed", [2, 3, 4, 5, 7, 8, 9])
+def test_resume_is_exact_whatever_the_phase(train, uninterrupted, tmp_path, recipe, killed):
+    """Killed before, at and after each switch; the optimizer's moments, scales and clusters come back with the weights."""
+    whole = uninterrupted(train, recipe)
+    train(tmp_path / "run", recipe=recipe, stop_after=killed)
+    resumed = train(tmp_path / "run", recipe=recipe)
+    assert losses(resumed) == losses(whole)
+    assert {s: r.get("val_loss_sparse") for s, r in resumed.items()} == {
+        s: r.get("val_loss_sparse") for s, r in whole.items()
+    }
+
+
+def test_a_second_resume_is_exact_and_so_is_one_from_an_older_checkpoint(train, uninterrupted, tmp_path):
+    whole = uninterrupted(train, "venom_2of16")
+    # With a checkpoint at every fourth step, a run killed after step 6 does steps 5 and 6 again.
+    for stop in (6, 10, None):
+        run = train(tmp_path / "run", "--checkpoint.interval", "4", stop_after=stop)
+    assert losses(run) == losses(whole)
+
+
+def test_reclustering_resumes_exactly_too(train, uninterrupted, tmp_path):
+    words = ("--router.recluster_every", "2")
+    whole = uninterrupted(train, "groups_quarter", *words)
+    assert losses(whole) != losses(uninterrupted(train, "groups_quarter"))
+    for stop in (5, 6, None):
+        run = train(tmp_path / "run", *words, recipe="groups_quarter", stop_after=stop)
+    assert losses(run) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, caplog):
+    whole = uninterrupted(train, "venom_2of16")
+    train(tmp_path / "run", stop_after=6)
+    data = next((tmp_path / "run" / "checkpoint" / "step-6").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    run = train(tmp_path / "run")
+    assert losses(run) == losses(whole)
+    assert (tmp_path / "run" / "checkpoint" / "broken-6").is_dir()
+
+
+def test_reordering_neurons_leaves_the_dense_model_as_it_was(train, tmp_path):
+    """The router permutes neurons and moments at the switch; with nothing cut, losses stay those of the dense recipe."""
+    words = ("--activations.keep", "1.0", "--checkpoint.enable", "false")
+    sparse = train(tmp_path / "sparse", *words, recipe="groups_quarter")
+    dense = train(tmp_path / "dense", *words, *DENSE, "--lr_scheduler.decay_ratio", "0.333333", recipe="dense")
+    assert losses(sparse) == pytest.approx(losses(dense), rel=2e-4)
+
+
+def test_an_earlier_run_in_the_same_folder_is_kept(train, tmp_path):
+    words = ("--checkpoint.enable", "false", "--training.steps", "9")
+    train(tmp_path / "run", *words)
+    train(tmp_path / "run", *words)
+    assert (tmp_path / "run" / "metrics-1.jsonl").exists()
+    assert len(rows(tmp_path / "run")) == 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted, tmp_path, number):
+    folder = tmp_path / "run"
+    words = merge(tiny, ["--job.dump_folder", str(folder), "--checkpoint.interval", "1000"])
+    command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    stopped = max(rows(folder))
+    assert stopped < LAST_STEP and f"stopped by a signal after step {stopped}" in output, output
+    assert (folder / "checkpoint" / "latest").read_text() == f"step-{stopped}"
+    assert losses(train(folder, "--checkpoint.interval", "1000")) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tiny, train, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    words = merge(tiny, ["--job.dump_folder", str(folder)])
+    command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint" / "step-5").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert losses(train(folder)) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
+    """FSDP2 over gloo, the same global batch: dense to rounding; sparse blocks are local to a rank, so within 2%."""
+    half = ["--training.local_batch_size", "2", "--training.global_batch_size", "4"]
+    for recipe, tolerance in (("dense", 1e-4), ("venom_2of16", 0.02), ("groups_quarter", 0.02)):
+        folder = tmp_path / recipe
+        words = merge(tiny, [*half, "--job.dump_folder", str(folder)])
+        extra = list(DENSE) if recipe == "dense" else []
+        result = launch(
+            *["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *merge(words, extra)], processes=2
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("phase begins") == (0 if recipe == "dense" else 2)
+        one = uninterrupted(train, recipe, *DENSE) if recipe == "dense" else uninterrupted(train, recipe)
+        two = rows(folder)
+        assert losses(two) == pytest.approx(losses(one), rel=tolerance)
+        assert two[LAST_STEP]["val_loss"] == pytest.approx(one[LAST_STEP]["val_loss"], rel=tolerance)
+        assert two[LAST_STEP]["tokens"] == one[LAST_STEP]["tokens"]
+
+    # A resume on two ranks is exact as well.
+    folder = tmp_path / "venom_2of16"
+    whole = losses(rows(folder))
+    for step in range(6, LAST_STEP + 1):
+        shutil.rmtree(folder / "checkpoint" / f"step-{step}")
+    (folder / "checkpoint" / "latest").write_text("step-5")
+    words = merge(tiny, [*half, "--job.dump_folder", str(folder)])
+    result = launch("--config", "configs/debug.toml", *words, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(rows(folder)) == whole
+
+
+def test_a_compiled_block_gives_the_eager_losses(train, uninterrupted, tmp_path):
+    words = ("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager")
+    compiled = train(tmp_path / "run", *words)
+    assert losses(compiled) == pytest.approx(losses(uninterrupted(train, "venom_2of16")), rel=1e-3)
+
+
+def test_gradient_accumulation_gives_the_losses_of_one_batch(train, uninterrupted, tmp_path):
+    words = ("--training.local_batch_size", "1", "--training.global_batch_size", "4", *DENSE)
+    run = train(tmp_path / "run", *words, recipe="dense")
+    assert losses(run) == pytest.approx(losses(uninterrupted(train, "dense", *DENSE)), rel=1e-4)
+
+
+def test_the_swiglu_baseline_trains(train, tmp_path):
+    run = train(tmp_path / "run", "--model.name", "llama_swiglu", *DENSE, recipe="dense")
+    assert run[LAST_STEP]["loss"] < run[1]["loss"] - 0.3
+
+
+def test_the_two_models_of_a_flavor_have_equal_parameters():
+    with torch.device("meta"):
+        for flavor in FLAVORS:
+            sizes = [
+                sum(p.numel() for p in Llama(llama_args(flavor, vocab_size=1024, swiglu=swiglu)).parameters())
+                for swiglu in (False, True)
+            ]
+            assert sizes[1] == pytest.approx(sizes[0], rel=0.005), flavor

@@ -1,0 +1,51 @@
+"""Train a language model through dense and sparse phases.
+
+    torchrun --nproc_per_node=8 train.py --config configs/1b.toml --recipe recipes/venom_2of16.toml
+
+reads the job (configs/loader.py), checks what its keys mean together (recipes/check.py) and trains it
+(recipes/trainer.py). The exit status is 2 for input that cannot be run.
+"""
+
+import json
+import os
+import sys
+
+import torch.distributed as dist
+
+import kernels
+from configs.errors import ConfigError, exit_with
+
+if not hasattr(kernels, "sparse_feed_forward"):
+    exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
+
+from recipes.data import check_data
+
+from configs.loader import load_config, resolved
+from recipes.check import check_config
+from recipes.trainer import SparseTrainer
+
+
+def main(args: list[str]) -> None:
+    config, only_check = load_config(args)
+    model_args, spans = check_config(config)
+    if only_check:
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(resolved(config), indent=2))
+        return
+    check_data(config)
+    trainer = SparseTrainer(config, model_args, spans)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        exit_with(error)
+    sys.stdout.flush()
+    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down.
+    os._exit(0)
