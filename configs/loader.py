@@ -153,7 +153,7 @@ def _unknown(key: str, cls: type, prefix: str, source: str) -> ConfigError:
         return ConfigError(f"{source}: {key} has no meaning here: use {REPLACED[key]} instead")
     name = key.removeprefix(prefix)
     siblings = [other for other in typing.get_type_hints(cls) if f"{prefix}{other}" not in REPLACED and other[0] != "_"]
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    close = [] if "." in name else difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     candidates = [f"{prefix}{other}" for other in close or siblings]
     elsewhere = [] if close else difflib.get_close_matches(key, _keys(JobConfig), n=1, cutoff=0.75)
     return ConfigError(f"{source}: unknown key {key}{_nearest(key, elsewhere or candidates)}")

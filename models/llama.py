@@ -12,7 +12,9 @@ Products (2) to (6) of the ungated one can be sparse: `models/feed_forward.py`.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.titan import RoPEScalingArgs, SwiGLU, Transformer, TransformerModelArgs
 from models.feed_forward import FeedForward, FeedForwardSparsity
@@ -55,6 +57,27 @@ class Llama(Transformer):
         super().__init__(model_args)
         for block in self.layers.values():
             block.feed_forward = _feed_forward(model_args)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Initialise parameters and buffers as torchtitan does, to the same values on any number of ranks.
+
+        On GPUs DTensor draws a shard's values as the whole tensor's would have been. On CPU ranks it draws the same
+        values into every shard, so there each rank draws the whole model and keeps its own shards.
+        """
+        sharded = [parameter for parameter in self.parameters() if isinstance(parameter, DTensor)]
+        if not sharded or sharded[0].device_mesh.device_type != "cpu":
+            super().init_weights(buffer_device)
+            return
+        with torch.device("meta"):
+            whole = Llama(self.model_args)
+        whole.to_empty(device="cpu").init_weights()
+        for mine, theirs in zip(self.parameters(), whole.parameters(), strict=True):
+            if isinstance(mine, DTensor):
+                mine.copy_(distribute_tensor(theirs, mine.device_mesh, mine.placements, src_data_rank=None))
+            else:
+                mine.copy_(theirs)
+        for mine, theirs in zip(self.buffers(), whole.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def feed_forwards(self) -> list[FeedForward]:
         """The squared-ReLU FFNs in order of depth; none in a SwiGLU model."""

@@ -16,13 +16,14 @@ data-parallel rank r of R owns the rows r B/R, ..., (r+1) B/R - 1 and takes one 
 `training.local_batch_size` to a micro-batch. The global batch of every step is the same for any R and any number of
 gradient accumulation steps, which makes runs on 1 and on 8 GPUs comparable loss by loss.
 
-A row is torchtitan's HuggingFaceTextDataset, and its state is what that keeps: its place in its documents and the
+A row is a HuggingFaceTextDataset of torchtitan, and its state is what that keeps: its place in its documents and the
 tokens left over from packing. The state of a rank is the state of its rows and which row is next, so a run resumes with
 exactly the next sequence, also from between two micro-batches and across the end of an epoch.
 
 A streamed source has no index to pick documents b, b + B, ... by. With at least B shards, row b reads the shards b,
 b + B, ...; with fewer, several rows read one shard and each keeps its turn of the documents, which costs each of them
-the download of the whole shard.
+the download of the whole shard. `datasets` draws the sources of a streamed mixture differently in a worker process, so
+there training.dataloader.num_workers changes the order; nothing else depends on it.
 """
 
 import functools
@@ -144,6 +145,8 @@ def _check_column(key: str, column: str, features: datasets.Features) -> None:
 def _load_files(key: str, source: Source, files: list[str]) -> datasets.Dataset:
     """Local files as a memory-mapped data set with the column `text`."""
     if source.type in ("stdlib", "text"):
+        if next(_read_whole_files(tuple(files)), None) is None:
+            raise refuse(f"{key}.path", source.path, "no file in it is UTF-8 text", "give other files")
         # The name of the cached Arrow file: edited files must not give yesterday's documents.
         stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
         fingerprint = hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
@@ -159,7 +162,9 @@ def _load_files(key: str, source: Source, files: list[str]) -> datasets.Dataset:
     escaped = [glob.escape(file) for file in files]
     dataset = datasets.load_dataset(source.type, data_files=escaped, split="train", **options)
     _check_column(f"{key}.column", source.column, dataset.features)
-    dataset = dataset.select_columns([source.column]).rename_column(source.column, "text")
+    dataset = dataset.select_columns([source.column])
+    if source.column != "text":
+        dataset = dataset.rename_column(source.column, "text")
     return dataset if dataset.features == TEXT else dataset.cast(TEXT)
 
 
@@ -306,7 +311,7 @@ class Corpus:
         From an epoch's number alone `datasets` draws both the order of the shards and the sources of the documents. So
         rows start far apart: counting from 0, they would all draw the same source at the same time.
         """
-        return 1 + ((self.seed * rows + row) << 16)
+        return 1 + ((self.seed * rows + row) % 2**40 << 16)
 
     def held_out(self) -> Documents | None:
         """The documents for validation in their shuffled order, each of them once; None if nothing is held out."""
@@ -406,6 +411,26 @@ def _is_not_reloop(record: logging.LogRecord) -> bool:
     return record.msg != f"Dataset {DATASET} is being re-looped"
 
 
+class Row(HuggingFaceTextDataset):
+    """torchtitan's packing of a stream of documents, which here counts its epochs and does not loop over nothing."""
+
+    epoch = 0
+    _found_nothing = False
+
+    def _get_data_iter(self) -> Iterator[dict[str, Any]]:
+        self.epoch += 1
+        documents = 0
+        for documents, sample in enumerate(super()._get_data_iter(), 1):  # noqa: B007
+            yield sample
+        # A resumed epoch may have been at its end; one more without a document is one of many.
+        if documents == 0 and self._found_nothing:
+            raise ConfigError(
+                "data.sources: a row of the global batch finds no document in its part of the stream; "
+                "add a source, or lower training.global_batch_size or training.local_batch_size"
+            )
+        self._found_nothing = documents == 0
+
+
 class RowStreams(torch.utils.data.IterableDataset, Stateful):
     """One sequence from each row of a rank in turn: the rank's part of step 1, of step 2, ...
 
@@ -433,16 +458,14 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         DATASETS[DATASET] = DatasetConfig(
             path="0/1", loader=lambda path: corpus.row(*map(int, path.split("/"))), sample_processor=_text_of
         )
-        self.rows = [
-            HuggingFaceTextDataset(DATASET, f"{row}/{num_rows}", tokenizer, seq_len, infinite=infinite) for row in rows
-        ]
+        self.rows = [Row(DATASET, f"{row}/{num_rows}", tokenizer, seq_len, infinite=infinite) for row in rows]
         if corpus.streamed:
             for number, row in zip(rows, self.rows, strict=True):
                 row._data.set_epoch(corpus.first_epoch(number, num_rows))
         # torchtitan warns whenever a row starts over; one line an epoch, below, says as much.
         logging.getLogger().addFilter(_is_not_reloop)
         self._next_row = 0
-        self._epochs = [1] * len(self.rows)
+        self._epoch = 1
         # States that have been loaded into rows that have not moved since. A stream that has not moved does not know
         # its state.
         self._loaded: list[dict[str, Any] | None] = [None] * len(self.rows)
@@ -451,41 +474,48 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         iterators = [iter(row) for row in self.rows]
         while True:
             i = self._next_row
-            document = self.rows[i]._sample_idx
             sequence = next(iterators[i], None)
             if sequence is None:
                 return
             self._loaded[i] = None
             self._next_row = (i + 1) % len(self.rows)
-            if self.rows[i]._sample_idx < document:
-                self._epochs[i] += 1
-                if self._epochs[i] > max(self._epochs[:i] + self._epochs[i + 1 :], default=1):
-                    logger.info("all documents of a row of the batch are read, epoch %d begins", self._epochs[i])
+            if self.rows[i].epoch > self._epoch:
+                self._epoch = self.rows[i].epoch
+                logger.info("a row of the batch has read all of its documents, epoch %d begins", self._epoch)
             yield sequence
 
     def state_dict(self) -> dict[str, Any]:
         """Where every row is, as of the last sequence that was taken; a copy."""
         return {
             "next_row": self._next_row,
-            "epochs": list(self._epochs),
+            "epoch": self._epoch,
             "rows": [loaded or self._row_state(row) for loaded, row in zip(self._loaded, self.rows, strict=True)],
         }
 
     @staticmethod
-    def _row_state(row: HuggingFaceTextDataset) -> dict[str, Any]:
+    def _row_state(row: Row) -> dict[str, Any]:
         state = row.state_dict()
+        state["epoch"] = row.epoch
         state["token_buffer"] = list(state["token_buffer"])  # the row goes on to extend its own
         if isinstance(row._data, datasets.IterableDataset):
             state["stream_epoch"] = row._data.epoch
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Call it before iterating."""
+        """Go on where `state_dict` was taken. Call it before iterating.
+
+        Raises:
+            ConfigError: the state is of another number of rows.
+        """
+        if len(state_dict["rows"]) != len(self.rows):
+            problem = f"the checkpoint has {len(state_dict['rows'])} rows a rank and this run {len(self.rows)}"
+            raise ConfigError(f"training.global_batch_size: {problem}; resume with the batch size and ranks of the run")
         self._next_row = state_dict["next_row"]
-        self._epochs = list(state_dict["epochs"])
+        self._epoch = state_dict["epoch"]
         self._loaded = list(state_dict["rows"])
         for row, state in zip(self.rows, state_dict["rows"], strict=True):
             row.load_state_dict({**state, "token_buffer": list(state["token_buffer"])})
+            row.epoch = max(state["epoch"] - 1, 0)  # it counts again when it starts to read
             if isinstance(row._data, datasets.IterableDataset):
                 # A stream heeds a loaded state only in the epoch that the state is of.
                 row._data.set_epoch(state["stream_epoch"])

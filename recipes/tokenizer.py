@@ -53,14 +53,18 @@ def prepare_tokenizer(config: JobConfig) -> str:
         return config.tokenizer.path
     folder = Path(config.tokenizer.cache_folder) / _cache_name(config)
     if not folder.exists():
+        lock = FileLock(f"{folder}.lock")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    _train(config, folder)
+            lock.acquire()
         except OSError as error:
             key, problem = "tokenizer.cache_folder", f"cannot be written ({error})"
             raise refuse(key, config.tokenizer.cache_folder, problem, "give another folder") from error
+        try:
+            if not folder.exists():  # another rank may have trained it while this one waited
+                _train(config, folder)
+        finally:
+            lock.release()
     return str(folder)
 
 

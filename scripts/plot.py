@@ -164,6 +164,16 @@ def load_run(path: Path) -> Run:
     )
 
 
+def load_runs(paths: list[Path]) -> list[Run]:
+    """The runs, by their folder's name; where several share it, as in outputs/a/run and outputs/b/run, by one more."""
+    runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = "/".join(run.folder.resolve().parts[-2:])
+    return runs
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl.
 
@@ -360,7 +370,8 @@ class Picture:
                 axes.plot(at, values, line, color=tint, marker=marker, markevery=marks, zorder=4, **MARKED)
         curves = [self.smoothed(run, "loss") for run in self.runs]
         curves += [run.values(key) for run in self.runs for key in VALIDATIONS]
-        axes.set_ylim(*y_range(curves, 0.0, 0.95))
+        # All as one curve, so that a run that ended early and high does not set the range.
+        axes.set_ylim(*y_range([np.concatenate(curves)], 0.0, 0.95))
         axes.set_ylabel("loss (nats a token)")
         if not self.strips:
             axes.set_xlabel(self.x_label)
@@ -467,11 +478,7 @@ def plot(paths: list[Path], out: Path | None = None, window: int | None = None) 
         raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"-o {out}: give a file name that ends in .png")
-    runs = [load_run(path) for path in paths]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:  # outputs/a/run and outputs/b/run
-            run.name = "/".join(run.folder.resolve().parts[-2:])
+    runs = load_runs(paths)
     out = out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("loss.png"))
     with rc_context(STYLE):
         figure = Picture(runs, window).draw()

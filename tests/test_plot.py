@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from configs.errors import ConfigError
 from scripts import plot
@@ -51,8 +52,8 @@ def pixels(path: Path) -> np.ndarray:
     return picture
 
 
-def drawn(*folders: Path, window: int | None = None) -> Figure:
-    return plot.Picture([plot.load_run(folder) for folder in folders], window).draw()
+def drawn(*folders: Path) -> Figure:
+    return plot.Picture(plot.load_runs(list(folders)), None).draw()
 
 
 def titles(figure: Figure) -> list[str]:
@@ -60,7 +61,7 @@ def titles(figure: Figure) -> list[str]:
 
 
 def texts(figure: Figure) -> str:
-    legends = [legend for axes in figure.axes for legend in [axes.get_legend(), *axes.artists] if legend]
+    legends = [legend for legend in figure.findobj(Legend) if isinstance(legend, Legend)]
     return "\n".join(text.get_text() for legend in legends for text in [legend.get_title(), *legend.get_texts()])
 
 
@@ -103,10 +104,9 @@ def test_panels_of_one_run(tmp_path):
     assert figure.get_suptitle() == "llama_relu2 debug  ·  venom_2of16"
     assert "run (venom_2of16): validation" in texts(figure)
     assert "validation, with the pattern" in texts(figure)
-    shades = [
-        patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == pytest.approx([0.925] * 3, 0.01)
-    ]
-    assert [shade.get_bbox().intervalx.tolist() for shade in shades] == [[40 * 4096, 160 * 4096]]
+    (shade,) = figure.axes[0].patches
+    extent = shade.get_extents().transformed(figure.axes[0].transData.inverted())
+    assert extent.intervalx == pytest.approx([40 * 4096, 160 * 4096])
     # The first steps' spike, at 9, does not set the range.
     assert figure.axes[0].get_ylim()[1] < 6
 
@@ -121,7 +121,7 @@ def test_only_what_is_there_is_drawn(tmp_path, drop):
 def test_runs_whose_phases_differ_get_strips(tmp_path):
     same = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     other = write_run(tmp_path / "c", (("dense", 0.5), ("sparse", 1.0)))
-    assert not plot.Picture([plot.load_run(run) for run in same], None).strips
+    assert not plot.Picture(plot.load_runs(same), None).strips
     figure = drawn(same[0], other)
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["phases"]
     assert not figure.axes[0].patches
@@ -129,11 +129,16 @@ def test_runs_whose_phases_differ_get_strips(tmp_path):
 
 
 def test_many_runs_and_runs_of_one_name(tmp_path):
-    runs = [write_run(tmp_path / str(i) / "run", recipe=f"recipe{i}") for i in range(9)]
-    out = plot.plot(runs, tmp_path / "many.png")
-    pixels(out)
+    runs = [write_run(tmp_path / str(i) / "_$run$", recipe=f"recipe{i}") for i in range(9)]
+    pixels(plot.plot(runs, tmp_path / "many.png"))
     figure = drawn(*runs)
+    assert all(f"{i}/_$run$ (recipe{i}): validation" in texts(figure) for i in range(9))
     assert figure.get_suptitle() == "llama_relu2 debug  ·  9 recipes"
+
+
+def test_a_run_that_ended_early_does_not_set_the_range(tmp_path):
+    long, short = write_run(tmp_path / "long"), write_run(tmp_path / "short", steps=8)
+    assert drawn(long, short).axes[0].get_ylim()[1] < 7
 
 
 def test_smoothing_stops_at_a_change_of_phase():

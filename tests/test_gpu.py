@@ -1,0 +1,44 @@
+"""On a CUDA device: the tiny job of every recipe, in float32 beside the CPU's losses and as users run it, compiled and in bf16."""
+
+import pytest
+import torch
+from conftest import ROOT, losses
+from test_train import DENSE, LAST_STEP
+
+pytestmark = pytest.mark.gpu
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+BF16 = ("--training.mixed_precision_param", "bfloat16", "--compile.enable", "true")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_compiled_bf16_follows_eager_float32(train, tmp_path, recipe):
+    words = DENSE if recipe == "dense" else ()
+    torch._dynamo.reset()
+    eager = train(tmp_path / "eager", *words, recipe=recipe)
+    compiled = train(tmp_path / "compiled", *words, *BF16, recipe=recipe)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=0.02)
+    assert compiled[LAST_STEP]["loss"] < compiled[1]["loss"] - 0.3
+    assert 0 < compiled[LAST_STEP]["mfu"] == compiled[LAST_STEP]["mfu_executed"]
+
+
+def test_phases_compile_once(train, tmp_path):
+    """Dense, sparse, dense: a graph a mode and none for the way back, in training and in evaluation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = {}
+    phases = '[{mode = "dense", end = 2}, {mode = "sparse", end = 4}, {mode = "dense"}]'
+    for steps, words in (("dense", DENSE), ("phases", ("--schedule.phases", phases))):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(tmp_path / steps, *words, *BF16, "--compile.components", "model")
+        graphs[steps] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs["phases"] == 2 * graphs["dense"], graphs
+
+
+def test_resume_follows_the_uninterrupted_run(train, tmp_path):
+    whole = train(tmp_path / "whole", *BF16)
+    for stop in (6, None):
+        torch._dynamo.reset()
+        run = train(tmp_path / "run", *BF16, stop_after=stop)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
