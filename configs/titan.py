@@ -60,7 +60,7 @@ from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  #
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
 from torchtitan.components.optimizer import build_optimizers  # noqa: E402
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer, build_hf_tokenizer  # noqa: E402
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer  # noqa: E402
 from torchtitan.components.validate import BaseValidator  # noqa: E402
 from torchtitan.config import job_config as titan_config  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
@@ -100,7 +100,6 @@ __all__ = [
     "Transformer",
     "TransformerModelArgs",
     "build_cross_entropy_loss",
-    "build_hf_tokenizer",
     "build_lr_schedulers",
     "build_optimizers",
     "device_module",

@@ -96,7 +96,7 @@ def _cache_name(config: JobConfig) -> str:
     digest = hashlib.blake2b(json.dumps(spec).encode(), digest_size=6).hexdigest()
     names = [Path(source.path).stem or source.type for source in config.data.sources if source.weight > 0]
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(names)).strip("-")[:40]
-    return f"{readable}-{config.tokenizer.vocab_size}-{digest}"
+    return f"{readable or 'corpus'}-{config.tokenizer.vocab_size}-{digest}"
 
 
 def _sample(config: JobConfig) -> Iterator[str]:
@@ -145,6 +145,16 @@ def _train(config: JobConfig, folder: Path) -> None:
             shutil.rmtree(unfinished)
     seconds = time.perf_counter() - start
     logger.info("trained a BPE of %d tokens in %.1f s: %s", tokenizer.get_vocab_size(), seconds, folder)
+
+
+def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+    """The prepared tokenizer, as torchtitan's TrainSpec asks for it.
+
+    A document that spells out the name of a special token, as the source of a tokenizer does, means the text.
+    """
+    tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
+    tokenizer.tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _is_byte_level(spec: Any) -> bool:

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from recipes.data import build_dataloader
-from recipes.tokenizer import prepare_tokenizer, token_bytes
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,9 +28,11 @@ from configs.loader import resolved
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SafeCheckpointManager
+from recipes.data import build_dataloader, load_corpus
 from recipes.metrics import Metrics, build_metrics
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity
+from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator
 
 logger = logging.getLogger("sparsetitan")
@@ -154,10 +154,14 @@ class SparseTrainer(titan.Trainer):
         ffn_flops = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
         saved = ffn_flops * (1 - args.sparsity.flops_share())
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
-        device = titan.device_module.get_device_name()
+        device, corpus = titan.device_module.get_device_name(), load_corpus(config)
         run = {
             "config": resolved(config),
             "command": sys.argv,
+            "corpus": {
+                "documents": None if corpus.streamed else len(corpus.documents),
+                "file_bytes": sum(size for part in corpus.parts for _, size in part.files),
+            },
             "parameters": parameters,
             "vocabulary": args.vocab_size,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
@@ -166,7 +170,7 @@ class SparseTrainer(titan.Trainer):
             "backend": "reference",
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
-            "hardware": {"device": device, "ranks": dist.get_world_size(), "host": socket.gethostname()},
+            "hardware": {"device": device, "ranks": dist.get_world_size()},
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = Path(config.job.dump_folder) / "run.json"
@@ -226,7 +230,7 @@ def _register(config: JobConfig, args: LlamaArgs) -> None:
         build_optimizers_fn=titan.build_optimizers,
         build_lr_schedulers_fn=titan.build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=titan.build_hf_tokenizer,
+        build_tokenizer_fn=build_tokenizer,
         build_loss_fn=titan.build_cross_entropy_loss,
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics,

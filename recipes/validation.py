@@ -7,19 +7,22 @@ Loss is in nats a token and depends on the tokenizer; bits per byte does not:
 Markers of beginning and end stand for no bytes but cost their loss, so bpb is on the safe side.
 """
 
+import logging
 import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from recipes.data import validation_sequences
-from recipes.tokenizer import token_bytes
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from configs.schema import JobConfig
 from configs.titan import IGNORE_INDEX, BaseTokenizer, BaseValidator, ParallelDims, device_type
+from recipes.data import validation_sequences
+from recipes.tokenizer import token_bytes
+
+logger = logging.getLogger("sparsetitan")
 
 
 class Score(NamedTuple):
@@ -52,6 +55,12 @@ class Validator(BaseValidator):
         sequences = validation_sequences(tokenizer, job_config)
         self.inputs, self.labels = sequences[:, :-1], sequences[:, 1:]
         self.bytes = token_bytes(job_config.model.hf_assets_path)[self.labels].sum(1)
+        share = self.labels.flatten().bincount().double() / self.labels.numel()
+        entropy = -torch.xlogy(share, share).sum().item()
+        logger.info(
+            f"validation on {len(sequences)} sequences, {int(self.bytes.sum())} bytes, "
+            f"of unigram entropy {entropy:.3f} nats a token"
+        )
         self.batch_size = job_config.training.local_batch_size
         # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.
         batches = -(-len(sequences) // (self.batch_size * dp_world_size))

@@ -83,13 +83,16 @@ BAD = [
         f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 0.5}}, {{mode = "sparse", end = 0.3}}]\'',
         ["schedule.phases[1].end = 0.3", "order"],
     ),
-    (f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 5000}}]\'', ["5000", "training.steps = 300", "1.0"]),
-    (f'{DEBUG} --schedule.phases \'[{{mode = "dense", end = 1.5}}, {{}}]\'', ["1.5", "share of the run"]),
+    (f"{DEBUG} --schedule.phases '[{{mode = \"dense\", end = 5000}}]'", ["5000", "training.steps = 400", "1.0"]),
+    (f"{DEBUG} --schedule.phases '[{{mode = \"dense\", end = 1.5}}, {{}}]'", ["1.5", "share of the run"]),
     (
-        f'{DEBUG} --schedule.decay_with_tail false --schedule.phases \'[{{mode = "dense", end = 0.5}}]\'',
-        ["step 150", "training.steps = 300"],
+        f"{DEBUG} --schedule.decay_with_tail false --schedule.phases '[{{mode = \"dense\", end = 0.5}}]'",
+        ["step 200", "training.steps = 400"],
     ),
-    (f"{DEBUG} --recipe recipes/dense.toml --schedule.decay_with_tail true", ["schedule.decay_with_tail", "two phases"]),
+    (
+        f"{DEBUG} --recipe recipes/dense.toml --schedule.decay_with_tail true",
+        ["schedule.decay_with_tail", "two phases"],
+    ),
     (f"{DEBUG} --activations.pattern none --weights.pattern none --router.enable false", ["sparse phase", "set one"]),
     (f"{DEBUG} --parallelism.data_parallel_shard_degree 4", ["data_parallel_shard_degree = 4", "1 process", "-1"]),
     (f"{DEBUG} --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2", "dense phases only"]),
@@ -151,7 +154,10 @@ def test_world_size_must_match_the_degrees(monkeypatch):
 
 
 def test_command_line_over_recipe_over_configuration():
-    config, _, spans = check(f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.keep 0.5 --training.seq-len=128")
+    config, _, spans = check(
+        f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.keep 0.5 "
+        "--training.seq-len=128 --training.steps=300"
+    )
     assert (config.activations.pattern, config.activations.keep, config.activations.v) == ("groups", 0.5, 128)
     assert config.training.seq_len == 128
     assert [(span.mode, span.start, span.stop) for span in spans] == [

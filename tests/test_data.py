@@ -553,3 +553,14 @@ def test_token_bytes_of_sentencepiece(tmp_path):
     assert sizes[:7].tolist() == [0, 0, 2, 2, 1, 2, 1]
     for text in (" é", "漢 é"):
         assert sizes[piece.encode(text).ids].sum() == len(text.encode("utf-8"))
+
+
+def test_special_tokens_spelt_out_in_a_document_are_text(tmp_path):
+    config = make_config(Source("text", str(write_files(tmp_path / "docs"))))
+    config.tokenizer.vocab_size = 300
+    config.tokenizer.cache_folder = str(tmp_path / "cache")
+    config.model.hf_assets_path = tokenizer.prepare_tokenizer(config)
+    built = tokenizer.build_tokenizer(config)
+    ids = built.encode("a<|end_of_text|>b", add_bos=True, add_eos=True)
+    assert ids.count(built.bos_id) == ids.count(built.eos_id) == 1
+    assert built.tokenizer.decode(ids) == "a<|end_of_text|>b"

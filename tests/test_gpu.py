@@ -1,4 +1,7 @@
-"""On a CUDA device: the tiny job of every recipe, in float32 beside the CPU's losses and as users run it, compiled and in bf16."""
+"""
+On a CUDA device: the tiny job of every recipe, in float32 beside the CPU's losses and as users run it, compiled and
+in bf16.
+"""
 
 import pytest
 import torch

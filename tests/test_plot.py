@@ -130,7 +130,6 @@ def test_runs_whose_phases_differ_get_strips(tmp_path):
 
 def test_many_runs_and_runs_of_one_name(tmp_path):
     runs = [write_run(tmp_path / str(i) / "_$run$", recipe=f"recipe{i}") for i in range(9)]
-    pixels(plot.plot(runs, tmp_path / "many.png"))
     figure = drawn(*runs)
     assert all(f"{i}/_$run$ (recipe{i}): validation" in texts(figure) for i in range(9))
     assert figure.get_suptitle() == "llama_relu2 debug  ·  9 recipes"

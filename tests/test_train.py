@@ -5,6 +5,7 @@ The tiny job runs 12 steps, sparse in steps 4 to 8, with a checkpoint after ever
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,17 @@ def test_every_recipe_trains_through_its_phases(train, uninterrupted, recipe):
 
 def test_a_row_holds_what_was_measured(train, uninterrupted):
     run = uninterrupted(train, "venom_2of16")
-    keys = {"step", "phase", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "peak_memory_gib"}
+    keys = {
+        "step",
+        "phase",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "peak_memory_gib",
+    }
     assert all(keys <= set(row) for row in run.values())
     assert run[LAST_STEP]["tokens"] == LAST_STEP * 4 * 32
     assert "mfu" in run[1] if torch.cuda.is_available() else "mfu" not in run[1]
@@ -88,7 +99,9 @@ def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path)
 @pytest.mark.parametrize("recipe", ["venom_2of16", "groups_quarter", "activations_2of4"])
 @pytest.mark.parametrize("killed", [2, 3, 4, 5, 7, 8, 9])
 def test_resume_is_exact_whatever_the_phase(train, uninterrupted, tmp_path, recipe, killed):
-    """Killed before, at and after each switch; the optimizer's moments, scales and clusters come back with the weights."""
+    """
+    Killed before, at and after each switch; the optimizer's moments, scales and clusters come back with the weights.
+    """
     whole = uninterrupted(train, recipe)
     train(tmp_path / "run", recipe=recipe, stop_after=killed)
     resumed = train(tmp_path / "run", recipe=recipe)
@@ -126,7 +139,9 @@ def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, cap
 
 
 def test_reordering_neurons_leaves_the_dense_model_as_it_was(train, tmp_path):
-    """The router permutes neurons and moments at the switch; with nothing cut, losses stay those of the dense recipe."""
+    """
+    The router permutes neurons and moments at the switch; with nothing cut, losses stay those of the dense recipe.
+    """
     words = ("--activations.keep", "1.0", "--checkpoint.enable", "false")
     sparse = train(tmp_path / "sparse", *words, recipe="groups_quarter")
     dense = train(tmp_path / "dense", *words, *DENSE, "--lr_scheduler.decay_ratio", "0.333333", recipe="dense")
@@ -181,7 +196,8 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
         # A block has to fit into the tokens of a rank.
         extra = {"dense": DENSE, "groups_quarter": BLOCKS_OF_32}.get(recipe, ())
         result = launch(
-            *["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *merge(words, list(extra))], processes=2
+            *["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *merge(words, list(extra))],
+            processes=2,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.count("phase begins") == (0 if recipe == "dense" else 2)
@@ -228,3 +244,45 @@ def test_the_two_models_of_a_flavor_have_equal_parameters():
                 for swiglu in (False, True)
             ]
             assert sizes[1] == pytest.approx(sizes[0], rel=0.005), flavor
+
+
+def test_tensor_parallel_dense_training_gives_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
+    words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--parallelism.tensor_parallel_degree", "2", *DENSE])
+    words = merge(words, ["--model.n_kv_heads", "2"])
+    result = launch("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one = uninterrupted(train, "dense", *DENSE, "--model.n_kv_heads", "2")
+    assert losses(rows(tmp_path)) == pytest.approx(losses(one), rel=1e-3)
+
+
+def test_asynchronous_checkpoints_resume_exactly(train, uninterrupted, tmp_path):
+    words = ("--checkpoint.async_mode", "async")
+    for stop in (5, None):
+        run = train(tmp_path / "run", *words, stop_after=stop)
+    assert losses(run) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_a_sparse_run_can_start_from_a_dense_checkpoint(train, tmp_path):
+    dense = train(tmp_path / "dense", *DENSE, recipe="dense")
+    start = ("--checkpoint.initial_load_path", str(tmp_path / "dense" / "checkpoint" / f"step-{LAST_STEP}"))
+    run = train(tmp_path / "sparse", *start)
+    assert run[1]["loss"] < dense[LAST_STEP - 1]["loss"] + 0.2
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
+    train(tmp_path, stop_after=2)
+    words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--model.hidden_dim", "256"])
+    result = launch("--config", "configs/debug.toml", *words)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1, result.stderr
+    assert "step-2" in result.stderr and "run.json" in result.stderr
+
+
+def test_a_shadowed_kernels_package_is_named(tmp_path):
+    """Hugging Face has a package of this name; found first, it is refused instead of failing somewhere later."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.9.0'\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    result = launch("--config", "configs/debug.toml", "--check", PYTHONPATH=path, PYTHONSAFEPATH="1")
+    assert result.returncode == 2
+    assert "shadows this repository's kernels" in result.stderr and "Traceback" not in result.stderr

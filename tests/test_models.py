@@ -1,0 +1,154 @@
+"""The model: a plain Llama when dense, the same parameters when sparse, two steps of every job on the meta device."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import Tensor
+
+from configs.loader import load_config
+from kernels import Groups, Venom
+from models.feed_forward import FeedForwardSparsity
+from models.llama import FLAVORS, Llama, llama_args
+from recipes.check import check_config
+
+SMALL = {
+    "dim": 48,
+    "n_layers": 3,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "hidden_dim": 160,
+    "vocab_size": 97,
+    "max_seq_len": 24,
+}
+
+
+def build(**changes) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(llama_args("debug", **(SMALL | changes)))
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+def plain_llama(weights: dict[str, Tensor], tokens: Tensor, heads: int, kv_heads: int, swiglu: bool) -> Tensor:
+    """Llama in plain PyTorch: RMSNorm, RoPE on pairs of neighbours, grouped queries, a gated or a squared-ReLU FFN."""
+
+    def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * scale
+
+    def rope(x: Tensor) -> Tensor:  # [B, heads, S, head_dim]
+        width = x.shape[-1]
+        angles = torch.arange(x.shape[-2])[:, None] * 500000.0 ** (-torch.arange(0, width, 2) / width)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
+        return torch.stack(turned, -1).flatten(-2)
+
+    x = weights["tok_embeddings.weight"][tokens]
+    batch, length, dim = x.shape
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    for layer in range(layers):
+        block = {
+            name.removeprefix(f"layers.{layer}."): value
+            for name, value in weights.items()
+            if name.startswith(f"layers.{layer}.")
+        }
+        a = rms_norm(x, block["attention_norm.weight"])
+        q, k, v = (
+            (a @ block[f"attention.w{name}.weight"].T).view(batch, length, count, dim // heads).transpose(1, 2)
+            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        q, k = rope(q), rope(k)
+        k, v = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (k, v))
+        scores = q @ k.transpose(-1, -2) / (dim // heads) ** 0.5
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, dim)
+        x = x + a @ block["attention.wo.weight"].T
+        a = rms_norm(x, block["ffn_norm.weight"])
+        up = a @ block["feed_forward.w1.weight"].T
+        h = F.silu(up) * (a @ block["feed_forward.w3.weight"].T) if swiglu else up.clamp_min(0) ** 2
+        x = x + h @ block["feed_forward.w2.weight"].T
+    return rms_norm(x, weights["norm.weight"]) @ weights["output.weight"].T
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_the_dense_model_is_a_plain_llama(swiglu):
+    model = build(swiglu=swiglu)
+    tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["max_seq_len"]))
+    expected = plain_llama(model.state_dict(), tokens, SMALL["n_heads"], SMALL["n_kv_heads"], swiglu)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clusters", [0, 10])
+def test_a_pattern_that_keeps_everything_changes_nothing(clusters):
+    """Keep share 1: the sparse path, router included, computes the dense function and gradients."""
+    model = build(sparsity=FeedForwardSparsity(Groups(v=8, g=16, keep=1.0), clusters=clusters))
+    tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["max_seq_len"]))
+    results = []
+    for sparse in (False, True):
+        for feed_forward in model.feed_forwards():
+            feed_forward.sparse = sparse
+            torch.nn.init.normal_(feed_forward.centroids)
+        model.zero_grad()
+        logits = model(tokens)
+        logits.logsumexp(-1).mean().backward()
+        results.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-4)
+
+
+def test_the_state_dict_does_not_depend_on_the_recipe():
+    sparse = build(sparsity=FeedForwardSparsity(Venom(8, 2, 16), (1, 3), clusters=10))
+    assert list(sparse.state_dict()) == list(build().state_dict())
+
+
+def test_counts_in_evaluation_mode_are_those_of_the_activations():
+    pattern = Venom(8, 2, 16)
+    model = build(n_layers=1, sparsity=FeedForwardSparsity(pattern))
+    (feed_forward,) = model.feed_forwards()
+    feed_forward.sparse = True
+    x = torch.randn(2, SMALL["max_seq_len"], SMALL["dim"])
+    feed_forward(x)
+    assert not feed_forward.activity.any()  # training mode counts nothing
+    feed_forward.eval()
+    feed_forward(x)
+    h = (x.flatten(0, 1) @ feed_forward.w1.weight.T).relu() ** 2
+    kept = h * pattern.mask(h)
+    expected = [h.numel(), (h != 0).sum(), (h**2).sum(), (kept**2).sum()]
+    torch.testing.assert_close(feed_forward.activity, torch.tensor([float(value) for value in expected]))
+
+
+def test_flops_left_by_a_pattern():
+    assert FeedForwardSparsity().flops_share() == 1
+    assert FeedForwardSparsity(weight_products=(1,)).flops_share() == pytest.approx((0.5 + 5) / 6)
+    assert FeedForwardSparsity(Venom(64, 2, 16), (1, 3)).flops_share() == pytest.approx((0.5 + 5 / 8) / 6)
+    assert FeedForwardSparsity(Groups(128, 64, 0.25)).flops_share() == pytest.approx((1 + 5 / 4) / 6)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recipe):
+    """Shapes of the real micro-batch and dtypes of the real step, without memory; two layers stand for all."""
+    config, _ = load_config(["--config", str(job), "--recipe", str(recipe), "--model.n_layers", "2"])
+    args, _ = check_config(config)
+    args.vocab_size = config.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = Llama(args)
+        tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64)
+    for sparse in (False, True):
+        for feed_forward in model.feed_forwards():
+            feed_forward.sparse = sparse
+        logits = model(tokens)
+        logits.float().logsumexp(-1).mean().backward()
+        assert logits.shape == (*tokens.shape, args.vocab_size)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_flavors_have_the_sizes_they_are_named_for():
+    sizes = {"160m": 0.16e9, "400m": 0.4e9, "1b": 1.0e9, "7b": 6.0e9, "7b-slice": 1.3e9}
+    with torch.device("meta"):
+        for flavor, size in sizes.items():
+            model = Llama(llama_args(flavor, vocab_size=32768))
+            assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.15), flavor
+    assert set(sizes) | {"debug"} == set(FLAVORS)
