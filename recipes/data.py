@@ -562,7 +562,10 @@ def build_dataloader(
 
 
 def validation_sequences(tokenizer: BaseTokenizer, config: JobConfig) -> torch.Tensor:
-    """The sequences to validate on: the held-out documents, packed as in training; the same on every rank.
+    """The sequences to validate on: from held-out documents packed as in training; the same on every rank.
+
+    One long document must not stand for all text. So at least as many documents are read as sequences are asked for,
+    if there are so many, and the sequences are taken from all of their tokens at equal distances.
 
     Returns:
         int64 [validation.sequences, seq_len + 1].
@@ -572,10 +575,13 @@ def validation_sequences(tokenizer: BaseTokenizer, config: JobConfig) -> torch.T
     """
     length, sequences = config.training.seq_len + 1, config.validation.sequences
     tokens: list[int] = []
-    for document in load_corpus(config).held_out() or []:
+    for count, document in enumerate(load_corpus(config).held_out() or [], 1):
         tokens += tokenizer.encode(document["text"], add_bos=True, add_eos=True)
-        if len(tokens) >= sequences * length:
-            return torch.tensor(tokens[: sequences * length], dtype=torch.int64).view(sequences, length)
+        if count >= sequences and len(tokens) >= sequences * length:
+            break
+    if (packed := len(tokens) // length) >= sequences:
+        chosen = torch.arange(sequences) * packed // sequences
+        return torch.tensor(tokens[: packed * length], dtype=torch.int64).view(packed, length)[chosen]
     problem = f"the held-out documents give only {len(tokens) // length} sequences of {length - 1} tokens"
     remedy = "lower it, raise data.validation_share, or add documents"
     raise refuse("validation.sequences", sequences, problem, remedy)

@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -24,7 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import configs.titan as titan
-from configs.loader import resolved
+from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SafeCheckpointManager
@@ -171,6 +172,7 @@ class SparseTrainer(titan.Trainer):
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
             "hardware": {"device": device, "ranks": dist.get_world_size()},
+            "commit": _commit(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = Path(config.job.dump_folder) / "run.json"
@@ -188,6 +190,15 @@ class SparseTrainer(titan.Trainer):
                 "FFN backend: reference (plain PyTorch on masked operands, no faster than dense); a kernel for this "
                 f"pattern would execute {100 * (flops - saved) / flops:.0f}% of the dense model's FLOPs"
             )
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None where there is no git to ask."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _set_up_process(config: JobConfig) -> None:

@@ -216,10 +216,13 @@ def test_validation_sequences(tmp_path):
     config = make_config(Source(type="text", path=str(write_files(tmp_path / "a", 200))))
     found = data.validation_sequences(Characters(), config)
     assert found.shape == (4, 17) and found.dtype == torch.int64
-    packed = []
-    for example in data.load_corpus(config).held_out():
-        packed += Characters().encode(example["text"], add_bos=True, add_eos=True)
-    assert found.flatten().tolist() == packed[: 4 * 17]
+    # As many documents as sequences, whatever their length, and from them the sequences at equal distances.
+    documents = [example["text"] for example in data.load_corpus(config).held_out()][:4]
+    packed = [token for text in documents for token in Characters().encode(text, add_bos=True, add_eos=True)]
+    whole = len(packed) // 17
+    assert whole > 4
+    starts = [17 * (number * whole // 4) for number in range(4)]
+    assert found.tolist() == [packed[start : start + 17] for start in starts]
     config.validation.sequences = 10**6
     with pytest.raises(ConfigError, match=r"validation.sequences = 1000000: .* only \d+ sequences.*; lower it"):
         data.validation_sequences(Characters(), config)
