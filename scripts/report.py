@@ -45,12 +45,12 @@ def table(folder: Path) -> str:
     run, rows = runs[0][1], runs[0][2]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     corpus = f"{run['corpus']['documents']:,} documents ({run['corpus']['file_bytes'] / 1e6:,.0f} MB)"
-    lines.append("")
+    model, seed = run["config"]["model"]["flavor"], run["config"]["debug"]["seed"]
+    tokens, parameters = rows[-1]["tokens"] / 1e6, run["parameters"] / 1e6
     lines.append(
-        f"{run['config']['model']['flavor']}, {run['parameters'] / 1e6:.0f} M parameters, "
-        f"{rows[-1]['tokens'] / 1e6:.1f} M tokens of {corpus}, seed {run['config']['debug']['seed']}; {run['hardware']['ranks']} x "
-        f"{run['hardware']['device']}, {versions}, {run['date'][:10]}. Energy kept: of h, by the pattern, at the last "
-        "validation of the sparse phase."
+        f"\n{model}, {parameters:.0f} M parameters, {tokens:.1f} M tokens of {corpus}, seed {seed}; "
+        f"{run['hardware']['ranks']} x {run['hardware']['device']}, {versions}, {run['date'][:10]}. "
+        "Energy kept: of h, by the pattern, at the last validation of the sparse phase."
     )
     return "\n".join(lines)
 
