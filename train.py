@@ -18,10 +18,9 @@ from configs.errors import ConfigError, exit_with
 if not hasattr(kernels, "sparse_feed_forward"):
     exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
 
-from recipes.data import check_data
-
 from configs.loader import load_config, resolved
 from recipes.check import check_config
+from recipes.data import check_data
 from recipes.trainer import SparseTrainer
 
 
