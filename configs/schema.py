@@ -193,6 +193,12 @@ class Metrics(titan_config.Metrics):
 
 
 @dataclass
+class Comm(titan_config.Comm):
+    train_timeout_seconds: int = 600
+    """Timeout of collectives after the first step; the first step of a new phase and the first validation compile."""
+
+
+@dataclass
 class Checkpoint(titan_config.Checkpoint):
     enable: bool = True
     """Whether to save checkpoints, and to resume from those in the dump folder."""
@@ -228,6 +234,7 @@ class JobConfig(titan_config.JobConfig):
     router: Router = field(default_factory=Router)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    comm: Comm = field(default_factory=Comm)
     validation: Validation = field(default_factory=Validation)
 
 

@@ -1,11 +1,12 @@
 """Column groups V x G: a block of tokens keeps whole groups of neighbouring neurons.
 
-`h [T, f]` is cut into blocks of V tokens by G neurons. Every row of tokens keeps the same share of groups, those of
-largest sum of h over the V tokens, and drops the others. With neurons clustered so that a group fires together, and
-tokens sorted so that a block wants the same groups, little is lost; and with G of 64 or 128 what remains are dense
-tiles, so that products (2) to (6) are block-sparse, with exact gradients and no second pattern along the tokens.
+`h [T, f]` is cut into blocks of V tokens by G neurons. Every V tokens keep the same share of the groups, those in
+which the sum of h over the V tokens is largest, and drop the others. With neurons clustered so that a group fires
+together, and tokens sorted so that a block wants the same groups, little is lost; and with G of 64 or 128 what
+remains are dense tiles, so that products (2) to (6) are block-sparse, with exact gradients and no second pattern
+along the tokens.
 
-Source: this project; V:N:M with N = M = G = 1 neuron is its finest case.
+Source: this project. With G = 1 and the choice made in every window of M neurons it would be Venom with N = 4.
 """
 
 from dataclasses import dataclass

@@ -83,6 +83,8 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         raise ConfigError(
             f"{config.recipe} has a sparse phase, but weights.pattern and activations.pattern are none: set one of them"
         )
+    if config.training.enable_cpu_offload:
+        raise ConfigError("training.enable_cpu_offload = true works with dense phases only: set it to false")
     if weights.pattern == "2:4":
         unknown = set(weights.products) - {1, 3}
         if unknown or not weights.products:

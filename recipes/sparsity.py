@@ -6,7 +6,7 @@ optimizer moments; at the first step also the scales of the 2:4 weights are fitt
 
 Preparation reads nothing but the weights, the step and the seed. So a run killed before the switch prepares at its
 resume what it would have prepared, and one killed after it finds scales, centroids and the neurons' order in
-the checkpoint (the order is the weights' own: cluster c is a run of neighbouring rows of W1).
+the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or, spread, every C-th).
 """
 
 import math

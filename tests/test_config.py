@@ -65,6 +65,7 @@ BAD = [
     (f"{DEBUG} --router.cluster_size 100", ["router.cluster_size = 100", "hidden_dim = 768"]),
     (f"{DEBUG} --model.hidden_dim 1000", ["activations.m = 16", "hidden_dim = 1000"]),
     (f"{DEBUG} --recipe recipes/weights_2of4.toml --router.enable true", ["router.enable", "set it to false"]),
+    (f"{DEBUG} --training.enable_cpu_offload", ["training.enable_cpu_offload", "set it to false"]),
     (f"{DEBUG} --weights.products '[2]'", ["weights.products", "[2]", "1, 3"]),
     (
         f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.cut_along_tokens true",

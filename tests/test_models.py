@@ -116,7 +116,9 @@ def test_counts_in_evaluation_mode_are_those_of_the_activations():
     h = (x.flatten(0, 1) @ feed_forward.w1.weight.T).relu() ** 2
     kept = h * pattern.mask(h)
     expected = [h.numel(), (h != 0).sum(), (h**2).sum(), (kept**2).sum()]
-    torch.testing.assert_close(feed_forward.activity, torch.tensor([float(value) for value in expected]))
+    torch.testing.assert_close(
+        feed_forward.activity, torch.tensor([float(value.detach()) for value in map(torch.as_tensor, expected)])
+    )
 
 
 def test_flops_left_by_a_pattern():
