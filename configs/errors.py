@@ -1,6 +1,7 @@
 """One way to refuse bad input: name the key or file, the value and the remedy, once, without a traceback."""
 
 import os
+import signal
 import sys
 import time
 
@@ -17,6 +18,8 @@ def exit_with(error: ConfigError) -> None:
     has.
     """
     if int(os.environ.get("RANK", "0")) != 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would only take note of torchrun's SIGTERM
         time.sleep(15)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -7,6 +7,7 @@ where the value stands; what keys mean together is checked afterwards (`recipes/
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -76,6 +77,11 @@ def load_config(args: list[str]) -> tuple[JobConfig, bool]:
     _check(JobConfig, overrides, "", "the command line")
 
     values = _merge(_merge(config, recipe), overrides)
+    if "lr_scheduler.decay_ratio" in options and values.get("schedule", {}).get("decay_with_tail"):
+        raise ConfigError(
+            f"--lr_scheduler.decay_ratio {options['lr_scheduler.decay_ratio']} goes against decay_with_tail = true of "
+            f"{recipe_path}: leave it out, or add --schedule.decay_with_tail false"
+        )
     return _build(JobConfig, values), check
 
 
@@ -104,6 +110,11 @@ def _read_toml(path: str, key: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_absolute() and not file.exists():
         file = ROOT / file
+    if path and file.is_dir():
+        found = sorted(f"{path.rstrip('/')}/{other.name}" for other in file.glob("*.toml"))
+        raise ConfigError(
+            f'{key} = "{path}" is a folder: name a file, such as {", ".join(found) or "configs/debug.toml"}'
+        )
     if not path or not file.is_file():
         folder = file.parent if path and file.parent.is_dir() else ROOT / ("recipes" if key == "recipe" else "configs")
         found = sorted(f"{folder.name}/{other.name}" for other in folder.glob("*.toml"))
@@ -218,7 +229,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

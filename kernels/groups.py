@@ -55,10 +55,9 @@ class Groups:
     g: int
     keep: float
 
-    @property
-    def density(self) -> float:
-        """Share of h that is asked for; `kept_groups` rounds it to whole groups."""
-        return self.keep
+    def density(self, hidden_dim: int) -> float:
+        """Share of h that is kept at most in an FFN of width `hidden_dim`."""
+        return self.kept_groups(hidden_dim) * self.g / hidden_dim
 
     def kept_groups(self, hidden_dim: int) -> int:
         """Groups that a block of tokens keeps in an FFN of width `hidden_dim`."""

@@ -64,9 +64,8 @@ class Venom:
     n: int
     m: int
 
-    @property
-    def density(self) -> float:
-        """Share of h that is kept at most."""
+    def density(self, hidden_dim: int) -> float:
+        """Share of h that is kept at most, in an FFN of any width."""
         return self.n / self.m
 
     def check(self, hidden_dim: int) -> None:

@@ -34,11 +34,14 @@ class FeedForwardSparsity:
     clusters: int = 0
     """Clusters that the router sorts tokens by; 0: no router."""
 
-    def flops_share(self) -> float:
-        """FLOPs that the pattern leaves of the six products', forward and backward; what it drops counts as nothing."""
-        density = self.pattern.density if self.pattern is not None else 1.0
+    def flops_share(self, hidden_dim: int) -> float:
+        """FLOPs left of the six products', forward and backward, without those that multiply by a dropped entry.
+
+        What a kernel executes can be more: one that gathers four columns of M executes 4 / M, whatever N.
+        """
+        density = self.pattern.density(hidden_dim) if self.pattern is not None else 1.0
         first = 0.5 if 1 in self.weight_products else 1.0
-        # (3) is needed where h is not zero, and from a 2:4 weight: a kernel takes the better of both.
+        # (3) is needed where h is not zero, and reads a 2:4 weight: the better of both counts.
         third = min(density, 0.5) if 3 in self.weight_products else density
         return (first + third + 4 * density) / 6
 

@@ -1,6 +1,7 @@
 """What keys mean together: combinations that cannot run are refused here, before any process group or model exists."""
 
 import difflib
+import importlib.util
 import os
 
 import torch
@@ -26,7 +27,7 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     """
     spans = resolve_phases(config.schedule.phases, config.training.steps)
     args = _check_model(config)
-    _check_schedule(config, spans)
+    _check_schedule(config)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
     _check_parallelism(config)
@@ -64,12 +65,13 @@ def _check_model(config: JobConfig) -> LlamaArgs:
     return args
 
 
-def _check_schedule(config: JobConfig, spans: list[Span]) -> None:
+def _check_schedule(config: JobConfig) -> None:
     scheduler, steps = config.lr_scheduler, config.training.steps
     if config.schedule.decay_with_tail:
         if len(config.schedule.phases) < 2:
             raise ConfigError("schedule.decay_with_tail = true needs a tail: give schedule.phases two phases or more")
-        scheduler.decay_ratio = (steps - spans[-1].start) / steps
+        end = config.schedule.phases[-2].end
+        scheduler.decay_ratio = 1 - end if isinstance(end, float) else 1 - end / steps
 
 
 def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
@@ -194,6 +196,18 @@ def _check_rest(config: JobConfig) -> None:
         )
     if config.optimizer.name not in ("Adam", "AdamW"):
         raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
+    checkpointing = config.activation_checkpoint
+    option = checkpointing.selective_ac_option
+    if checkpointing.mode == "selective" and option != "op" and not (option.isdigit() and int(option) > 0):
+        raise ConfigError(
+            f'activation_checkpoint.selective_ac_option = "{option}": give "op", or every how many layers, such as "2"'
+        )
+    if checkpointing.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
+        raise ConfigError('activation_checkpoint.mode = "memory_budget" needs compile.enable = true')
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"
+        )
     if config.optimizer.early_step_in_backward:
         raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
     folder = config.job.dump_folder

@@ -2,15 +2,15 @@
 
 Columns (a row has those that apply):
 
-    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
-    tokens_per_second (all ranks), step_seconds, peak_memory_gib
-    mfu           model FLOPs utilisation in percent, dense-equivalent: the FLOPs of the dense model over time and peak
-    mfu_executed  the same with the FLOPs that the backend executed
-    val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
-    val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase
-    nonzero_share, energy_kept, router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
+    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks) tokens_per_second (all ranks), step_seconds,
+    peak_memory_gib mfu           model FLOPs utilisation in percent, dense-equivalent: the FLOPs of the dense model
+    over time and peak mfu_executed  the same with the FLOPs that the backend executed; recomputation by activation
+    checkpointing not counted val_loss, val_bpb                 dense inference, comparable in all phases and with a
+    dense model val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase nonzero_share, energy_kept,
+    router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
 
-The peak is that of the accelerator's dense bf16 tensor cores; on a CPU there is none and no MFU.
+The peak is that of the accelerator's dense bf16 tensor cores, `peak_flops` in run.json; where it is not known, as for a
+CPU, there is no MFU.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from configs.schema import JobConfig
-from configs.titan import MetricsProcessor, ParallelDims, device_type
+from configs.titan import MetricsProcessor, ParallelDims, get_peak_flops
 
 logger = logging.getLogger("sparsetitan")
 
@@ -37,6 +37,9 @@ class Metrics(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         job_config.metrics.disable_color_printing |= not sys.stdout.isatty()
         super().__init__(job_config, parallel_dims, tag)
+        # For a device it does not know torchtitan falls back to the A100's peak.
+        known = "A100" in self.device_memory_monitor.device_name or self.gpu_peak_flops != get_peak_flops("A100")
+        self.peak_flops = self.gpu_peak_flops if known else None
         self.file = Path(job_config.job.dump_folder) / "metrics.jsonl"
         self.writes = dist.get_rank() == 0
         self.steps_since_last_log = 0
@@ -90,8 +93,8 @@ class Metrics(MetricsProcessor):
             "step_seconds": seconds / max(1, self.steps_since_last_log),
             "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
-        if device_type != "cpu":
-            self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
+        if self.peak_flops is not None:
+            self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops
             # The references multiply the zeros too.
             self.row["mfu_executed"] = self.row["mfu"]
 

@@ -39,6 +39,8 @@ def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
         previous, end = end, phase.end * steps if isinstance(phase.end, float) else float(phase.end)
         if end > steps:
             raise ConfigError(f"{key} is past the end of the run, training.steps = {steps}: end the phase at 1.0")
+        if end <= 0:
+            raise ConfigError(f"{key} is before the first step: give a fraction up to 1.0, or a step from 1")
         if end <= previous:
             raise ConfigError(
                 f"{key} is step {end:g}, but the phase before it ends at step {previous:g}: put them in order"

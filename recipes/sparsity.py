@@ -1,6 +1,6 @@
 """What a recipe does to a model: from its TOML sections to FFNs that are dense or sparse at a step.
 
-At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the first step of a sparse phase, and at
+At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the first step in a sparse phase, and at
 every re-clustering, it prepares them: W1's rows are clustered and the neurons put into cluster order, with their
 optimizer moments; at the first step also the scales of the 2:4 weights are fitted, once and for the whole phase.
 
@@ -85,14 +85,18 @@ class Sparsity(Stateful):
         self.optimizers = optimizers
         self.spans = spans
         self.phase = "dense"
+        # What the FFNs are prepared for: a phase, by its start, and a recipe. A resumed run may have been given others.
+        self.prepared = ""
 
     def enter(self, step: int) -> bool:
         """Put the FFNs into the mode of this step. Returns whether the phase differs from the step before."""
         span = span_at(self.spans, step)
         since = step - span.start - 1
         every = self.config.router.recluster_every
-        if span.mode == "sparse" and (since == 0 or (every and since % every == 0)):
-            self._prepare(step, first=since == 0)
+        wanted = f"{span.start} {self.config.weights} {self.config.activations} {self.config.router}"
+        if span.mode == "sparse" and (self.prepared != wanted or (every and since % every == 0)):
+            self._prepare(step, first=self.prepared != wanted)
+            self.prepared = wanted
         changed, self.phase = span.mode != self.phase, span.mode
         for feed_forward in self.feed_forwards:
             feed_forward.sparse = span.mode == "sparse"
@@ -145,7 +149,7 @@ class Sparsity(Stateful):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        return {"prepared": self.prepared} | {
             f"{index}.{name}": buffer
             for index, feed_forward in enumerate(self.feed_forwards)
             for name in ("w1_scale", "w2_scale", "centroids")
@@ -153,7 +157,10 @@ class Sparsity(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.prepared = state_dict["prepared"]
         for key, value in state_dict.items():
+            if key == "prepared":
+                continue
             index, name = key.split(".")
             self.feed_forwards[int(index)].get_buffer(name).copy_(value)
 
@@ -213,13 +220,22 @@ class Sparsity(Stateful):
         return _by_layer({"flip_rate": (counts[:, 0], counts[:, 1])})
 
 
+def _holds_whole_groups(weight: Tensor) -> bool:
+    """Whether every rank's rows of W2 are whole groups of four: the same answer on all ranks, as gathering needs it."""
+    if not isinstance(weight, DTensor):
+        return True
+    sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)
+    shards = math.prod(size for size, placement in sizes if placement.is_shard())
+    return -(-weight.shape[0] // shards) % 4 == 0
+
+
 def _groups_of_four(feed_forward: FeedForward) -> Iterator[Tensor]:
     """
     W1 and W2^T, both with d last, the dimension in which they are 2:4; local shards where these hold whole groups.
     """
     for weight, transposed in ((feed_forward.w1.weight.detach(), False), (feed_forward.w2.weight.detach(), True)):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
-        if transposed and local.shape[0] % 4:
+        if transposed and not _holds_whole_groups(weight):
             local = _full(weight)
         yield local.T if transposed else local
 

@@ -6,8 +6,10 @@ be interrupted by a signal at any time, and it resumes exactly.
 """
 
 import importlib.metadata
+import itertools
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -21,10 +23,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import configs.titan as titan
+from configs.errors import ConfigError
 from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
@@ -54,6 +58,7 @@ class SparseTrainer(titan.Trainer):
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         _set_up_process(config)
+        self.lock = _lock(config)
         self.interrupted = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._interrupt)
@@ -66,17 +71,22 @@ class SparseTrainer(titan.Trainer):
         self.sparsity = Sparsity(config, model.feed_forwards(), list(self.optimizers), spans)
         if self.sparsity.feed_forwards and self.checkpointer.enable:
             self.checkpointer.states["sparsity"] = self.sparsity
-        if dist.get_rank() == 0:
-            self._describe_run(model, spans)
 
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
         config = self.job_config
         self.checkpointer.load(step=config.checkpoint.load_step)
+        if self.step >= config.training.steps:
+            logger.info(f"{config.job.dump_folder} is complete, {self.step} steps: raise training.steps to go on")
+            return
+        # The first batch is taken before anything is written: a loader that refuses its state leaves the run as it was.
+        batches = self.batch_generator(self.dataloader)
+        batches = itertools.chain([next(batches)], batches)
         self.metrics_processor.start(self.step)
+        if dist.get_rank() == 0:
+            self._describe_run()
         if self.step:
             logger.info(f"resumed after step {self.step}")
-        batches = self.batch_generator(self.dataloader)
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
         with (
             titan.maybe_enable_profiling(config.profiling, **profile) as profiler,
@@ -97,9 +107,15 @@ class SparseTrainer(titan.Trainer):
                     timeout = timedelta(seconds=config.comm.train_timeout_seconds)
                     titan.dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
         if self.step < config.training.steps:
+            logger.info(f"stopped by a signal after step {self.step}")
             if self.step:
                 self.checkpointer.save_now(self.step)
-            logger.info(f"stopped by a signal after step {self.step}; the same command resumes")
+                if self.checkpointer.enable and not self.checkpointer.load_only:
+                    logger.info("the same command resumes")
+
+    def close(self) -> None:
+        super().close()
+        self.lock.release()
 
     def _enter_phase(self) -> None:
         began = time.perf_counter()
@@ -119,6 +135,12 @@ class SparseTrainer(titan.Trainer):
         metrics.steps_since_last_log += 1
         if not metrics.should_log(self.step):
             return
+        if not math.isfinite(metrics.row["loss"]):
+            raise ConfigError(
+                f"the loss is {metrics.row['loss']} at step {self.step}: the run has diverged and ends before it "
+                f"saves that; the last checkpoint in {self.job_config.job.dump_folder} stands. Lower optimizer.lr = "
+                f"{config.optimizer.lr:g} or training.max_norm = {config.training.max_norm:g}"
+            )
         extra = self._validate() if validates else {}
         if masks is not None:
             extra |= self.sparsity.flip_rate(masks)
@@ -147,13 +169,14 @@ class SparseTrainer(titan.Trainer):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(flag)
 
-    def _describe_run(self, model: nn.Module, spans: list[Span]) -> None:
+    def _describe_run(self) -> None:
         """Say what is about to run, and write `run.json` beside the metrics."""
-        config, args = self.job_config, self.model_args
+        config, args, spans = self.job_config, self.model_args, self.sparsity.spans
+        (model,) = self.model_parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = self.metrics_processor.num_flops_per_token
         ffn_flops = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
-        saved = ffn_flops * (1 - args.sparsity.flops_share())
+        saved = ffn_flops * (1 - args.sparsity.flops_share(args.hidden_dim))
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
         device, corpus = titan.device_module.get_device_name(), load_corpus(config)
         run = {
@@ -167,7 +190,7 @@ class SparseTrainer(titan.Trainer):
             "vocabulary": args.vocab_size,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
             "flops_per_token": {"dense": flops, "sparse_pattern": flops - saved},
-            "peak_flops": self.metrics_processor.gpu_peak_flops if titan.device_type != "cpu" else None,
+            "peak_flops": self.metrics_processor.peak_flops,
             "backend": "reference",
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
@@ -187,8 +210,8 @@ class SparseTrainer(titan.Trainer):
         logger.info(f"{config.recipe}: {phases}")
         if any(span.mode == "sparse" for span in spans):
             logger.info(
-                "FFN backend: reference (plain PyTorch on masked operands, no faster than dense); a kernel for this "
-                f"pattern would execute {100 * (flops - saved) / flops:.0f}% of the dense model's FLOPs"
+                "FFN backend: reference (plain PyTorch on masked operands, no faster than dense); without the products "
+                f"with zeros a sparse step has {100 * (flops - saved) / flops:.0f}% of the dense model's FLOPs"
             )
 
 
@@ -199,6 +222,20 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _lock(config: JobConfig) -> FileLock:
+    """Hold the dump folder for as long as this process lives: two runs in one would spoil each other's files."""
+    lock = FileLock(Path(config.job.dump_folder) / ".lock")
+    if os.environ["RANK"] == "0":
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f'job.dump_folder = "{config.job.dump_folder}" is in use by another run: wait for it to end, or name '
+                "another folder"
+            ) from None
+    return lock
 
 
 def _set_up_process(config: JobConfig) -> None:

@@ -26,7 +26,7 @@ BAD = [
     ("", ["--config", "configs/debug.toml"]),
     ("--config", ["config", "no such file"]),
     ("--config configs/nope.toml", ["configs/nope.toml", "configs/debug.toml"]),
-    ("--config configs", ["configs", "no such file"]),
+    ("--config configs", ["configs", "is a folder", "configs/debug.toml"]),
     (f"{DEBUG} --recipe recipes/venom.toml", ["recipes/venom.toml", "recipes/venom_2of16.toml"]),
     (f"{DEBUG} --recipe", ["recipe", "recipes/dense.toml"]),
     (f"{DEBUG} stray", ["stray", "--section.key value"]),
@@ -101,6 +101,19 @@ BAD = [
     (f"{DEBUG} --training.global_batch_size 12", ["global_batch_size = 12", "local_batch_size = 8"]),
     (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
     (f"{DEBUG} --checkpoint.async_mode sometimes", ["checkpoint.async_mode", "sometimes", '"async"']),
+    (f"{DEBUG} --recipe recipes", ["recipe", "is a folder", "recipes/dense.toml"]),
+    (f"{DEBUG} --lr_scheduler.decay_ratio 0.5", ["decay_ratio 0.5", "decay_with_tail", "leave it out"]),
+    (f"{DEBUG} --optimizer.lr inf", ["optimizer.lr", "inf", "number"]),
+    (f"{DEBUG} --optimizer.beta1 1.0", ["optimizer.beta1", "1.0", "0.999999"]),
+    (f"{DEBUG} --debug.seed -1", ["debug.seed", "-1", "from 0"]),
+    (f"{DEBUG} --comm.mode fake_backend", ["comm.mode", "torchrun"]),
+    (f"{DEBUG} --metrics.enable_wandb", ["metrics.enable_wandb", "pip install wandb"]),
+    (f"{DEBUG} --schedule.phases '[{{mode = \"dense\", end = 0}}]'", ["phases[0].end = 0", "before the first step"]),
+    (
+        f"{DEBUG} --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option foo",
+        ["selective_ac_option", "foo", '"op"'],
+    ),
+    (f"{DEBUG} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
     (f"{DEBUG} --optimizer.name SGD", ["optimizer.name", "SGD", "AdamW"]),
     (f"{DEBUG} --job.dump_folder /dev/null/x", ["job.dump_folder", "/dev/null/x", "another folder"]),
 ]
@@ -166,7 +179,7 @@ def test_command_line_over_recipe_over_configuration():
         ("sparse", 30, 225),
         ("dense", 225, 300),
     ]
-    config, *_ = check(f"{DEBUG} --compile.enable --lr_scheduler.decay_ratio none --compile.components model,loss")
+    config, *_ = check(f"{DEBUG} --compile.enable --compile.components model,loss")
     assert config.compile.enable and config.compile.components == ["model", "loss"]
 
 
@@ -174,6 +187,10 @@ def test_decay_starts_with_the_tail():
     phases = '[{mode = "dense", end = 30}, {mode = "sparse", end = 0.6}, {mode = "dense"}]'
     config, *_ = check(f"{DEBUG} --schedule.phases '{phases}'")
     assert config.lr_scheduler.decay_ratio == pytest.approx(0.4)
+    # A tail too short to have a step of its own is still where the decay would start.
+    phases = '[{mode = "dense", end = 0.1}, {mode = "sparse", end = 0.99}, {mode = "dense"}]'
+    config, *_ = check(f"{DEBUG} --training.steps 20 --schedule.phases '{phases}'")
+    assert config.lr_scheduler.decay_ratio == pytest.approx(0.01)
 
 
 def test_short_runs_leave_out_phases_of_no_step():

@@ -217,7 +217,7 @@ def test_density_is_what_a_mask_of_positive_entries_keeps():
         Groups(4, 8, 0.3),
         Groups(8, 1, 0.25),
     ):
-        assert pattern.mask(h).double().mean().item() == pytest.approx(pattern.density)
+        assert pattern.mask(h).double().mean().item() == pytest.approx(pattern.density(h.shape[1]))
 
 
 @pytest.mark.parametrize("pattern", [Venom(4, 2, 8), Groups(4, 4, 0.5)])

@@ -122,10 +122,11 @@ def test_counts_in_evaluation_mode_are_those_of_the_activations():
 
 
 def test_flops_left_by_a_pattern():
-    assert FeedForwardSparsity().flops_share() == 1
-    assert FeedForwardSparsity(weight_products=(1,)).flops_share() == pytest.approx((0.5 + 5) / 6)
-    assert FeedForwardSparsity(Venom(64, 2, 16), (1, 3)).flops_share() == pytest.approx((0.5 + 5 / 8) / 6)
-    assert FeedForwardSparsity(Groups(128, 64, 0.25)).flops_share() == pytest.approx((1 + 5 / 4) / 6)
+    assert FeedForwardSparsity().flops_share(768) == 1
+    assert FeedForwardSparsity(weight_products=(1,)).flops_share(768) == pytest.approx((0.5 + 5) / 6)
+    assert FeedForwardSparsity(Venom(64, 2, 16), (1, 3)).flops_share(768) == pytest.approx((0.5 + 5 / 8) / 6)
+    assert FeedForwardSparsity(Groups(128, 64, 0.25)).flops_share(768) == pytest.approx((1 + 5 / 4) / 6)
+    assert FeedForwardSparsity(Groups(128, 64, 0.125)).flops_share(768) == pytest.approx((1 + 5 * 2 / 12) / 6)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)

@@ -15,7 +15,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT, launch, losses, merge, rows
+from filelock import FileLock
 
+from configs.errors import ConfigError
 from models.llama import FLAVORS, Llama, llama_args
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
@@ -286,3 +288,54 @@ def test_a_shadowed_kernels_package_is_named(tmp_path):
     result = launch("--config", "configs/debug.toml", "--check", PYTHONPATH=path, PYTHONSAFEPATH="1")
     assert result.returncode == 2
     assert "shadows this repository's kernels" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_resume_in_the_middle_of_a_phase_that_was_never_prepared_prepares_it(train, tmp_path):
+    """The phases of a resumed run may be others than those it was begun with: scales of zero would silence the FFNs."""
+    no_router = ("--router.enable", "false")
+    train(tmp_path, *no_router, stop_after=2)
+    phases = '[{mode = "dense", end = 1}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
+    resumed = train(tmp_path, *no_router, "--schedule.phases", phases, stop_after=5)
+    assert resumed[3]["phase"] == "sparse" and 0 < resumed[3]["flip_rate"] < 0.5
+    assert resumed[4]["val_loss_sparse"] < resumed[2]["loss"] + 0.1
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tiny, train, tmp_path):
+    train(tmp_path, stop_after=6)
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file() and file.name != ".lock"}
+    words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--training.local_batch_size", "2"])
+    result = launch("--config", "configs/debug.toml", *words)
+    assert result.returncode == 2 and "training.global_batch_size" in result.stderr, result.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
+    words = merge(tiny, ["--job.dump_folder", str(tmp_path)])
+    with FileLock(tmp_path / ".lock"):
+        result = launch("--config", "configs/debug.toml", *words)
+    assert result.returncode == 2 and "is in use by another run" in result.stderr, result.stderr
+
+
+def test_a_complete_run_says_so_and_changes_nothing(train, tmp_path, caplog):
+    whole = train(tmp_path)
+    kept = (tmp_path / "run.json").read_bytes()
+    assert train(tmp_path) == whole
+    assert (tmp_path / "run.json").read_bytes() == kept
+
+
+def test_a_diverged_run_ends_before_it_saves(train, tmp_path):
+    with pytest.raises(ConfigError, match="the loss is nan at step"):
+        train(tmp_path, "--optimizer.lr", "1e30", "--training.max_norm", "1e30")
+    latest = int((tmp_path / "checkpoint" / "latest").read_text().removeprefix("step-"))
+    assert latest == max(rows(tmp_path))
+
+
+def test_shards_that_split_a_group_of_four_do_not_hang(tiny, tmp_path):
+    """Width 28 on three ranks: W2's shards have 10, 10 and 8 rows, so all ranks have to gather it for the flip rate."""
+    words = ["--job.dump_folder", str(tmp_path), "--model.dim", "28", "--training.local_batch_size", "2"]
+    words += ["--training.steps", "5", "--checkpoint.enable", "false"]
+    phases = '[{mode = "dense", end = 2}, {mode = "sparse", end = 4}, {mode = "dense"}]'
+    words = merge(tiny, [*words, "--schedule.phases", phases])
+    result = launch("--config", "configs/debug.toml", *words, processes=3, timeout=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(0 <= rows(tmp_path)[step]["flip_rate"] < 0.5 for step in (3, 4))
