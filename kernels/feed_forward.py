@@ -135,7 +135,8 @@ def sparse_feed_forward(
         if x.shape[0] % pattern.m:
             raise ValueError(f"cut_along_tokens needs tokens divisible by m = {pattern.m}, got {x.shape[0]}")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Asking about the meta device raises; torch.amp.is_autocast_available does not, but breaks torch 2.11's graphs.
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     return _SparseFeedForward.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens)

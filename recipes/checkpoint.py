@@ -293,7 +293,8 @@ class SafeCheckpointManager(CheckpointManager):
         if "dataloader.dp_rank" in reason or "dp_degree is inconsistent" in reason:
             return ConfigError(
                 f"checkpoint {self._create_checkpoint_id(step)} is of another number of data-parallel ranks: "
-                "resume with as many processes as run.json says, or start another run from it with checkpoint.initial_load_path"
+                "resume with as many processes as run.json says, or start another run from it by "
+                "checkpoint.initial_load_path"
             )
         if step >= 0:
             return ConfigError(
