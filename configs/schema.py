@@ -142,10 +142,7 @@ class Router:
     """Neurons in a cluster, a divisor of the FFN's width."""
 
     spread: bool = False
-    """
-    Place the neurons of a cluster m apart instead of side by side, so that a Venom block holds neurons of many
-    clusters.
-    """
+    """Place the neurons of a cluster apart, every C-th of C clusters, so that a Venom block holds neurons of many."""
 
     recluster_every: int = _in(0, 0)
     """Steps between re-clusterings in a sparse phase; 0: once, when it starts."""

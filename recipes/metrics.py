@@ -2,12 +2,13 @@
 
 Columns (a row has those that apply):
 
-    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks) tokens_per_second (all ranks), step_seconds,
-    peak_memory_gib mfu           model FLOPs utilisation in percent, dense-equivalent: the FLOPs of the dense model
-    over time and peak mfu_executed  the same with the FLOPs that the backend executed; recomputation by activation
-    checkpointing not counted val_loss, val_bpb                 dense inference, comparable in all phases and with a
-    dense model val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase nonzero_share, energy_kept,
-    router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
+    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
+    tokens_per_second (all ranks), step_seconds, peak_memory_gib
+    mfu           model FLOPs utilisation in percent, dense-equivalent: FLOPs of the dense model over time and peak
+    mfu_executed  the same with the FLOPs that the backend executed, recomputation for checkpointing not counted
+    val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
+    val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase
+    nonzero_share, energy_kept, router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
 
 The peak is that of the accelerator's dense bf16 tensor cores, `peak_flops` in run.json; where it is not known, as for a
 CPU, there is no MFU.
