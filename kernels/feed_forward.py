@@ -23,13 +23,15 @@ approximate them, for speed:
                      up. With this option h and dy1 are cut a second time, along the tokens, for these two (arXiv
                      2503.16672, 2602.06183).
 
-This module is the reference: dense products over masked operands, so it is right on any device and fast on none.
+`_SparseFeedForward` is the reference: dense products over masked operands, so it is right on any device and fast on
+none. What is faster, and where, `backend` knows; `sparse_feed_forward` runs what it names.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.groups import Groups
+from kernels.clustering import permute_rows
+from kernels.groups import TILE, Groups, groups_feed_forward
 from kernels.soft_threshold import soft_threshold_2_4
 from kernels.venom import COLUMNS, Venom, venom_mask
 
@@ -99,6 +101,38 @@ def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) ->
     return active * active  # not square(): CUDA autocast computes powers in float32
 
 
+def backend(
+    pattern: Pattern | None, weight_products: tuple[int, ...], width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    """Which implementation computes the sparse FFN, and why; the only place that decides it.
+
+    Args:
+        pattern: of the activations.
+        weight_products: products that read a 2:4 weight.
+        width: d.
+        device, dtype: that the products run in.
+
+    Returns:
+        "groups" or "reference", and the reason in words.
+    """
+    if device.type != "cuda":
+        return "reference", f"no kernels for {device.type}"
+    if not isinstance(pattern, Groups):
+        return "reference", "no kernels for this pattern yet"
+    if weight_products:
+        return "reference", "no kernels for 2:4 weights yet"
+    if pattern.v != TILE or pattern.g != TILE:
+        return "reference", f"kernels are for groups of v = g = {TILE}, not v = {pattern.v}, g = {pattern.g}"
+    if width % 64:
+        return "reference", f"kernels need a model width divisible by 64, not {width}"
+    if dtype != torch.bfloat16:
+        return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return "reference", f"kernels are for compute capability 9.0, not {major}.{minor}"
+    return "groups", "column groups, Hopper kernels"
+
+
 def sparse_feed_forward(
     x: Tensor,
     w1: Tensor,
@@ -107,6 +141,7 @@ def sparse_feed_forward(
     w1_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     cut_along_tokens: bool = False,
+    order: Tensor | None = None,
 ) -> Tensor:
     """relu(x W1^T)^2 W2^T with sparse operands, as the module docstring spells it out.
 
@@ -120,9 +155,10 @@ def sparse_feed_forward(
         w1_scale: `[]`, beta of W1: product (1), and with it (5), reads beta * S(W1). None: W1 as it is.
         w2_scale: `[]`, beta of W2 along d: product (3) reads beta * S(W2). None: W2 as it is.
         cut_along_tokens: products (4) and (6) read h and dy1 cut along the tokens as well (Venom only).
+        order: `[T]` int64, a permutation: the tokens in the order in which neighbours share a block. None: as they are.
 
     Returns:
-        y `[T, d]`.
+        y `[T, d]`, in the order of x.
 
     Raises:
         ValueError: a pattern that f or T does not allow, 2:4 weights that d does not allow.
@@ -139,4 +175,14 @@ def sparse_feed_forward(
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-    return _SparseFeedForward.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens)
+    weight_products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)
+    chosen, _ = backend(pattern, weight_products, x.shape[1], x.device, x.dtype)
+    if isinstance(pattern, Groups) and chosen == "groups":
+        pattern.check(w1.shape[0])
+        order = None if order is None else order.int()
+        return groups_feed_forward(x, w1, w2, order, pattern.kept_groups(w1.shape[0]))[0]
+    if order is not None:
+        inverse = order.argsort()
+        x = permute_rows(x, order, inverse)
+    y = _SparseFeedForward.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens)
+    return y if order is None else permute_rows(y, inverse, order)

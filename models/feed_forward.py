@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, hidden_activations, permute_rows, route_tokens, sparse_feed_forward
+from kernels import Pattern, hidden_activations, route_tokens, sparse_feed_forward
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,23 @@ class FeedForward(nn.Module):
         """The FFN of the tokens `x [T, dim]`, sorted by cluster for as long as a block of them shares a pattern."""
         w1_scale = self.w1_scale if 1 in self.sparsity.weight_products else None
         w2_scale = self.w2_scale if 3 in self.sparsity.weight_products else None
+        order = None
         if self.sparsity.clusters:
             clusters, order = route_tokens(x, self.centroids)
-            inverse = order.argsort()
-            x = permute_rows(x, order, inverse)
             if not self.training:
                 self.routed += F.one_hot(clusters, self.sparsity.clusters).sum(0)
         if not self.training:
-            self._count(hidden_activations(x, self.w1.weight, w1_scale))
-        y = sparse_feed_forward(
-            x, self.w1.weight, self.w2.weight, self.sparsity.pattern, w1_scale, w2_scale, self.sparsity.cut_along_tokens
+            self._count(hidden_activations(x if order is None else x[order], self.w1.weight, w1_scale))
+        return sparse_feed_forward(
+            x,
+            self.w1.weight,
+            self.w2.weight,
+            self.sparsity.pattern,
+            w1_scale,
+            w2_scale,
+            self.sparsity.cut_along_tokens,
+            order,
         )
-        return permute_rows(y, inverse, order) if self.sparsity.clusters else y
 
     def _count(self, h: Tensor) -> None:
         energy = h.float() ** 2

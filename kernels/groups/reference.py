@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.groups.tiles import TILE, TileLists
+
 
 def group_mask(h: Tensor, v: int, g: int, keep: float) -> Tensor:
     """Which entries of h lie in a kept group.
@@ -76,3 +78,61 @@ class Groups:
 
     def mask(self, h: Tensor) -> Tensor:
         return group_mask(h, self.v, self.g, self.keep)
+
+
+def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
+    """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
+
+    Args:
+        y1: `[T, f]`, f a multiple of TILE.
+        kept: groups that a block of TILE tokens keeps.
+
+    Returns:
+        tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
+    """
+    tokens, hidden_dim = y1.shape
+    blocks, groups = -(-tokens // TILE), hidden_dim // TILE
+    active = F.pad(y1, (0, 0, 0, blocks * TILE - tokens)).relu()
+    h = (active * active).view(blocks, TILE, groups, TILE)
+    sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+    chosen = torch.zeros_like(sums, dtype=torch.bool)
+    chosen.scatter_(1, sums.sort(dim=1, descending=True, stable=True).indices[:, :kept], True)
+    capacity = blocks * kept
+    lists = TileLists(
+        y1.new_zeros(TileLists.size(blocks, groups, capacity), dtype=torch.int32), blocks, groups, capacity
+    )
+    block, group = chosen.nonzero(as_tuple=True)
+    lists.start.copy_(torch.arange(blocks + 1) * kept)
+    lists.tile_block.copy_(block)
+    lists.tile_group.copy_(group)
+    lists.group_count.copy_(chosen.sum(0))
+    lists.group_order.copy_(lists.group_count.sort(descending=True, stable=True).indices)
+    by_group = group.sort(stable=True).indices
+    place = torch.arange(capacity) - (lists.group_count.cumsum(0) - lists.group_count)[group[by_group]]
+    lists.group_tiles[group[by_group], place] = by_group.int()
+    return h[block, :, group, :], lists
+
+
+def _matrix(tiles: Tensor, lists: TileLists) -> Tensor:
+    """The tiles at their places in a matrix `[B * TILE, f]` of zeros."""
+    matrix = tiles.new_zeros(lists.blocks, TILE, lists.groups, TILE)
+    matrix[lists.tile_block.long(), :, lists.tile_group.long(), :] = tiles
+    return matrix.view(lists.blocks * TILE, lists.groups * TILE)
+
+
+def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
+    """See `kernels.groups.products.reduce_neurons`."""
+    product = _matrix(tiles, lists)[:tokens] @ weight
+    return product if order is None else torch.empty_like(product).index_copy_(0, order.long(), product)
+
+
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -> Tensor:
+    """See `kernels.groups.products.sample`."""
+    dh = (F.pad(dy, (0, 0, 0, lists.blocks * TILE - dy.shape[0])) @ w2).view(lists.blocks, TILE, lists.groups, TILE)
+    return 2 * tiles.sqrt() * dh[lists.tile_block.long(), :, lists.tile_group.long(), :]
+
+
+def reduce_tokens(tiles: Tensor, lists: TileLists, x: Tensor, transposed: bool) -> Tensor:
+    """See `kernels.groups.products.reduce_tokens`."""
+    h = _matrix(tiles, lists)[: x.shape[0]]
+    return x.T @ h if transposed else h.T @ x

@@ -1,0 +1,118 @@
+"""Selecting tiles on a GPU, in Triton: two looks at y1 = x W1^T and no word with the host.
+
+The first look sums h = relu(y1)^2 over every tile; the groups of each block are ranked, and the lists by block and by
+group made from the ranks; the second look reads the kept quarter or eighth of y1 again and stores its tiles of h. The
+number of tiles is known from the shapes, so nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.groups.tiles import TILE, TileLists
+
+
+@triton.jit
+def _squared_relu(y1):
+    # As the reference rounds: h is in y1's dtype. NaN stays.
+    active = tl.maximum(y1.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return (active * active).to(y1.dtype)
+
+
+@triton.jit
+def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
+    """sums[b, j] = the sum of h over tile (b, j), in float32."""
+    group, block = tl.program_id(0), tl.program_id(1)
+    rows = block * TILE + tl.arange(0, TILE)
+    columns = group * TILE + tl.arange(0, TILE)
+    at = rows[:, None].to(tl.int64) * (groups * TILE) + columns[None, :]
+    h = _squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
+    tl.store(sums + block * groups + group, tl.sum(h.to(tl.float32)))
+
+
+@triton.jit
+def _choose(sums, start, tile_group, tile_block, slot, groups, kept, GROUPS: tl.constexpr):
+    """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1."""
+    block = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    inside = group < groups
+    mine = tl.load(sums + block * groups + group, mask=inside, other=0.0)
+    mine = tl.where(mine != mine, float("inf"), mine)
+    rank = tl.zeros([GROUPS], tl.int32)
+    for other_group in range(groups):
+        other = tl.load(sums + block * groups + other_group)
+        other = tl.where(other != other, float("inf"), other)
+        better = (other > mine) | ((other == mine) & (other_group < group))
+        rank += better.to(tl.int32)
+    keep = inside & (rank < kept)
+    tile = block * kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(tile_group + tile, group, mask=keep)
+    tl.store(tile_block + tile, tl.zeros_like(group) + block, mask=keep)
+    tl.store(slot + block * groups + group, tl.where(keep, tile, -1), mask=inside)
+    tl.store(start + block + 1, (block + 1) * kept)
+    tl.store(start, 0, mask=block == 0)
+
+
+@triton.jit
+def _by_group(slot, group_tiles, group_count, blocks, groups, BLOCKS: tl.constexpr):
+    """The lists of `slot`'s columns."""
+    group = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    tile = tl.load(slot + block * groups + group, mask=block < blocks, other=-1)
+    keep = tile >= 0
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(group_tiles + group * blocks + place, tile, mask=keep)
+    tl.store(group_count + group, tl.sum(keep.to(tl.int32)))
+
+
+@triton.jit
+def _fullest_first(group_count, group_order, groups, GROUPS: tl.constexpr):
+    group = tl.arange(0, GROUPS)
+    inside = group < groups
+    mine = tl.load(group_count + group, mask=inside, other=0)
+    rank = tl.zeros([GROUPS], tl.int32)
+    for other_group in range(groups):
+        other = tl.load(group_count + other_group)
+        rank += ((other > mine) | ((other == mine) & (other_group < group))).to(tl.int32)
+    tl.store(group_order + rank, group, mask=inside)
+
+
+@triton.jit
+def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.constexpr):
+    tile = tl.program_id(0)
+    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
+    rows = tl.load(tile_block + tile) * TILE + row
+    columns = tl.load(tile_group + tile) * TILE + column
+    at = rows[:, None].to(tl.int64) * (groups * TILE) + columns[None, :]
+    h = _squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
+    to = tile.to(tl.int64) * TILE * TILE + row[:, None] * TILE + column[None, :]
+    tl.store(tiles + to, h)
+
+
+def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
+    """Keep the `kept` groups of largest sum of h = relu(y1)^2 of every block of tokens.
+
+    Args:
+        y1: `[T, f]` bf16, contiguous, f a multiple of TILE, on a CUDA device.
+        kept: groups that a block keeps.
+
+    Returns:
+        tiles of h `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and their lists.
+    """
+    tokens, hidden_dim = y1.shape
+    blocks, groups = triton.cdiv(tokens, TILE), hidden_dim // TILE
+    capacity = blocks * kept
+    buffer = y1.new_empty(TileLists.size(blocks, groups, capacity), dtype=torch.int32)
+    lists = TileLists(buffer, blocks, groups, capacity)
+    sums = y1.new_empty((blocks, groups), dtype=torch.float32)
+    slot = y1.new_empty((blocks, groups), dtype=torch.int32)
+    tiles = y1.new_empty((capacity, TILE, TILE))
+    _tile_sums[(groups, blocks)](y1, sums, tokens, groups, TILE=TILE)
+    width = triton.next_power_of_2(groups)
+    _choose[(blocks,)](sums, lists.start, lists.tile_group, lists.tile_block, slot, groups, kept, GROUPS=width)
+    height = triton.next_power_of_2(blocks)
+    _by_group[(groups,)](slot, lists.group_tiles, lists.group_count, blocks, groups, BLOCKS=height)
+    _fullest_first[(1,)](lists.group_count, lists.group_order, groups, GROUPS=width)
+    _store_tiles[(capacity,)](y1, tiles, lists.tile_group, lists.tile_block, tokens, groups, TILE=TILE)
+    return tiles, lists

@@ -1,0 +1,134 @@
+"""CUDA C++ for Hopper from Python: compiled at first use, launched on PyTorch's stream.
+
+Triton does not reach what these kernels are for (TMA multicast over a cluster, a producer warp of its own), and an
+extension module would need a compiler on the user's machine. So the source is compiled by NVRTC, which every CUDA build
+of PyTorch brings, and launched through the CUDA driver's API (`cuda.bindings`, a dependency of PyTorch).
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _check(result: tuple) -> Any:
+    """The value of a call to `cuda.bindings`, which returns (error, value...)."""
+    error, *values = result
+    if error.value:
+        raise RuntimeError(f"CUDA: {error!r}")
+    return values[0] if values else None
+
+
+@functools.cache
+def _module(source: Path, device: int) -> Any:
+    """A CUDA source file, compiled for sm_90a and loaded into a device's primary context."""
+    from cuda.bindings import driver
+
+    context = _check(driver.cuDevicePrimaryCtxRetain(device))
+    _check(driver.cuCtxSetCurrent(context))
+    return context, _check(driver.cuModuleLoadData(compile_source(source)))
+
+
+def compile_source(source: Path) -> bytes:
+    """Compile a CUDA source file to machine code for sm_90a.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    from cuda.bindings import nvrtc
+
+    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if error.value:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{source}: {log.decode()}")
+    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+class Kernel:
+    """A `__global__` function of a CUDA source file.
+
+    Args:
+        source: the file; its functions are `extern "C"`.
+        name: the function.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    def __init__(self, source: Path, name: str, shared_bytes: int) -> None:
+        self.source, self.name, self.shared_bytes = source, name, shared_bytes
+
+    @functools.cache  # noqa: B019  kernels are module constants
+    def _load(self, device: int) -> tuple[Any, Any]:
+        from cuda.bindings import driver
+
+        context, module = _module(self.source, device)
+        function = _check(driver.cuModuleGetFunction(module, self.name.encode()))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, self.shared_bytes))
+        return context, function
+
+    def launch(self, grid: int, block: int, *arguments: Any) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            grid: blocks.
+            block: threads of a block.
+            arguments: by value, in order: tensor maps (see `tensor_map`) and ctypes structures.
+        """
+        from cuda.bindings import driver
+
+        context, function = self._load(torch.cuda.current_device())
+        # The thread that runs the backward pass may not have a context yet.
+        if int(_check(driver.cuCtxGetCurrent())) == 0:
+            _check(driver.cuCtxSetCurrent(context))
+        addresses = [a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            driver.cuLaunchKernel(
+                function, grid, 1, 1, block, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers), 0
+            )
+        )
+
+
+def tensor_map(matrix: Tensor, rows: int, chunks: int = 0) -> Any:
+    """Describe a matrix to the tensor memory accelerator: which box of it one load fetches.
+
+    A box is `rows` rows of 64 columns, addressed (column, row); or, with `chunks`, `rows` rows of that many
+    neighbouring runs of 64 columns, one run after the other in shared memory, addressed (0, row, run). Swizzled by 128
+    bytes; zeros where it reaches outside.
+
+    Args:
+        matrix: `[R, C]` bf16, rows contiguous, pitch and address multiples of 16 bytes; with `chunks` C a multiple of
+            64.
+        rows: at most 256.
+    """
+    from cuda.bindings import driver
+
+    height, width = matrix.shape
+    pitch = matrix.stride(0) * 2
+    shape, strides, box = [width, height], [pitch], [64, rows]
+    if chunks:
+        shape, strides, box = [64, height, width // 64], [pitch, 128], [64, rows, chunks]
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            len(shape),
+            matrix.data_ptr(),
+            [driver.cuuint64_t(n) for n in shape],
+            [driver.cuuint64_t(n) for n in strides],
+            [driver.cuuint32_t(n) for n in box],
+            [driver.cuuint32_t(1)] * len(shape),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
