@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kernels.groups import Groups
-from kernels.soft_threshold import soft_threshold_2_4
+from kernels.two_four.reference import soft_threshold_2_4
 from kernels.venom import COLUMNS, Venom, venom_mask
 
 Pattern = Venom | Groups
