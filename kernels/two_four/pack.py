@@ -125,14 +125,17 @@ def _pack_kernel(
     row, column = tl.arange(0, 32)[:, None], tl.arange(0, 4 * tiles)[None, :]
     step, lane = column // 4, column % 4
     row, group = row // 8 * 16 + row % 8, step * 8 + lane  # of the lowest nibble
-    mask = (row >= 0) & (start + step < steps)
+    mask = start + step < steps
     word_offset = first_word + (step * 128 + tl.arange(0, 32)[:, None] * 4 + lane)
 
     # All loads come before the first store: the compiler cannot tell that they do not depend on it.
-    loaded: tuple = ()
-    for nibble in tl.static_range(4):
-        r, g = row + nibble % 2 * 8, group + nibble // 2 * 4
-        loaded += (_load_groups(dense, r * stride_row + g * stride_group, entry, mask),)
+    below, beside, offset = 8 * stride_row, 4 * stride_group, row * stride_row + group * stride_group
+    loaded = (
+        _load_groups(dense, offset, entry, mask),
+        _load_groups(dense + below, offset, entry, mask),
+        _load_groups(dense + beside, offset, entry, mask),
+        _load_groups(dense + below + beside, offset, entry, mask),
+    )
     if mode == "like" or mode == "relu_squared_grad":
         pattern = tl.load(like_metadata + word_offset, mask, other=0).to(tl.int32)
     if mode == "soft_threshold":
@@ -140,8 +143,7 @@ def _pack_kernel(
 
     word = tl.zeros((32, 4 * tiles), tl.int32)
     for nibble in tl.static_range(4):
-        r, g = row + nibble % 2 * 8, group + nibble // 2 * 4
-        pair_offset = first_pair + (r * steps * 8 + g)
+        pair_offset = first_pair + ((row + nibble % 2 * 8) * steps * 8 + group + nibble // 2 * 4)
         w0, w1, w2, w3 = _entries(loaded[nibble])
         if mode == "like" or mode == "relu_squared_grad":
             first, second = pattern >> 4 * nibble & 3, pattern >> 4 * nibble + 2 & 3
