@@ -313,7 +313,7 @@ def test_impossible_operands_are_refused():
         pack_like(torch.ones(64, 64, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError):
         unpack(torch.ones(64, 20, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="tokens divisible by 8, got 12"):
+    with pytest.raises(ValueError, match="T divisible by 8, got 12"):
         sparse_linear(packed, torch.ones(12, 32, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="32 columns does not fit"):
         sparse_linear(packed, torch.ones(16, 64, dtype=torch.bfloat16))

@@ -115,6 +115,16 @@ def _pack_kernel(
     mode: tl.constexpr,
     tiles: tl.constexpr,
 ):
+    """Pack 64 rows by `tiles` tiles; `steps` tiles are in a row, strides count what `dense` points to.
+
+    The mode says which two of four are kept and what becomes of them:
+
+        soft_threshold               the largest; scale * S(w)
+        keep_largest                 the largest, as they are
+        keep_largest_relu_squared    the largest of relu(y1)^2
+        like                         those of the metadata `like_metadata`, as they are
+        relu_squared_grad            those; 2 sqrt(h) * dh with h from `like_values`
+    """
     slab, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * tiles
     # Offsets into this program's part fit 32 bits, its beginning need not.
     dense += slab * 64 * stride_row + start.to(tl.int64) * 8 * stride_group
@@ -128,7 +138,7 @@ def _pack_kernel(
     mask = start + step < steps
     word_offset = first_word + (step * 128 + tl.arange(0, 32)[:, None] * 4 + lane)
 
-    # All loads come before the first store: the compiler cannot tell that they do not depend on it.
+    # All loads come before the first store: the compiler cannot tell that they do not depend on one.
     below, beside, offset = 8 * stride_row, 4 * stride_group, row * stride_row + group * stride_group
     loaded = (
         _load_groups(dense, offset, entry, mask),
@@ -164,7 +174,7 @@ def _pack_kernel(
 
 
 def _parts(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of a packed buffer as pairs, int32, and its metadata as words of four nibbles, int16."""
+    """Views of a packed buffer: its values as pairs, int32, and its metadata as words of four nibbles, int16."""
     rows, columns = packed_shape(packed)
     values, metadata = packed.view(-1).split((rows * columns // 2, rows * columns // 16))
     return values.view(torch.int32), metadata.view(torch.int16)

@@ -60,14 +60,14 @@ def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
 
 
 def _check(packed: Tensor, shape: tuple[int, int], dense: Tensor) -> None:
-    """Raise ValueError unless `dense`, of `shape` when it comes second, can be multiplied."""
+    """Raise ValueError unless A' can be multiplied by `dense`, whose shape is `shape` as the second factor."""
     _, columns = packed_shape(packed)
     if packed.dtype != torch.bfloat16 or dense.dtype != torch.bfloat16:
         raise ValueError(f"2:4 products are bf16, got {packed.dtype} and {dense.dtype}")
     if shape[0] != columns:
         raise ValueError(f"a packed matrix of {columns} columns does not fit {list(dense.shape)}")
     if shape[1] < 1 or shape[1] % ALIGNMENT:
-        raise ValueError(f"2:4 products need tokens divisible by {ALIGNMENT}, got {shape[1]}")
+        raise ValueError(f"2:4 products need a dense operand with N or T divisible by {ALIGNMENT}, got {shape[1]}")
 
 
 def sparse_matmul(packed: Tensor, dense: Tensor) -> Tensor:
