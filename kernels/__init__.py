@@ -1,9 +1,9 @@
-"""The sparse feed-forward network, one module a family, each with its plain PyTorch reference.
+"""The sparse feed-forward network, one module or folder a family, each with its plain PyTorch reference.
 
 A family's reference is its specification and its CPU path. `feed_forward` puts the families together into
 the six matrix products of a squared-ReLU FFN:
 
-    soft_threshold   2:4 weights (S-STE)
+    two_four         2:4 weights (S-STE), packing and products on the sparse tensor cores
     venom            V:N:M activations; 2:4 activations are V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
     clustering       neurons into clusters, once; tokens to clusters, every step
@@ -13,7 +13,7 @@ the six matrix products of a squared-ReLU FFN:
 from kernels.clustering import balanced_clusters, permute_rows, route_tokens
 from kernels.feed_forward import Pattern, hidden_activations, sparse_feed_forward
 from kernels.groups import Groups, group_mask
-from kernels.soft_threshold import soft_threshold_2_4, soft_threshold_scale
+from kernels.two_four.reference import soft_threshold_2_4, soft_threshold_scale
 from kernels.venom import Venom, venom_mask
 
 # Hugging Face ships a package of the same name, and transformers probes for it. A version below every one it

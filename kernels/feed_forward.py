@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups, groups_feed_forward
-from kernels.soft_threshold import soft_threshold_2_4
+from kernels.two_four.reference import soft_threshold_2_4
 from kernels.venom import COLUMNS, Venom, venom_mask
 
 Pattern = Venom | Groups

@@ -1,0 +1,106 @@
+"""Products with a packed 2:4 operand, by cuSPARSELt.
+
+The sparse operand comes first, reduced along its rows: with A' the matrix that `packed [R, 9K/16]` stands for,
+
+    sparse_matmul    A' B        [R, K] x [K, N]      (2): A' the packed h, B = W2^T
+    sparse_linear    x A'^T      [T, K] x [K, R]      (1): A' the packed W1; (3): that of W2^T, for dy
+
+which read B and x in either order of their entries and write rows of the result contiguously. cuSPARSELt has some
+twenty kernels for a product; which is fastest depends on the shapes. The first call at a shape times them and later
+calls use the winner.
+
+Without a GPU the matrix is unpacked and multiplied densely.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.two_four.reference import packed_shape, unpack
+
+ALIGNMENT = 8  # entries that a dense operand's dimensions are multiples of
+
+_fastest: dict[tuple, tuple[int, int, int]] = {}
+
+
+def _search(packed: Tensor, dense: Tensor, transpose_result: bool) -> tuple[int, int, int]:
+    """alg_id, split_k and split_k_mode of `torch._cslt_sparse_mm`, by timing at the first call with these shapes."""
+    key = (packed.device, packed.shape, dense.shape, dense.is_contiguous(), transpose_result)
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call a 2:4 product once before capturing it: its first call times cuSPARSELt's kernels")
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+        alg_id, split_k, split_k_mode, _ = search(packed, dense, None, None, None, transpose_result)
+        # A search that does not split answers 1 or -1, the product's argument for it is 1.
+        _fastest[key] = (alg_id, split_k, split_k_mode) if split_k > 1 else (alg_id, 1, -1)
+    return _fastest[key]
+
+
+@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
+def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
+    if not packed.is_cuda:
+        product = unpack(packed) @ dense
+        return product.T.contiguous() if transpose_result else product
+    # Both orders of the entries are fine, gaps between rows or columns are not.
+    dense = dense if dense.is_contiguous() or dense.T.is_contiguous() else dense.contiguous()
+    alg_id, split_k, split_k_mode = _search(packed, dense, transpose_result)
+    return torch._cslt_sparse_mm(
+        packed,
+        dense,
+        transpose_result=transpose_result,
+        alg_id=alg_id,
+        split_k=split_k,
+        split_k_mode=split_k_mode,
+    )
+
+
+@_matmul.register_fake
+def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
+    rows, columns = packed.shape[0], dense.shape[1]
+    return dense.new_empty((columns, rows) if transpose_result else (rows, columns))
+
+
+def _check(packed: Tensor, shape: tuple[int, int], dense: Tensor) -> None:
+    """Raise ValueError unless A' can be multiplied by `dense`, whose shape is `shape` as the second factor."""
+    _, columns = packed_shape(packed)
+    if packed.dtype != torch.bfloat16 or dense.dtype != torch.bfloat16:
+        raise ValueError(f"2:4 products are bf16, got {packed.dtype} and {dense.dtype}")
+    if shape[0] != columns:
+        raise ValueError(f"a packed matrix of {columns} columns does not fit {list(dense.shape)}")
+    if shape[1] < 1 or shape[1] % ALIGNMENT:
+        raise ValueError(f"2:4 products need a dense operand with N or T divisible by {ALIGNMENT}, got {shape[1]}")
+
+
+def sparse_matmul(packed: Tensor, dense: Tensor) -> Tensor:
+    """A' B for a packed 2:4 matrix A'. Not differentiable.
+
+    Args:
+        packed: `[R, 9K/16]`, bf16: A', see `reference`.
+        dense: `[K, N]`, bf16: B, of which either dimension may be the contiguous one; N a multiple of 8.
+
+    Returns:
+        `[R, N]` bf16, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a first call with these shapes inside a CUDA graph capture.
+    """
+    _check(packed, (dense.shape[0], dense.shape[1]), dense)
+    return _matmul(packed, dense, False)
+
+
+def sparse_linear(packed: Tensor, x: Tensor) -> Tensor:
+    """x W'^T for a packed 2:4 weight W'. Not differentiable.
+
+    Args:
+        packed: `[R, 9K/16]`, bf16: W', see `reference`.
+        x: `[T, K]`, bf16, of which either dimension may be the contiguous one; T a multiple of 8.
+
+    Returns:
+        y `[T, R]` bf16, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a first call with these shapes inside a CUDA graph capture.
+    """
+    _check(packed, (x.shape[1], x.shape[0]), x)
+    return _matmul(packed, x.T, True)
