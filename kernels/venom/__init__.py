@@ -1,0 +1,1 @@
+from kernels.venom.reference import Venom, token_mask, venom_mask
