@@ -22,15 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP = 4  # slabs that the L2 cache holds
-BLOCK_N = 256  # outputs of a program beside its V rows
-BLOCK_K = 64
-NUM_STAGES = 4
 
-
-def _num_warps(v: int) -> int:
-    """A warp group for every 64 rows of a tile, so that its float32 sums fit the registers."""
-    return 8 if v >= 128 else 4
+def _tile(v: int) -> dict[str, int]:
+    """How a program is cut, for tiles of v rows: sums stay in registers, the stages in Ampere's shared memory too."""
+    return {
+        "BLOCK_N": min(256, 32768 // v),
+        "BLOCK_K": 64,
+        "GROUP": 4,  # slabs that the L2 cache holds
+        "num_warps": 8 if v >= 128 else 4,
+        "num_stages": 3,
+    }
 
 
 @triton.jit
@@ -92,12 +93,14 @@ def _gather_reduce(
     )
 
 
-def _launch_gather_reduce(tiles, index, source, order, rows, v, transposed):
+def _launch_gather_reduce(
+    tiles: Tensor, index: Tensor, source: Tensor, order: Tensor | None, rows: int, v: int, transposed: bool
+) -> Tensor:
     source = source.contiguous()
     d = source.shape[1]
-    blocks = triton.cdiv(rows, v)
+    blocks, tile = triton.cdiv(rows, v), _tile(v)
     out = torch.empty(rows, d, dtype=source.dtype, device=source.device)
-    _gather_reduce[(blocks * triton.cdiv(d, BLOCK_N),)](
+    _gather_reduce[(blocks * triton.cdiv(d, tile["BLOCK_N"]),)](
         out,
         tiles,
         index,
@@ -109,11 +112,7 @@ def _launch_gather_reduce(tiles, index, source, order, rows, v, transposed):
         v,
         index.shape[1],
         transposed,
-        BLOCK_N,
-        BLOCK_K,
-        GROUP,
-        num_warps=_num_warps(v),
-        num_stages=NUM_STAGES,
+        **tile,
     )
     return out
 
@@ -170,10 +169,10 @@ def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Te
     dy, weight_rows = dy.contiguous(), weight_rows.contiguous()
     tokens, d = dy.shape
     v, width = h_tiles.shape[1:]
-    blocks = triton.cdiv(tokens, v)
+    blocks, tile = triton.cdiv(tokens, v), _tile(v)
     kept = columns.numel() // blocks
     dy1_tiles = torch.empty_like(h_tiles)
-    _sample_columns[(blocks * triton.cdiv(kept, BLOCK_N),)](
+    _sample_columns[(blocks * triton.cdiv(kept, tile["BLOCK_N"]),)](
         dy1_tiles,
         dy,
         weight_rows,
@@ -184,10 +183,6 @@ def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Te
         d,
         v,
         width,
-        BLOCK_N,
-        BLOCK_K,
-        GROUP,
-        num_warps=_num_warps(v),
-        num_stages=NUM_STAGES,
+        **tile,
     )
     return dy1_tiles

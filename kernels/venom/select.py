@@ -63,9 +63,17 @@ def _interleave(a, b, c, d):
 
 
 @triton.jit
-def _pick(value, rank, place: tl.constexpr):
-    """The entry of that rank of every row of `value [..., M]`: a sum with one term that is not zero."""
-    return tl.sum(tl.where(rank == place, value, tl.zeros_like(value)), len(value.shape) - 1)
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _pick(bits, rank, place: tl.constexpr):
+    """The entry of that rank of every row of `bits [..., M]` int32.
+
+    With all others masked a bitwise or yields it: one instruction an entry, and exact for NaN and infinity.
+    """
+    return tl.reduce(bits & (((rank ^ place) - 1) >> 31), len(bits.shape) - 1, _or)
 
 
 @triton.jit
@@ -88,25 +96,31 @@ def _select_columns(
     token = block * V + row
     m = tl.arange(0, PADDED_M)
     neuron = window[:, None] * M + m[None, :]
-    inside = (token < tokens)[:, None, None] & (m < M)[None, None, :]
-    y = tl.load(y1 + token[:, None, None] * hidden_dim + neuron[None, :, :], mask=inside, other=0)
-    active = tl.where(y < 0, tl.zeros_like(y), y).to(tl.float32)  # so NaN stays
-    h = (active * active).to(tl.bfloat16).to(tl.float32)
-    sums = tl.sum(h, 0)
-    rank = _four_largest(tl.where((m < M)[None, :], sums, -1.0))
+    # Windows first: the layout that Triton gives this order lets a warp read neighbouring windows of a token.
+    y = tl.load(
+        y1 + token[None, :, None] * hidden_dim + neuron[:, None, :],
+        mask=(token < tokens)[None, :, None] & (m < M)[None, None, :],
+        other=0,
+    )
+    active = tl.where(y < 0, tl.zeros_like(y), y)  # so NaN stays
+    h = (active * active).to(tl.float32)  # the square is rounded to bf16
+    rank = _four_largest(tl.where((m < M)[None, :], tl.sum(h, 1), -1.0))
 
-    shared = rank[None, :, :]
-    a, b, c, d = _pick(h, shared, 0), _pick(h, shared, 1), _pick(h, shared, 2), _pick(h, shared, 3)
+    bits, ranks = h.to(tl.int32, bitcast=True), rank[:, None, :]
+    a = _pick(bits, ranks, 0).to(tl.float32, bitcast=True)
+    b = _pick(bits, ranks, 1).to(tl.float32, bitcast=True)
+    c = _pick(bits, ranks, 2).to(tl.float32, bitcast=True)
+    d = _pick(bits, ranks, 3).to(tl.float32, bitcast=True)
     if N == 2:
         a, b, c, d = _two_largest(a, b, c, d)
-    kept = hidden_dim // M * 4
-    first = tl.program_id(0) * WINDOWS * 4
-    tile = block * (kept // WIDTH) + first // WIDTH
-    column = first % WIDTH + tl.arange(0, WINDOWS * 4)
-    value = tl.reshape(_interleave(a, b, c, d), (V, WINDOWS * 4)).to(tl.bfloat16)
-    tl.store(tiles + (tile * V + row)[:, None] * WIDTH + column[None, :], value)
+    four = tl.permute(_interleave(a, b, c, d).to(tl.bfloat16), (1, 0, 2, 3))
+    CHUNKS: tl.constexpr = WIDTH // (4 * WINDOWS)  # programs that fill a tile
+    tile = block * (hidden_dim // M * 4 // WIDTH) + tl.program_id(0) // CHUNKS
+    column = tl.program_id(0) % CHUNKS * (4 * WINDOWS) + tl.arange(0, 4 * WINDOWS)
+    place = (tile * V + row)[:, None] * WIDTH + column[None, :]
+    tl.store(tiles + place, tl.reshape(four, (V, 4 * WINDOWS)))
     ids = _interleave(_pick(neuron, rank, 0), _pick(neuron, rank, 1), _pick(neuron, rank, 2), _pick(neuron, rank, 3))
-    tl.store(columns + tile * WIDTH + column, tl.reshape(ids, (WINDOWS * 4,)))
+    tl.store(columns + tile * WIDTH + column, tl.reshape(ids, (4 * WINDOWS,)))
 
 
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
