@@ -102,8 +102,8 @@ def _select_columns(
         mask=(token < tokens)[None, :, None] & (m < M)[None, None, :],
         other=0,
     )
-    active = tl.where(y < 0, tl.zeros_like(y), y)  # so NaN stays
-    h = (active * active).to(tl.float32)  # the square is rounded to bf16
+    active = tl.where(y.to(tl.float32) < 0, tl.zeros_like(y), y).to(tl.float32)  # so NaN stays
+    h = (active * active).to(tl.bfloat16).to(tl.float32)
     rank = _four_largest(tl.where((m < M)[None, :], tl.sum(h, 1), -1.0))
 
     bits, ranks = h.to(tl.int32, bitcast=True), rank[:, None, :]
@@ -177,17 +177,17 @@ def _cut_tokens(
     for i in tl.static_range(4):  # column i of every window of neurons
         column = first + window * 4 + i
         place = tile + column // WIDTH * (V * WIDTH) + column % WIDTH
-        a = tl.load(h_tiles + place[None, :] + t0[:, None] * WIDTH)
-        b = tl.load(h_tiles + place[None, :] + t1[:, None] * WIDTH)
-        c = tl.load(h_tiles + place[None, :] + t2[:, None] * WIDTH)
-        d = tl.load(h_tiles + place[None, :] + t3[:, None] * WIDTH)
+        a = tl.load(h_tiles + place[None, :] + t0[:, None] * WIDTH).to(tl.float32)
+        b = tl.load(h_tiles + place[None, :] + t1[:, None] * WIDTH).to(tl.float32)
+        c = tl.load(h_tiles + place[None, :] + t2[:, None] * WIDTH).to(tl.float32)
+        d = tl.load(h_tiles + place[None, :] + t3[:, None] * WIDTH).to(tl.float32)
         if N == 2:
             a, b, c, d = _two_largest(a, b, c, d)
         h = tl.permute(tl.reshape(_interleave(a, b, c, d), (WINDOWS, WINDOWS, 4)), (0, 2, 1))
         dy1 = tl.load(dy1_tiles + place[None, None, :] + kept_token[:, :, None] * WIDTH, mask=h != 0, other=0)
         neuron = tl.load(columns + token_block * kept + column) - neuron_block * V - window * M
         here = (neuron[:, None] == m[None, :])[None, None, :, :]
-        h_cut = tl.where(here, h[:, :, :, None], h_cut)
+        h_cut = tl.where(here, h.to(tl.bfloat16)[:, :, :, None], h_cut)
         dy1_cut = tl.where(here, dy1[:, :, :, None], dy1_cut)
 
     kept_tokens = tokens // M * 4
