@@ -172,23 +172,25 @@ def _cut_tokens(
     token = window[:, None] * M + m[None, :]
     t0, t1, t2, t3 = _pick(token, rank, 0), _pick(token, rank, 1), _pick(token, rank, 2), _pick(token, rank, 3)
     kept_token = tl.reshape(_interleave(t0, t1, t2, t3), (WINDOWS, 4))
-    h_cut = tl.zeros((WINDOWS, 4, WINDOWS, M), tl.bfloat16)
-    dy1_cut = tl.zeros((WINDOWS, 4, WINDOWS, M), tl.bfloat16)
+    # Windows of neurons first, so that a warp writes neighbouring ones of a token.
+    h_cut = tl.zeros((WINDOWS, WINDOWS, 4, M), tl.bfloat16)
+    dy1_cut = tl.zeros((WINDOWS, WINDOWS, 4, M), tl.bfloat16)
     for i in tl.static_range(4):  # column i of every window of neurons
         column = first + window * 4 + i
         place = tile + column // WIDTH * (V * WIDTH) + column % WIDTH
-        a = tl.load(h_tiles + place[None, :] + t0[:, None] * WIDTH).to(tl.float32)
-        b = tl.load(h_tiles + place[None, :] + t1[:, None] * WIDTH).to(tl.float32)
-        c = tl.load(h_tiles + place[None, :] + t2[:, None] * WIDTH).to(tl.float32)
-        d = tl.load(h_tiles + place[None, :] + t3[:, None] * WIDTH).to(tl.float32)
+        a = tl.load(h_tiles + place[:, None] + t0[None, :] * WIDTH).to(tl.float32)
+        b = tl.load(h_tiles + place[:, None] + t1[None, :] * WIDTH).to(tl.float32)
+        c = tl.load(h_tiles + place[:, None] + t2[None, :] * WIDTH).to(tl.float32)
+        d = tl.load(h_tiles + place[:, None] + t3[None, :] * WIDTH).to(tl.float32)
         if N == 2:
             a, b, c, d = _two_largest(a, b, c, d)
-        h = tl.permute(tl.reshape(_interleave(a, b, c, d), (WINDOWS, WINDOWS, 4)), (0, 2, 1))
-        dy1 = tl.load(dy1_tiles + place[None, None, :] + kept_token[:, :, None] * WIDTH, mask=h != 0, other=0)
+        h = tl.reshape(_interleave(a, b, c, d), (WINDOWS, WINDOWS, 4))
+        dy1 = tl.load(dy1_tiles + place[:, None, None] + kept_token[None, :, :] * WIDTH)
         neuron = tl.load(columns + token_block * kept + column) - neuron_block * V - window * M
-        here = (neuron[:, None] == m[None, :])[None, None, :, :]
+        here = (neuron[:, None] == m[None, :])[:, None, None, :]
         h_cut = tl.where(here, h.to(tl.bfloat16)[:, :, :, None], h_cut)
         dy1_cut = tl.where(here, dy1[:, :, :, None], dy1_cut)
+    dy1_cut = tl.where(h_cut != 0, dy1_cut, tl.zeros_like(dy1_cut))
 
     kept_tokens = tokens // M * 4
     slot = (token_block * WINDOWS + window[:, None]) * 4 + tl.arange(0, 4)[None, :]
@@ -196,9 +198,9 @@ def _cut_tokens(
     slot += neuron_block * kept_tokens
     tl.store(token_ids + slot, (token_block * V + kept_token).to(tl.int32), mask=inside)
     # A block's token tiles follow one another, so kept token `slot` is a row of V neurons at slot * V.
-    out = slot[:, :, None, None] * V + token[None, None, :, :]
-    tl.store(h_token_tiles + out, h_cut, mask=inside[:, :, None, None])
-    tl.store(dy1_token_tiles + out, dy1_cut, mask=inside[:, :, None, None])
+    out = slot[None, :, :, None] * V + token[:, None, None, :]
+    tl.store(h_token_tiles + out, h_cut, mask=inside[None, :, :, None])
+    tl.store(dy1_token_tiles + out, dy1_cut, mask=inside[None, :, :, None])
 
 
 def cut_tokens(
