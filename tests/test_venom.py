@@ -72,7 +72,7 @@ KINDS = pytest.mark.parametrize("kind", ["floats", "ties", "sparse", "zeros"])
     [
         (32, 64, 16, 16),
         (37, 80, 16, 16),  # short last block, tiles of 4 columns
-        (5, 512, 32, 8),  # block longer than the batch, two tiles
+        (5, 512, 16, 8),  # block longer than the batch, two tiles
         (64, 96, 64, 4),  # every column is kept
         (33, 60, 16, 20),  # windows that are no power of two
         (16, 12, 16, 12),  # one window
@@ -119,7 +119,7 @@ def test_select_columns_keeps_what_is_not_finite(value, n):
         (48, 96, 32, 8),  # a last block of tokens with half the windows
         (40, 64, 16, 8),
         (16, 512, 64, 16),  # fewer tokens than a block, two tiles of columns
-        (512, 32, 16, 16),  # a whole tile of kept tokens
+        (256, 32, 16, 8),  # a whole tile of kept tokens
     ],
 )
 def test_cut_tokens_is_token_mask(kind, tokens, hidden, v, m):
@@ -163,7 +163,7 @@ SHAPES = pytest.mark.parametrize(
         (32, 64, 64, 16, 16),
         (56, 96, 72, 16, 8),  # T no multiple of V, d none of a tile
         (48, 512, 40, 32, 16),  # two steps along the columns
-        (16, 1088, 264, 64, 16),  # more than a tile of columns, of which C is no multiple; two slabs
+        (16, 1088, 264, 64, 16),  # tiles of 16 columns, the steps' remainder masked; two slabs
     ],
 )
 
@@ -308,7 +308,7 @@ from kernels.venom import products, select
 def build(kernel, arch, constants, num_warps=4, num_stages=3):
     names = kernel.arg_names
     types = dict.fromkeys(("columns", "index", "token_ids"), "*i32")
-    types |= dict.fromkeys(("tokens", "hidden_dim", "rows", "kept", "d"), "i32")
+    types |= dict.fromkeys(("tokens", "hidden_dim", "rows"), "i32")
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
     source = triton.compiler.ASTSource(
         kernel,
@@ -326,9 +326,9 @@ for arch in (80, 90):
     for v in (64, 128):
         tile = products._tile(v)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        built = [build(products._sample_columns, arch, dict(V=v, WIDTH=128, **tile), **options)]
+        built = [build(products._sample_columns, arch, dict(KEPT=512, D=512, V=v, WIDTH=128, **tile), **options)]
         for transposed in (False, True):
-            constants = dict(V=v, WIDTH=128, TRANSPOSED=transposed, order=None, **tile)
+            constants = dict(KEPT=512, D=512, V=v, WIDTH=128, TRANSPOSED=transposed, order=None, **tile)
             built.append(build(products._gather_reduce, arch, constants, **options))
         for kernel in built:
             assert "cp.async" in kernel.asm["ptx"], "loads are not pipelined"

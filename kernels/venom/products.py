@@ -3,9 +3,9 @@
 Because V rows share their columns, a block's product is an ordinary matrix product whose second operand is
 picked row by row, and with the weights stored a row a neuron a picked row is a contiguous run of memory:
 
-    reduce_columns  y[block]     = sum over kept columns c:  tile[:, c] * weight_rows[c, :]            (2) (5)
-    reduce_tokens   dw[block]    = sum over kept tokens t:   token_tile[t, :] * x[t, :]                (4) (6)
-    sample_columns  dy1[block,c] = 2 sqrt(h[block,c]) * sum over d:  dy[block, d] * weight_rows[c, d]  (3)
+    reduce_columns  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
+    reduce_tokens   dW[block]     = sum over kept tokens t:   token_tile[t, :] x[t, :]               (4) (6)
+    sample_columns  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
 
 The first two are one kernel: left operands differ only in which of their axes is contiguous. Everything is
 addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are bf16, sums
@@ -14,7 +14,7 @@ float32, outputs are rounded once.
 A picked row is read again by every block of tokens that keeps it. Programs therefore run slab by slab: GROUP slabs of
 the second operand, narrow enough for the L2 cache, against all blocks before the next slabs.
 
-Source: the gather along the reduction dimension is VENOM's, Castro et al., SC 2023, section 4.
+Source: the gather along the reduction dimension is VENOM's, Castro et al., SC 2023.
 """
 
 import torch
@@ -36,6 +36,7 @@ def _tile(v: int) -> dict[str, int]:
 
 @triton.jit
 def _block_and_slab(blocks, slabs, GROUP: tl.constexpr):
+    """Which block and slab a program computes: slab by slab in a group, then block by block, then the next group."""
     pid = tl.program_id(0)
     first = pid // (GROUP * blocks) * GROUP
     size = min(slabs - first, GROUP)
@@ -51,8 +52,8 @@ def _gather_reduce(
     source,
     order,
     rows,
-    kept,
-    d,
+    KEPT: tl.constexpr,
+    D: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -60,36 +61,37 @@ def _gather_reduce(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    block, slab = _block_and_slab(tl.cdiv(rows, V), tl.cdiv(d, BLOCK_N), GROUP)
+    # KEPT and D are known when compiling, which drops the masks of loops without a remainder.
+    block, slab = _block_and_slab(tl.cdiv(rows, V), tl.cdiv(D, BLOCK_N), GROUP)
     row = tl.arange(0, V)
     n = slab * BLOCK_N + tl.arange(0, BLOCK_N)
-    tiles += block.to(tl.int64) * kept * V
-    index += block * kept
+    tiles += block.to(tl.int64) * KEPT * V
+    index += block * KEPT
     sums = tl.zeros((V, BLOCK_N), tl.float32)
-    picked = tl.load(index + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < kept, other=0)
-    for start in range(0, kept, BLOCK_K):
+    picked = tl.load(index + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < KEPT, other=0)
+    for start in range(0, KEPT, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
             place = k[None, :] * V + row[:, None]
         else:
             place = (k // WIDTH * (V * WIDTH) + k % WIDTH)[None, :] + row[:, None] * WIDTH
-        left = tl.load(tiles + place, mask=(k < kept)[None, :], other=0)
+        left = tl.load(tiles + place, mask=(k < KEPT)[None, :], other=0)
         right = tl.load(
-            source + picked.to(tl.int64)[:, None] * d + n[None, :],
-            mask=(k < kept)[:, None] & (n < d)[None, :],
+            source + picked.to(tl.int64)[:, None] * D + n[None, :],
+            mask=(k < KEPT)[:, None] & (n < D)[None, :],
             other=0,
         )
         # A step ahead, so that the rows that a step needs are known when it begins.
-        picked = tl.load(index + BLOCK_K + k, mask=k + BLOCK_K < kept, other=0)
+        picked = tl.load(index + BLOCK_K + k, mask=k + BLOCK_K < KEPT, other=0)
         sums = tl.dot(left, right, sums)
     row = block * V + row
     inside = row < rows
     if order is not None:
         row = tl.load(order + row, mask=inside, other=0)
     tl.store(
-        out + row.to(tl.int64)[:, None] * d + n[None, :],
+        out + row.to(tl.int64)[:, None] * D + n[None, :],
         sums.to(out.dtype.element_ty),
-        mask=inside[:, None] & (n < d)[None, :],
+        mask=inside[:, None] & (n < D)[None, :],
     )
 
 
@@ -135,34 +137,34 @@ def _sample_columns(
     columns,
     h_tiles,
     tokens,
-    kept,
-    d,
+    KEPT: tl.constexpr,
+    D: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    block, slab = _block_and_slab(tl.cdiv(tokens, V), tl.cdiv(kept, BLOCK_N), GROUP)
+    block, slab = _block_and_slab(tl.cdiv(tokens, V), tl.cdiv(KEPT, BLOCK_N), GROUP)
     row = tl.arange(0, V)
     token = block * V + row
     c = slab * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.load(columns + block * kept + c, mask=c < kept, other=0)
+    column = tl.load(columns + block * KEPT + c, mask=c < KEPT, other=0)
     k = tl.arange(0, BLOCK_K)
-    left = dy + token.to(tl.int64)[:, None] * d + k[None, :]
-    right = weight_rows + column.to(tl.int64)[None, :] * d + k[:, None]
+    left = dy + token.to(tl.int64)[:, None] * D + k[None, :]
+    right = weight_rows + column.to(tl.int64)[None, :] * D + k[:, None]
     sums = tl.zeros((V, BLOCK_N), tl.float32)
-    for start in range(0, d, BLOCK_K):
-        inside = start + k < d
+    for start in range(0, D, BLOCK_K):
+        inside = start + k < D
         sums = tl.dot(
             tl.load(left + start, mask=inside[None, :] & (token < tokens)[:, None], other=0),
-            tl.load(right + start, mask=inside[:, None] & (c < kept)[None, :], other=0),
+            tl.load(right + start, mask=inside[:, None] & (c < KEPT)[None, :], other=0),
             sums,
         )
-    place = block.to(tl.int64) * kept * V + (c // WIDTH * (V * WIDTH) + c % WIDTH)[None, :] + row[:, None] * WIDTH
-    h = tl.load(h_tiles + place, mask=(c < kept)[None, :], other=0)
+    place = block.to(tl.int64) * KEPT * V + (c // WIDTH * (V * WIDTH) + c % WIDTH)[None, :] + row[:, None] * WIDTH
+    h = tl.load(h_tiles + place, mask=(c < KEPT)[None, :], other=0)
     dy1 = 2 * tl.sqrt(h.to(tl.float32)) * sums
-    tl.store(dy1_tiles + place, dy1.to(dy1_tiles.dtype.element_ty), mask=(c < kept)[None, :])
+    tl.store(dy1_tiles + place, dy1.to(dy1_tiles.dtype.element_ty), mask=(c < KEPT)[None, :])
 
 
 def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
