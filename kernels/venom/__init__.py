@@ -71,7 +71,8 @@ def _check_bf16(**operands: Tensor) -> None:
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     """relu(y1)^2 cut to V:N:M, in compact form; which entries stay is `venom_mask`'s choice.
 
-    Column sums are float32, in no fixed order: columns whose sums differ in the last bits may swap between devices.
+    Column sums are float32 and every device adds in its own order, so where two sums agree but for rounding a CPU and
+    a GPU may keep different columns; one device always keeps the same.
 
     Args:
         y1: `[T, f]`, bfloat16 on a GPU, any floating dtype elsewhere. T need not be a multiple of v.
