@@ -33,36 +33,9 @@ from torch import Tensor
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups, groups_feed_forward
 from kernels.two_four.reference import soft_threshold_2_4
-from kernels.venom import COLUMNS, Venom, venom_mask
+from kernels.venom import Venom, token_mask
 
 Pattern = Venom | Groups
-
-DENSE_FEATURES = 0.05  # share of the neurons that 2:4 activations leave whole in (4) and (6): arXiv 2503.16672
-
-
-def token_mask(h: Tensor, pattern: Venom) -> Tensor:
-    """The second cut, along the tokens: which entries of h products (4) and (6) read.
-
-    For V:N:M with M > 4 it is the same pattern on h^T: blocks of V neurons by M tokens. For 2:4 (M = 4) a neuron
-    keeps two of every four tokens; the four are T/4 apart, since neighbouring tokens fire the same neurons, and the
-    5% of the neurons that fire most often are left whole.
-
-    Args:
-        h: `[T, f]`, non-negative, T a multiple of the pattern's m.
-
-    Returns:
-        bool mask `[T, f]`.
-    """
-    if pattern.m > COLUMNS:
-        return venom_mask(h.T, pattern.v, pattern.n, pattern.m).T
-    tokens, neurons = h.shape
-    strided = h.view(COLUMNS, tokens // COLUMNS, neurons).permute(2, 1, 0).reshape(neurons, tokens)
-    mask = venom_mask(strided, 1, pattern.n, COLUMNS).view(neurons, tokens // COLUMNS, COLUMNS)
-    mask = mask.permute(2, 1, 0).reshape(tokens, neurons)
-    active = (h != 0).sum(0)
-    densest = active.sort(descending=True, stable=True).indices[: round(DENSE_FEATURES * neurons)]
-    whole = torch.zeros_like(active, dtype=torch.bool).scatter(0, densest, True)
-    return mask | (whole & (h != 0))
 
 
 def _thresholded(weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# Without a GPU the Triton kernels are tested in its interpreter; Triton asks for this when it is first imported.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from configs.loader import load_config
 from recipes.check import check_config
 from recipes.data import check_data

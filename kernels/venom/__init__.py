@@ -1,0 +1,241 @@
+"""V:N:M activations, compact: a block of V tokens is stored as the few columns that it keeps.
+
+    tiles   [P, V, W]   P = B * C/W   tile b * C/W + i holds kept columns i * W to (i+1) * W of block b
+    columns [P, W]      int32         which neurons they are
+
+B = ceil(T/V) blocks keep C = 4f/M columns each, ascending; W is the largest power of two up to 128 that divides C;
+the last block is filled up with zeros. Along the tokens it is the same with h^T for h, a tile a kept token a row:
+`token_tiles [Q, W, V]`, `token_ids [Q, W]`, Q = f/V * K/W, K = 4T/M.
+
+With these, the products of `kernels.feed_forward` that read h or dy1 are dense ones, over a share 4/M of the
+multiplications:
+
+    tiles, columns         = select_columns(y1)                         h = relu(y1)^2, cut
+    y                      = reduce_columns(tiles, columns, W2^T)       (2)
+    dy1_tiles              = sample_columns(dy, W2^T, columns, tiles)   (3)
+    h_token_tiles, ...     = cut_tokens(tiles, dy1_tiles, columns)      the second cut
+    dW2^T                  = reduce_tokens(h_token_tiles, ids, dy)      (4)
+    dx                     = reduce_columns(dy1_tiles, columns, W1)     (5)
+    dW1                    = reduce_tokens(dy1_token_tiles, ids, x)     (6)
+
+`reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
+All functions here are operators of torch.library, so torch.compile passes through them; gradients are the caller's.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.venom import products, reference, select
+from kernels.venom.reference import COLUMNS, Venom, compact, expand, tile_width, token_mask, venom_mask
+
+__all__ = [
+    "Venom",
+    "compact",
+    "cut_tokens",
+    "expand",
+    "reduce_columns",
+    "reduce_tokens",
+    "sample_columns",
+    "select_columns",
+    "tile_width",
+    "token_mask",
+    "venom_mask",
+]
+
+
+def _check_selection(y1: Tensor, v: int, n: int, m: int) -> None:
+    Venom(v, n, m).check(y1.shape[1])
+    if v < 16 or v & (v - 1):
+        raise ValueError(f"v = {v}: tiles need a power of two, at least 16")
+
+
+def _check_cut(v: int, tokens: int, hidden_dim: int, n: int, m: int) -> None:
+    Venom(v, n, m).check(hidden_dim)
+    if m == COLUMNS:
+        raise ValueError(f"m = {m}: the second cut needs windows of more than {COLUMNS} tokens")
+    if v % m:
+        raise ValueError(f"m = {m} does not divide v = {v}: the second cut needs whole windows in a block")
+    if tokens % m:
+        raise ValueError(f"m = {m} does not divide the tokens, {tokens}")
+    if hidden_dim % v:
+        raise ValueError(f"v = {v} does not divide the FFN's hidden_dim = {hidden_dim}")
+
+
+def _check_bf16(**operands: Tensor) -> None:
+    for name, operand in operands.items():
+        if operand.dtype != torch.bfloat16:
+            raise ValueError(f"{name}: the kernels read bfloat16, got {operand.dtype}")
+
+
+@torch.library.custom_op("sparsetitan::venom_select_columns", mutates_args=())
+def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """relu(y1)^2 cut to V:N:M, in compact form; which entries stay is `venom_mask`'s choice.
+
+    Column sums are float32 and every device adds in its own order, so where two sums agree but for rounding a CPU and
+    a GPU may keep different columns; one device always keeps the same.
+
+    Args:
+        y1: `[T, f]`, bfloat16 on a GPU, any floating dtype elsewhere. T need not be a multiple of v.
+        v: tokens in a block, a power of two, at least 16.
+        n: entries that a row keeps of its block's four columns, 2 or 4.
+        m: columns in a window, a multiple of 4 that divides f.
+
+    Returns:
+        tiles `[P, v, W]` in y1's dtype, and columns `[P, W]` int32.
+
+    Raises:
+        ValueError: a pattern outside these bounds, or another dtype on a GPU.
+    """
+    _check_selection(y1, v, n, m)
+    return reference.select_columns(y1, v, n, m)
+
+
+@select_columns.register_kernel("cuda")
+def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+    _check_selection(y1, v, n, m)
+    _check_bf16(y1=y1)
+    return select.select_columns(y1, v, n, m)
+
+
+@select_columns.register_fake
+def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+    _check_selection(y1, v, n, m)
+    kept = COLUMNS * y1.shape[1] // m
+    width = tile_width(kept)
+    count = (y1.shape[0] + v - 1) // v * (kept // width)
+    return y1.new_empty(count, v, width), y1.new_empty(count, width, dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsetitan::venom_cut_tokens", mutates_args=())
+def cut_tokens(
+    h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The second cut, along the tokens, of h and of dy1 under h's pattern: what products (4) and (6) read.
+
+    Which entries stay is `token_mask`'s choice on the h that the tiles hold; of dy1 the same ones stay.
+
+    Args:
+        h_tiles, columns: compact h, as `select_columns` returns it.
+        dy1_tiles: compact dy1, shape and dtype of h_tiles.
+        tokens: T, a multiple of m.
+        hidden_dim: f, a multiple of V.
+        n: entries that a neuron keeps of its block's four tokens, 2 or 4.
+        m: tokens in a window, more than 4, a divisor of V; neurons in a window of h_tiles.
+
+    Returns:
+        h_token_tiles and dy1_token_tiles `[Q, W, V]`, and token_ids `[Q, W]` int32.
+
+    Raises:
+        ValueError: sizes outside these bounds, or tiles that are not bfloat16 on a GPU.
+    """
+    _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
+    return reference.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
+
+
+@cut_tokens.register_kernel("cuda")
+def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
+    _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
+    _check_bf16(h_tiles=h_tiles, dy1_tiles=dy1_tiles)
+    return select.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
+
+
+@cut_tokens.register_fake
+def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
+    v = h_tiles.shape[1]
+    _check_cut(v, tokens, hidden_dim, n, m)
+    kept = COLUMNS * tokens // m
+    width = tile_width(kept)
+    count = hidden_dim // v * (kept // width)
+    token_tiles = h_tiles.new_empty(count, width, v)
+    return token_tiles, torch.empty_like(token_tiles), columns.new_empty(count, width)
+
+
+@torch.library.custom_op("sparsetitan::venom_reduce_columns", mutates_args=())
+def reduce_columns(
+    tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
+) -> Tensor:
+    """Products (2) and (5): h or dy1, compact, times a weight that has a row a neuron.
+
+    Args:
+        tiles, columns: the compact form of `[T, f]`.
+        weight_rows: `[f, d]`, the tiles' dtype: W2^T for (2), W1 for (5).
+        tokens: T.
+        order: `[T]` int64, a permutation: row t of the product is written to row order[t]. Tokens that were
+            sorted by `x[order]` so return to their places.
+
+    Returns:
+        `[T, d]`, in the weight's dtype; sums are float32 or wider.
+
+    Raises:
+        ValueError: operands that are not bfloat16 on a GPU.
+    """
+    return reference.reduce_columns(tiles, columns, weight_rows, tokens, order)
+
+
+@reduce_columns.register_kernel("cuda")
+def _(tiles, columns, weight_rows, tokens, order=None):
+    _check_bf16(tiles=tiles, weight_rows=weight_rows)
+    return products.reduce_columns(tiles, columns, weight_rows, tokens, order)
+
+
+@reduce_columns.register_fake
+def _(tiles, columns, weight_rows, tokens, order=None):
+    return weight_rows.new_empty(tokens, weight_rows.shape[1])
+
+
+@torch.library.custom_op("sparsetitan::venom_sample_columns", mutates_args=())
+def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
+    """Product (3) where h was kept, and the gradient through the square: dy1 = 2 sqrt(h) * (dy W2), compact.
+
+    Args:
+        dy: `[T, d]`.
+        weight_rows: `[f, d]`, W2^T, a row a neuron.
+        columns, h_tiles: compact h.
+
+    Returns:
+        dy1_tiles, shape and dtype of h_tiles; zero wherever h is.
+
+    Raises:
+        ValueError: operands that are not bfloat16 on a GPU.
+    """
+    return reference.sample_columns(dy, weight_rows, columns, h_tiles)
+
+
+@sample_columns.register_kernel("cuda")
+def _(dy, weight_rows, columns, h_tiles):
+    _check_bf16(dy=dy, weight_rows=weight_rows, h_tiles=h_tiles)
+    return products.sample_columns(dy, weight_rows, columns, h_tiles)
+
+
+@sample_columns.register_fake
+def _(dy, weight_rows, columns, h_tiles):
+    return torch.empty_like(h_tiles)
+
+
+@torch.library.custom_op("sparsetitan::venom_reduce_tokens", mutates_args=())
+def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
+    """Products (4) and (6): h^T or dy1^T, cut along the tokens, times dy or x.
+
+    Args:
+        token_tiles, token_ids: as `cut_tokens` returns them.
+        x: `[T, d]`, the tiles' dtype: dy for (4), x for (6).
+        hidden_dim: f.
+
+    Returns:
+        `[f, d]`, in x's dtype, a row a neuron: dW2^T or dW1.
+
+    Raises:
+        ValueError: operands that are not bfloat16 on a GPU.
+    """
+    return reference.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
+
+
+@reduce_tokens.register_kernel("cuda")
+def _(token_tiles, token_ids, x, hidden_dim):
+    _check_bf16(token_tiles=token_tiles, x=x)
+    return products.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
+
+
+@reduce_tokens.register_fake
+def _(token_tiles, token_ids, x, hidden_dim):
+    return x.new_empty(hidden_dim, x.shape[1])

@@ -1,0 +1,190 @@
+"""Products (2) to (6) over the compact form, in Triton: dense tiles against gathered rows.
+
+Because V rows share their columns, a block's product is an ordinary matrix product whose second operand is
+picked row by row, and with the weights stored a row a neuron a picked row is a contiguous run of memory:
+
+    reduce_columns  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
+    reduce_tokens   dW[block]     = sum over kept tokens t:   token_tile[t, :] x[t, :]               (4) (6)
+    sample_columns  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
+
+The first two are one kernel: left operands differ only in which of their axes is contiguous. Everything is
+addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are bf16, sums
+float32, outputs are rounded once.
+
+A picked row is read again by every block of tokens that keeps it. Programs therefore run slab by slab: GROUP slabs of
+the second operand, narrow enough for the L2 cache, against all blocks before the next slabs.
+
+Source: the gather along the reduction dimension is VENOM's, Castro et al., SC 2023.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _tile(v: int) -> dict[str, int]:
+    """How a program is cut, for tiles of v rows: sums stay in registers, the stages in Ampere's shared memory too."""
+    return {
+        "BLOCK_N": min(256, 32768 // v),
+        "BLOCK_K": 64,
+        "GROUP": 4,  # slabs that the L2 cache holds
+        "num_warps": 8 if v >= 128 else 4,
+        "num_stages": 3,
+    }
+
+
+@triton.jit
+def _block_and_slab(blocks, slabs, GROUP: tl.constexpr):
+    """Which block and slab a program computes: slab by slab in a group, then block by block, then the next group."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * blocks) * GROUP
+    size = min(slabs - first, GROUP)
+    inside = pid % (GROUP * blocks)
+    return inside // size, first + inside % size
+
+
+@triton.jit
+def _gather_reduce(
+    out,
+    tiles,
+    index,
+    source,
+    order,
+    rows,
+    KEPT: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # KEPT and D are known when compiling, which drops the masks of loops without a remainder.
+    block, slab = _block_and_slab(tl.cdiv(rows, V), tl.cdiv(D, BLOCK_N), GROUP)
+    row = tl.arange(0, V)
+    n = slab * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles += block.to(tl.int64) * KEPT * V
+    index += block * KEPT
+    sums = tl.zeros((V, BLOCK_N), tl.float32)
+    picked = tl.load(index + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < KEPT, other=0)
+    for start in range(0, KEPT, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if TRANSPOSED:
+            place = k[None, :] * V + row[:, None]
+        else:
+            place = (k // WIDTH * (V * WIDTH) + k % WIDTH)[None, :] + row[:, None] * WIDTH
+        left = tl.load(tiles + place, mask=(k < KEPT)[None, :], other=0)
+        right = tl.load(
+            source + picked.to(tl.int64)[:, None] * D + n[None, :],
+            mask=(k < KEPT)[:, None] & (n < D)[None, :],
+            other=0,
+        )
+        # A step ahead, so that the rows that a step needs are known when it begins.
+        picked = tl.load(index + BLOCK_K + k, mask=k + BLOCK_K < KEPT, other=0)
+        sums = tl.dot(left, right, sums)
+    row = block * V + row
+    inside = row < rows
+    if order is not None:
+        row = tl.load(order + row, mask=inside, other=0)
+    tl.store(
+        out + row.to(tl.int64)[:, None] * D + n[None, :],
+        sums.to(out.dtype.element_ty),
+        mask=inside[:, None] & (n < D)[None, :],
+    )
+
+
+def _launch_gather_reduce(
+    tiles: Tensor, index: Tensor, source: Tensor, order: Tensor | None, rows: int, v: int, transposed: bool
+) -> Tensor:
+    source = source.contiguous()
+    d = source.shape[1]
+    blocks, tile = triton.cdiv(rows, v), _tile(v)
+    out = torch.empty(rows, d, dtype=source.dtype, device=source.device)
+    _gather_reduce[(blocks * triton.cdiv(d, tile["BLOCK_N"]),)](
+        out,
+        tiles,
+        index,
+        source,
+        order,
+        rows,
+        index.numel() // blocks,
+        d,
+        v,
+        index.shape[1],
+        transposed,
+        **tile,
+    )
+    return out
+
+
+def reduce_columns(
+    tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
+) -> Tensor:
+    return _launch_gather_reduce(tiles, columns, weight_rows, order, tokens, tiles.shape[1], False)
+
+
+def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
+    return _launch_gather_reduce(token_tiles, token_ids, x, None, hidden_dim, token_tiles.shape[2], True)
+
+
+@triton.jit
+def _sample_columns(
+    dy1_tiles,
+    dy,
+    weight_rows,
+    columns,
+    h_tiles,
+    tokens,
+    KEPT: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    block, slab = _block_and_slab(tl.cdiv(tokens, V), tl.cdiv(KEPT, BLOCK_N), GROUP)
+    row = tl.arange(0, V)
+    token = block * V + row
+    c = slab * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.load(columns + block * KEPT + c, mask=c < KEPT, other=0)
+    k = tl.arange(0, BLOCK_K)
+    left = dy + token.to(tl.int64)[:, None] * D + k[None, :]
+    right = weight_rows + column.to(tl.int64)[None, :] * D + k[:, None]
+    sums = tl.zeros((V, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + k < D
+        sums = tl.dot(
+            tl.load(left + start, mask=inside[None, :] & (token < tokens)[:, None], other=0),
+            tl.load(right + start, mask=inside[:, None] & (c < KEPT)[None, :], other=0),
+            sums,
+        )
+    place = block.to(tl.int64) * KEPT * V + (c // WIDTH * (V * WIDTH) + c % WIDTH)[None, :] + row[:, None] * WIDTH
+    h = tl.load(h_tiles + place, mask=(c < KEPT)[None, :], other=0)
+    dy1 = 2 * tl.sqrt(h.to(tl.float32)) * sums
+    tl.store(dy1_tiles + place, dy1.to(dy1_tiles.dtype.element_ty), mask=(c < KEPT)[None, :])
+
+
+def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
+    dy, weight_rows = dy.contiguous(), weight_rows.contiguous()
+    tokens, d = dy.shape
+    v, width = h_tiles.shape[1:]
+    blocks, tile = triton.cdiv(tokens, v), _tile(v)
+    kept = columns.numel() // blocks
+    dy1_tiles = torch.empty_like(h_tiles)
+    _sample_columns[(blocks * triton.cdiv(kept, tile["BLOCK_N"]),)](
+        dy1_tiles,
+        dy,
+        weight_rows,
+        columns,
+        h_tiles,
+        tokens,
+        kept,
+        d,
+        v,
+        width,
+        **tile,
+    )
+    return dy1_tiles
