@@ -23,15 +23,20 @@ approximate them, for speed:
                      up. With this option h and dy1 are cut a second time, along the tokens, for these two (arXiv
                      2503.16672, 2602.06183).
 
-`_SparseFeedForward` is the reference: dense products over masked operands, so it is right on any device and fast on
-none. What is faster, and where, `backend` knows; `sparse_feed_forward` runs what it names.
+The same six products are written three times below: `_Masked` is the reference, dense products over masked operands,
+right on any device; `_Groups` and `_Venom` compute only what their pattern keeps. `backend` says which one runs, and
+why.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import groups, venom
 from kernels.clustering import permute_rows
-from kernels.groups import TILE, Groups, groups_feed_forward
+from kernels.groups import TILE, Groups
+from kernels.two_four.pack import soft_threshold_pack
+from kernels.two_four.products import sparse_linear
 from kernels.two_four.reference import soft_threshold_2_4
 from kernels.venom import Venom, token_mask
 
@@ -42,30 +47,93 @@ def _thresholded(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else scale.to(weight.dtype) * soft_threshold_2_4(weight)
 
 
-class _SparseFeedForward(torch.autograd.Function):
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, packed: bool) -> Tensor:
+    """x W'^T, W' the thresholded weight `[R, K]`; `packed`: on the sparse tensor cores."""
+    if scale is None or not packed:
+        return x @ _thresholded(weight, scale).T
+    tokens = x.shape[0]
+    return sparse_linear(soft_threshold_pack(weight, scale), F.pad(x, (0, 0, 0, -tokens % 8)))[:tokens]
+
+
+class _Masked(torch.autograd.Function):
+    """The reference. With `packed`, products (1) and (3) read packed 2:4 weights."""
+
     @staticmethod
-    def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens):
-        w1 = _thresholded(w1, w1_scale)
-        h = hidden_activations(x, w1)  # (1)
+    def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, packed):
+        active = _linear(x, w1, w1_scale, packed).relu()  # (1)
+        h = active * active
         if pattern is not None:
             h = torch.where(pattern.mask(h), h, 0)
-        ctx.save_for_backward(x, w1, w2, h, w2_scale)
-        ctx.pattern, ctx.cut_along_tokens = pattern, cut_along_tokens
+        ctx.save_for_backward(x, w1, w2, h, w1_scale, w2_scale)
+        ctx.pattern, ctx.cut_along_tokens, ctx.packed = pattern, cut_along_tokens, packed
         return h @ w2.T  # (2)
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, w2, h, w2_scale = ctx.saved_tensors
-        dh = dy @ _thresholded(w2.T, w2_scale).T  # (3): groups of four along d
+        x, w1, w2, h, w1_scale, w2_scale = ctx.saved_tensors
+        dh = _linear(dy, w2.T, w2_scale, ctx.packed)  # (3): groups of four along d
         dy1 = 2 * h.sqrt() * dh
         h_tokens, dy1_tokens = h, dy1
         if ctx.cut_along_tokens:
             kept = token_mask(h, ctx.pattern)
             h_tokens, dy1_tokens = torch.where(kept, h, 0), torch.where(kept, dy1, 0)
         dw2 = dy.T @ h_tokens  # (4)
-        dx = dy1 @ w1  # (5)
+        dx = dy1 @ _thresholded(w1, w1_scale)  # (5)
         dw1 = dy1_tokens.T @ x  # (6)
+        return dx, dw1, dw2, None, None, None, None, None
+
+
+class _Groups(torch.autograd.Function):
+    """Column groups as tiles, `kernels.groups`; `order` as in `sparse_feed_forward`."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, order):
+        order = None if order is None else order.int()
+        x_ordered = x if order is None else x.index_select(0, order)
+        y1 = _linear(x_ordered, w1, w1_scale, packed=True)  # (1)
+        tiles, lists = groups.select_tiles(y1, pattern.kept_groups(w1.shape[0]))
+        ctx.save_for_backward(x_ordered, w1, w2, tiles, lists, order, w1_scale, w2_scale)
+        return groups.reduce_neurons(tiles, lists, w2.T, order, x.shape[0])  # (2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, w2, tiles, lists, order, w1_scale, w2_scale = ctx.saved_tensors
+        dy = dy.contiguous() if order is None else dy.index_select(0, order)
+        dy1 = groups.sample(dy, _thresholded(w2.T, w2_scale).T.contiguous(), tiles, lists)  # (3)
+        dw2 = groups.reduce_tokens(tiles, lists, dy, w1.shape[0], True)  # (4)
+        dx = groups.reduce_neurons(dy1, lists, _thresholded(w1, w1_scale), order, x.shape[0])  # (5)
+        dw1 = groups.reduce_tokens(dy1, lists, x, w1.shape[0], False)  # (6)
         return dx, dw1, dw2, None, None, None, None
+
+
+class _Venom(torch.autograd.Function):
+    """V:N:M in compact form, `kernels.venom`; `order` as in `sparse_feed_forward`."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order):
+        x_ordered = x if order is None else x.index_select(0, order)
+        y1 = _linear(x_ordered, w1, w1_scale, packed=True)  # (1)
+        tiles, columns = venom.select_columns(y1, pattern.v, pattern.n, pattern.m)
+        ctx.save_for_backward(x_ordered, w1, w2, tiles, columns, order, w1_scale, w2_scale)
+        ctx.pattern, ctx.cut_along_tokens = pattern, cut_along_tokens
+        return venom.reduce_columns(tiles, columns, w2.T.contiguous(), x.shape[0], order)  # (2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, w2, tiles, columns, order, w1_scale, w2_scale = ctx.saved_tensors
+        tokens, hidden_dim = x.shape[0], w1.shape[0]
+        dy = dy if order is None else dy.index_select(0, order)
+        dy1 = venom.sample_columns(dy, _thresholded(w2.T.contiguous(), w2_scale), columns, tiles)  # (3)
+        dx = venom.reduce_columns(dy1, columns, _thresholded(w1, w1_scale), tokens, order)  # (5)
+        if ctx.cut_along_tokens:
+            n, m = ctx.pattern.n, ctx.pattern.m
+            h_cut, dy1_cut, ids = venom.cut_tokens(tiles, dy1, columns, tokens, hidden_dim, n, m)
+            dw2 = venom.reduce_tokens(h_cut, ids, dy, hidden_dim).T.contiguous()  # (4)
+            dw1 = venom.reduce_tokens(dy1_cut, ids, x, hidden_dim)  # (6)
+        else:
+            dw2 = dy.T @ venom.expand(tiles, columns, tokens, hidden_dim)  # (4)
+            dw1 = venom.expand(dy1, columns, tokens, hidden_dim).T @ x  # (6)
+        return dx, dw1, dw2, None, None, None, None, None
 
 
 def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) -> Tensor:
@@ -75,35 +143,46 @@ def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) ->
 
 
 def backend(
-    pattern: Pattern | None, weight_products: tuple[int, ...], width: int, device: torch.device, dtype: torch.dtype
+    pattern: Pattern | None,
+    weight_products: tuple[int, ...],
+    cut_along_tokens: bool,
+    width: int,
+    hidden_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[str, str]:
     """Which implementation computes the sparse FFN, and why; the only place that decides it.
 
     Args:
         pattern: of the activations.
         weight_products: products that read a 2:4 weight.
-        width: d.
+        cut_along_tokens: as in `sparse_feed_forward`.
+        width, hidden_dim: d and f.
         device, dtype: that the products run in.
 
     Returns:
-        "groups" or "reference", and the reason in words.
+        "groups", "venom", "two_four" (2:4 weights alone) or "reference", and the reason in words.
     """
     if device.type != "cuda":
-        return "reference", f"no kernels for {device.type}"
-    if not isinstance(pattern, Groups):
-        return "reference", "no kernels for this pattern yet"
-    if weight_products:
-        return "reference", "no kernels for 2:4 weights yet"
-    if pattern.v != TILE or pattern.g != TILE:
-        return "reference", f"kernels are for groups of v = g = {TILE}, not v = {pattern.v}, g = {pattern.g}"
-    if width % 64:
-        return "reference", f"kernels need a model width divisible by 64, not {width}"
+        return "reference", f"no kernels for the device {device.type}"
     if dtype != torch.bfloat16:
         return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return "reference", f"kernels are for compute capability 9.0, not {major}.{minor}"
-    return "groups", "column groups, Hopper kernels"
+    if weight_products and (width % 32 or hidden_dim % 64 or not torch.backends.cusparselt.is_available()):
+        return "reference", "packed 2:4 weights need cuSPARSELt, a width divisible by 32 and a hidden_dim by 64"
+    match pattern:
+        case None:
+            return "two_four", "2:4 weights by cuSPARSELt"
+        case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
+            return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
+        case Groups():
+            hopper = torch.cuda.get_device_capability(device) == (9, 0)
+            return "groups", "column groups, " + ("CUDA C++ for Hopper" if hopper else "Triton")
+        case Venom(v, _, m) if v < 16 or v & (v - 1) or (cut_along_tokens and (v % m or hidden_dim % v)):
+            return (
+                "reference",
+                f"kernels for venom need v = {v} to be a power of two from 16, and to fit m and hidden_dim",
+            )
+    return "venom", "Venom, Triton"
 
 
 def sparse_feed_forward(
@@ -136,26 +215,30 @@ def sparse_feed_forward(
     Raises:
         ValueError: a pattern that f or T does not allow, 2:4 weights that d does not allow.
     """
-    if w2_scale is not None and w2.shape[0] % 4:
-        raise ValueError(f"w2_scale needs a model width d divisible by 4, got {w2.shape[0]}")
+    tokens, width, hidden_dim = *x.shape, w1.shape[0]
+    if pattern is not None:
+        pattern.check(hidden_dim)
+    if w2_scale is not None and width % 4:
+        raise ValueError(f"w2_scale needs a model width d divisible by 4, got {width}")
     if cut_along_tokens:
         if not isinstance(pattern, Venom):
             raise ValueError("cut_along_tokens needs a Venom pattern")
-        if x.shape[0] % pattern.m:
-            raise ValueError(f"cut_along_tokens needs tokens divisible by m = {pattern.m}, got {x.shape[0]}")
+        if tokens % pattern.m:
+            raise ValueError(f"cut_along_tokens needs tokens divisible by m = {pattern.m}, got {tokens}")
     device = x.device.type
     # Asking about the meta device raises; torch.amp.is_autocast_available does not, but breaks torch 2.11's graphs.
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     weight_products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)
-    chosen, _ = backend(pattern, weight_products, x.shape[1], x.device, x.dtype)
-    if isinstance(pattern, Groups) and chosen == "groups":
-        pattern.check(w1.shape[0])
-        order = None if order is None else order.int()
-        return groups_feed_forward(x, w1, w2, order, pattern.kept_groups(w1.shape[0]))[0]
+    chosen, _ = backend(pattern, weight_products, cut_along_tokens, width, hidden_dim, x.device, x.dtype)
+    if chosen == "groups":
+        return _Groups.apply(x, w1, w2, pattern, w1_scale, w2_scale, order)
+    if chosen == "venom":
+        return _Venom.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order)
     if order is not None:
         inverse = order.argsort()
         x = permute_rows(x, order, inverse)
-    y = _SparseFeedForward.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens)
+    packed = chosen == "two_four"
+    y = _Masked.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, packed)
     return y if order is None else permute_rows(y, inverse, order)

@@ -110,10 +110,13 @@ def tensor_map(matrix: Tensor, rows: int, chunks: int = 0) -> Any:
             64.
         rows: at most 256.
     """
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.stride(0) * 2, rows, chunks)
+
+
+@functools.lru_cache(maxsize=4096)  # the allocator hands out the same addresses at every step
+def _tensor_map(address: int, height: int, width: int, pitch: int, rows: int, chunks: int) -> Any:
     from cuda.bindings import driver
 
-    height, width = matrix.shape
-    pitch = matrix.stride(0) * 2
     shape, strides, box = [width, height], [pitch], [64, rows]
     if chunks:
         shape, strides, box = [64, height, width // 64], [pitch, 128], [64, rows, chunks]
@@ -121,7 +124,7 @@ def tensor_map(matrix: Tensor, rows: int, chunks: int = 0) -> Any:
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             len(shape),
-            matrix.data_ptr(),
+            address,
             [driver.cuuint64_t(n) for n in shape],
             [driver.cuuint64_t(n) for n in strides],
             [driver.cuuint32_t(n) for n in box],

@@ -1,6 +1,6 @@
 """Column groups: the FFN whose h keeps whole tiles, 128 tokens by 128 neurons, and computes nothing else.
 
-    y1  = x W1^T                                     (1), dense
+    y1  = x W1^T                                     (1), dense or with a 2:4 W1
     h   = the tiles of relu(y1)^2 that are kept      `select_tiles`
     y   = h W2^T                                     (2), `reduce_neurons`
     dy1 = 2 sqrt(h) * (dy W2) at those tiles         (3), `sample`
@@ -11,94 +11,125 @@
 The gradients are exact for the given choice of tiles. Tokens may be taken in another order, so that the 128 of a block
 want the same neurons: x and dy are gathered once, y and dx are scattered by the products that compute them.
 
-`reference` is the specification and runs on the CPU; `select` (Triton) and `products` (CUDA C++, Hopper) are fast.
+`reference` is the specification and runs on the CPU; `select` is Triton, `products` CUDA C++ for Hopper, `portable` the
+same products in Triton for other GPUs. All functions here are operators of torch.library, so torch.compile passes
+through them; gradients are `kernels.feed_forward`'s.
 """
 
+import functools
 import types
 
 import torch
 from torch import Tensor
 
-from kernels.groups import products, reference, select
+from kernels.groups import portable, products, reference, select
 from kernels.groups.reference import Groups, group_mask
 from kernels.groups.tiles import TILE, TileLists
 
-__all__ = ["TILE", "Groups", "TileLists", "group_mask", "groups_feed_forward"]
+__all__ = [
+    "TILE",
+    "Groups",
+    "TileLists",
+    "group_mask",
+    "reduce_neurons",
+    "reduce_tokens",
+    "sample",
+    "select_tiles",
+]
 
 
-def _backend(x: Tensor) -> tuple[types.ModuleType, types.ModuleType]:
-    return (select, products) if x.is_cuda else (reference, reference)
+@functools.cache
+def _products(device: torch.device) -> types.ModuleType:
+    if device.type != "cuda":
+        return reference
+    return products if torch.cuda.get_device_capability(device) == (9, 0) else portable
 
 
-def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x.index_select(0, order)
-
-
-@torch.library.custom_op("sparsetitan::groups_feed_forward", mutates_args=())
-def groups_feed_forward(
-    x: Tensor, w1: Tensor, w2: Tensor, order: Tensor | None, kept: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The squared-ReLU FFN of which every block of TILE tokens keeps `kept` groups of TILE neurons.
+@torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
+def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
     Args:
-        x: `[T, d]`; on a GPU bf16, d a multiple of 64.
-        w1: `[f, d]`, same dtype, f a multiple of TILE.
-        w2: `[d, f]`, same dtype.
-        order: `[T]` int32, the tokens in the order in which they share blocks; None: as they are.
-        kept: groups that a block keeps.
+        y1: `[T, f]`, contiguous, f a multiple of TILE; T need not be one. On a GPU bf16.
+        kept: groups of TILE neurons that a block of TILE tokens keeps.
 
     Returns:
-        y `[T, d]`, in the tokens' own order, and what the backward pass needs: x in order (empty without one), the
-        tiles of h, their lists.
+        tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
     """
-    selection, product = _backend(x)
-    x_ordered = _in_order(x, order)
-    tiles, lists = selection.select_tiles(x_ordered @ w1.T, kept)
-    y = product.reduce_neurons(tiles, lists, w2.T, order, x.shape[0])
-    return y, x.new_empty(0) if order is None else x_ordered, tiles, lists.buffer
+    tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept)
+    return tiles, lists.buffer
 
 
-@groups_feed_forward.register_fake
-def _(x, w1, w2, order, kept):
-    tokens, hidden_dim = x.shape[0], w1.shape[0]
-    blocks, groups = -(-tokens // TILE), hidden_dim // TILE
-    capacity = blocks * kept
-    buffer = x.new_empty(TileLists.size(blocks, groups, capacity), dtype=torch.int32)
-    ordered = x.new_empty(0) if order is None else torch.empty_like(x)
-    return torch.empty_like(x), ordered, x.new_empty(capacity, TILE, TILE), buffer
+@select_tiles.register_fake
+def _(y1, kept):
+    blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
+    buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
+    return y1.new_empty(blocks * kept, TILE, TILE), buffer
 
 
-@torch.library.custom_op("sparsetitan::groups_feed_forward_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, order: Tensor | None, tiles: Tensor, buffer: Tensor, kept: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dW1, dW2; `x` in order."""
-    _, product = _backend(x)
-    lists = TileLists(buffer, -(-x.shape[0] // TILE), w1.shape[0] // TILE, tiles.shape[0])
-    dy = _in_order(dy, order).contiguous()
-    dy1 = product.sample(dy, w2, tiles, lists, kept)
-    dw2 = product.reduce_tokens(tiles, lists, dy, transposed=True)
-    dx = product.reduce_neurons(dy1, lists, w1, order, x.shape[0])
-    dw1 = product.reduce_tokens(dy1, lists, x, transposed=False)
-    return dx, dw1, dw2
+@torch.library.custom_op("sparsetitan::groups_reduce_neurons", mutates_args=())
+def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
+    """The tiles' matrix `[T, f]` times W1, or times W2^T: products (5) and (2).
+
+    Args:
+        tiles: `[P, TILE, TILE]`.
+        lists: the buffer of their lists.
+        weight: W1 `[f, d]`, or W2^T as the transpose of a contiguous W2 `[d, f]`; the tiles' dtype. On Hopper d is a
+            multiple of 64.
+        order: `[T]` int32, the row of the output that each token's result goes to; None: its own.
+        tokens: T.
+
+    Returns:
+        `[T, d]`.
+    """
+    of = TileLists.of(lists, tokens, weight.shape[0], tiles.shape[0])
+    return _products(tiles.device).reduce_neurons(tiles, of, weight, order, tokens)
 
 
-@_backward.register_fake
-def _(dy, x, w1, w2, order, tiles, buffer, kept):
-    return torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
+@reduce_neurons.register_fake
+def _(tiles, lists, weight, order, tokens):
+    return tiles.new_empty(tokens, weight.shape[1])
 
 
-def _save(ctx, inputs, output) -> None:
-    x, w1, w2, order, kept = inputs
-    _, x_ordered, tiles, buffer = output
-    ctx.save_for_backward(x if order is None else x_ordered, w1, w2, order, tiles, buffer)
-    ctx.kept = kept
-    ctx.mark_non_differentiable(x_ordered, tiles, buffer)
-    ctx.set_materialize_grads(False)
+@torch.library.custom_op("sparsetitan::groups_sample", mutates_args=())
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
+    """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
+
+    Args:
+        dy: `[T, d]`, contiguous.
+        w2: `[d, f]`, contiguous, same dtype.
+        tiles: h, `[P, TILE, TILE]`, same dtype, of which every block has equally many.
+        lists: the buffer of their lists.
+
+    Returns:
+        `[P, TILE, TILE]`.
+    """
+    return _products(dy.device).sample(dy, w2, tiles, TileLists.of(lists, dy.shape[0], w2.shape[1], tiles.shape[0]))
 
 
-def _differentiate(ctx, dy, *_):
-    return *_backward(dy, *ctx.saved_tensors, ctx.kept), None, None
+@sample.register_fake
+def _(dy, w2, tiles, lists):
+    return torch.empty_like(tiles)
 
 
-groups_feed_forward.register_autograd(_differentiate, setup_context=_save)
+@torch.library.custom_op("sparsetitan::groups_reduce_tokens", mutates_args=())
+def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
+    """The transposed tiles' matrix times x: products (6) and, transposed, (4).
+
+    Args:
+        tiles: `[P, TILE, TILE]`.
+        lists: the buffer of their lists.
+        x: `[T, d]`, contiguous, same dtype.
+        hidden_dim: f.
+        transposed: give `[d, f]` instead of `[f, d]`.
+
+    Returns:
+        `[f, d]` or `[d, f]`.
+    """
+    of = TileLists.of(lists, x.shape[0], hidden_dim, tiles.shape[0])
+    return _products(x.device).reduce_tokens(tiles, of, x, transposed)
+
+
+@reduce_tokens.register_fake
+def _(tiles, lists, x, hidden_dim, transposed):
+    return x.new_empty((x.shape[1], hidden_dim) if transposed else (hidden_dim, x.shape[1]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.groups.tiles import TILE, TileLists
 
-BN, BK = 128, 64
+BN, BK = 256, 64
 WARPS = 8
 
 
@@ -83,7 +83,7 @@ def _reduce_tokens(
 
 
 def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """See `kernels.groups.products.reduce_neurons`."""
+    """See `kernels.groups.reduce_neurons`."""
     width = weight.shape[1]
     out = tiles.new_empty((tokens, width))
     _reduce_neurons[(lists.blocks, triton.cdiv(width, BN))](
@@ -93,8 +93,8 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
     return out
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -> Tensor:
-    """See `kernels.groups.products.sample`."""
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
+    """See `kernels.groups.sample`."""
     out = torch.empty_like(tiles)
     _sample[(lists.capacity,)](
         dy, w2, tiles, lists.tile_block, lists.tile_group, out, *dy.shape, w2.shape[1],
@@ -104,7 +104,7 @@ def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -
 
 
 def reduce_tokens(tiles: Tensor, lists: TileLists, x: Tensor, transposed: bool) -> Tensor:
-    """See `kernels.groups.products.reduce_tokens`."""
+    """See `kernels.groups.reduce_tokens`."""
     width, hidden_dim = x.shape[1], lists.groups * TILE
     out = tiles.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
     strides = out.stride()[::-1] if transposed else out.stride()

@@ -1,6 +1,7 @@
-"""Launching products.cu: the five products over kept tiles, bf16 with float32 accumulation, on Hopper."""
+"""Launching products.cu: the five products over kept tiles on Hopper, bf16 with float32 accumulation."""
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ _SAMPLE = _kernel("sample")
 _REDUCE_TOKENS_ROWS, _REDUCE_TOKENS_COLUMNS = _kernel("reduce_tokens_rows"), _kernel("reduce_tokens_columns")
 
 
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _launch(
     kernel: Kernel, a: Any, b: Any, h: Any, lists: TileLists, out: Tensor, order: Tensor | None = None, **numbers: int
 ) -> Tensor:
@@ -61,23 +67,12 @@ def _launch(
         blocks=lists.blocks,
         **numbers,
     )
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
-    kernel.launch(processors // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
+    kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
     return out
 
 
 def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """The tiles' matrix times W1, or times W2^T: products (5) and (2).
-
-    Args:
-        tiles: `[P, TILE, TILE]` bf16.
-        weight: W1 `[f, d]`, or W2^T as the transpose of a contiguous W2 `[d, f]`.
-        order: `[T]` int32, the row of the output that each token's result goes to; None: its own.
-        tokens: T.
-
-    Returns:
-        `[T, d]` bf16.
-    """
+    """See `kernels.groups.reduce_neurons`."""
     width = weight.shape[1]
     out = tiles.new_empty((tokens, width))
     by_rows = weight.is_contiguous()
@@ -100,18 +95,8 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
     )
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -> Tensor:
-    """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
-
-    Args:
-        dy: `[T, d]` bf16, contiguous.
-        w2: `[d, f]` bf16, contiguous.
-        tiles: h, `[P, TILE, TILE]` bf16.
-        kept: groups that a block keeps at most.
-
-    Returns:
-        `[P, TILE, TILE]` bf16.
-    """
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
+    """See `kernels.groups.sample`."""
     tokens, width = dy.shape
     out = torch.empty_like(tiles)
     return _launch(
@@ -123,23 +108,14 @@ def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -
         out,
         rows=lists.blocks,
         together=32,
-        strips=-(-kept // (2 * CLUSTER)),
+        strips=-(-lists.capacity // lists.blocks // (2 * CLUSTER)),
         tokens=tokens,
         width=width,
     )
 
 
 def reduce_tokens(tiles: Tensor, lists: TileLists, x: Tensor, transposed: bool) -> Tensor:
-    """The transposed tiles' matrix times x: products (6) and, transposed, (4).
-
-    Args:
-        tiles: `[P, TILE, TILE]` bf16.
-        x: `[T, d]` bf16, contiguous.
-        transposed: give `[d, f]` instead of `[f, d]`.
-
-    Returns:
-        `[f, d]` or `[d, f]` bf16.
-    """
+    """See `kernels.groups.reduce_tokens`."""
     width, hidden_dim = x.shape[1], lists.groups * TILE
     out = tiles.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
     a = tensor_map(tiles.view(-1, TILE), 64, 1)

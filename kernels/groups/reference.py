@@ -121,18 +121,18 @@ def _matrix(tiles: Tensor, lists: TileLists) -> Tensor:
 
 
 def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """See `kernels.groups.products.reduce_neurons`."""
+    """See `kernels.groups.reduce_neurons`."""
     product = _matrix(tiles, lists)[:tokens] @ weight
     return product if order is None else torch.empty_like(product).index_copy_(0, order.long(), product)
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, kept: int) -> Tensor:
-    """See `kernels.groups.products.sample`."""
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
+    """See `kernels.groups.sample`."""
     dh = (F.pad(dy, (0, 0, 0, lists.blocks * TILE - dy.shape[0])) @ w2).view(lists.blocks, TILE, lists.groups, TILE)
     return 2 * tiles.sqrt() * dh[lists.tile_block.long(), :, lists.tile_group.long(), :]
 
 
 def reduce_tokens(tiles: Tensor, lists: TileLists, x: Tensor, transposed: bool) -> Tensor:
-    """See `kernels.groups.products.reduce_tokens`."""
+    """See `kernels.groups.reduce_tokens`."""
     h = _matrix(tiles, lists)[: x.shape[0]]
     return x.T @ h if transposed else h.T @ x

@@ -7,6 +7,7 @@ product's operand is a plain matrix of P * TILE rows.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -27,6 +28,11 @@ class TileLists:
     groups: int
     capacity: int
 
+    @classmethod
+    def of(cls, buffer: Tensor, tokens: int, hidden_dim: int, capacity: int) -> "TileLists":
+        """The lists in `buffer`, of so many tiles of h `[tokens, hidden_dim]`."""
+        return cls(buffer, -(-tokens // TILE), hidden_dim // TILE, capacity)
+
     @staticmethod
     def size(blocks: int, groups: int, capacity: int) -> int:
         """Entries of the buffer."""
@@ -36,32 +42,32 @@ class TileLists:
         sizes = (self.blocks + 1, self.capacity, self.capacity, self.groups, self.groups, self.groups * self.blocks)
         return self.buffer[sum(sizes[:index]) :][: sizes[index]]
 
-    @property
+    @cached_property
     def start(self) -> Tensor:
         """`[B + 1]`: tiles of block b are start[b] to start[b + 1]."""
         return self._view(0)
 
-    @property
+    @cached_property
     def tile_group(self) -> Tensor:
         """`[P]`: the group of neurons of each tile, ascending inside a block."""
         return self._view(1)
 
-    @property
+    @cached_property
     def tile_block(self) -> Tensor:
         """`[P]`: the block of tokens of each tile, ascending."""
         return self._view(2)
 
-    @property
+    @cached_property
     def group_count(self) -> Tensor:
         """`[F]`: blocks that keep each group."""
         return self._view(3)
 
-    @property
+    @cached_property
     def group_order(self) -> Tensor:
         """`[F]`: groups, the one that most blocks keep first; among equals the lower index."""
         return self._view(4)
 
-    @property
+    @cached_property
     def group_tiles(self) -> Tensor:
         """`[F, B]`: the tiles of each group, ascending; entries past its count have no meaning."""
         return self._view(5).view(self.groups, self.blocks)

@@ -30,7 +30,7 @@ from kernels.two_four.reference import (
     split_packed,
 )
 
-TILES = 4  # tiles of the metadata that a program takes, and its warps
+TILES = 8  # tiles of the metadata that a program takes, and its warps
 
 
 @triton.jit
