@@ -62,6 +62,7 @@ from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
 from torchtitan.components.optimizer import build_optimizers  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer  # noqa: E402
 from torchtitan.components.validate import BaseValidator  # noqa: E402
+from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.config import job_config as titan_config  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
@@ -81,6 +82,7 @@ from torchtitan.train import Trainer  # noqa: E402
 __all__ = [
     "DATASETS",
     "IGNORE_INDEX",
+    "TORCH_DTYPE_MAP",
     "AsyncMode",
     "BaseTokenizer",
     "BaseValidator",

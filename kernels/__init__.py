@@ -11,7 +11,7 @@ the six matrix products of a squared-ReLU FFN:
 """
 
 from kernels.clustering import balanced_clusters, permute_rows, route_tokens
-from kernels.feed_forward import Pattern, hidden_activations, sparse_feed_forward
+from kernels.feed_forward import Pattern, backend, hidden_activations, sparse_feed_forward
 from kernels.groups import Groups, group_mask
 from kernels.two_four.reference import soft_threshold_2_4, soft_threshold_scale
 from kernels.venom import Venom, venom_mask
@@ -24,6 +24,7 @@ __all__ = [
     "Groups",
     "Pattern",
     "Venom",
+    "backend",
     "balanced_clusters",
     "group_mask",
     "hidden_activations",

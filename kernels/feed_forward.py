@@ -42,6 +42,8 @@ from kernels.venom import Venom, token_mask
 
 Pattern = Venom | Groups
 
+CUSPARSELT = torch.backends.cusparselt.is_available()
+
 
 def _thresholded(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else scale.to(weight.dtype) * soft_threshold_2_4(weight)
@@ -90,7 +92,7 @@ class _Groups(torch.autograd.Function):
     def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, order):
         order = None if order is None else order.int()
         x_ordered = x if order is None else x.index_select(0, order)
-        y1 = _linear(x_ordered, w1, w1_scale, packed=True)  # (1)
+        y1 = _linear(x_ordered, w1, w1_scale, packed=x.is_cuda)  # (1)
         tiles, lists = groups.select_tiles(y1, pattern.kept_groups(w1.shape[0]))
         ctx.save_for_backward(x_ordered, w1, w2, tiles, lists, order, w1_scale, w2_scale)
         return groups.reduce_neurons(tiles, lists, w2.T, order, x.shape[0])  # (2)
@@ -112,7 +114,7 @@ class _Venom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order):
         x_ordered = x if order is None else x.index_select(0, order)
-        y1 = _linear(x_ordered, w1, w1_scale, packed=True)  # (1)
+        y1 = _linear(x_ordered, w1, w1_scale, packed=x.is_cuda)  # (1)
         tiles, columns = venom.select_columns(y1, pattern.v, pattern.n, pattern.m)
         ctx.save_for_backward(x_ordered, w1, w2, tiles, columns, order, w1_scale, w2_scale)
         ctx.pattern, ctx.cut_along_tokens = pattern, cut_along_tokens
@@ -167,9 +169,11 @@ def backend(
         return "reference", f"no kernels for the device {device.type}"
     if dtype != torch.bfloat16:
         return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if weight_products and (width % 32 or hidden_dim % 64 or not torch.backends.cusparselt.is_available()):
+    if weight_products and (width % 32 or hidden_dim % 64 or not CUSPARSELT):
         return "reference", "packed 2:4 weights need cuSPARSELt, a width divisible by 32 and a hidden_dim by 64"
     match pattern:
+        case None if not weight_products:
+            return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
         case Groups(v, g, _) if v != TILE or g != TILE or width % 64:

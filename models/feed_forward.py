@@ -11,11 +11,17 @@ its own, so the counting costs a training step nothing.
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, hidden_activations, route_tokens, sparse_feed_forward
+from kernels import Pattern, Venom, hidden_activations, route_tokens, sparse_feed_forward
+from kernels.venom.reference import COLUMNS
+
+# The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
+# sees take a second value, as in a model whose layers keep different shares.
+torch._dynamo.config.specialize_float = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,20 @@ class FeedForwardSparsity:
         # (3) is needed where h is not zero, and reads a 2:4 weight: the better of both counts.
         third = min(density, 0.5) if 3 in self.weight_products else density
         return (first + third + 4 * density) / 6
+
+    def executed_share(self, hidden_dim: int, backend: str) -> float:
+        """FLOPs that a backend (`kernels.feed_forward.backend`) executes, of the six products'.
+
+        Those of a product on the sparse tensor cores count half; Venom's kernels execute 4 / m, whatever n.
+        """
+        if backend == "reference":
+            return 1.0
+        first = 0.5 if 1 in self.weight_products else 1.0
+        if self.pattern is None:
+            return (first + (0.5 if 3 in self.weight_products else 1.0) + 4) / 6
+        tiles = COLUMNS / self.pattern.m if isinstance(self.pattern, Venom) else self.pattern.density(hidden_dim)
+        along_tokens = 1.0 if isinstance(self.pattern, Venom) and not self.cut_along_tokens else tiles
+        return (first + 3 * tiles + 2 * along_tokens) / 6
 
 
 class FeedForward(nn.Module):

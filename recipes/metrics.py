@@ -46,6 +46,8 @@ class Metrics(MetricsProcessor):
         self.steps_since_last_log = 0
         self.log_next = False
         self.row: dict[str, Any] = {}
+        # FLOPs executed over those of the dense model, a phase; the trainer knows what its backend executes.
+        self.executed_share = {"dense": 1.0, "sparse": 1.0}
 
     def should_log(self, step: int) -> bool:
         """Whether this step gets a row: as torchtitan decides, and where the trainer asks for one."""
@@ -96,12 +98,12 @@ class Metrics(MetricsProcessor):
         }
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops
-            # The references multiply the zeros too.
-            self.row["mfu_executed"] = self.row["mfu"]
 
     def finish(self, phase: str, extra: dict[str, float]) -> None:
         """Complete the row with what was measured after the training step, and write it everywhere."""
         row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
+        if "mfu" in row:
+            row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
         if self.writes:
             with self.file.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import configs.titan as titan
+import kernels
 from configs.errors import ConfigError
 from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
@@ -176,7 +177,10 @@ class SparseTrainer(titan.Trainer):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = self.metrics_processor.num_flops_per_token
         ffn_flops = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
-        saved = ffn_flops * (1 - args.sparsity.flops_share(args.hidden_dim))
+        pattern_flops = flops - ffn_flops * (1 - args.sparsity.flops_share(args.hidden_dim))
+        backend, reason = self._backend()
+        executed_flops = flops - ffn_flops * (1 - args.sparsity.executed_share(args.hidden_dim, backend))
+        self.metrics_processor.executed_share["sparse"] = executed_flops / flops
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
         device, corpus = titan.device_module.get_device_name(), load_corpus(config)
         run = {
@@ -189,9 +193,9 @@ class SparseTrainer(titan.Trainer):
             "parameters": parameters,
             "vocabulary": args.vocab_size,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
-            "flops_per_token": {"dense": flops, "sparse_pattern": flops - saved},
+            "flops_per_token": {"dense": flops, "sparse_pattern": pattern_flops, "sparse_executed": executed_flops},
             "peak_flops": self.metrics_processor.peak_flops,
-            "backend": "reference",
+            "backend": {"name": backend, "reason": reason},
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
             "hardware": {"device": device, "ranks": dist.get_world_size()},
@@ -210,9 +214,24 @@ class SparseTrainer(titan.Trainer):
         logger.info(f"{config.recipe}: {phases}")
         if any(span.mode == "sparse" for span in spans):
             logger.info(
-                "FFN backend: reference (plain PyTorch on masked operands, no faster than dense); without the products "
-                f"with zeros a sparse step has {100 * (flops - saved) / flops:.0f}% of the dense model's FLOPs"
+                f"FFN backend in sparse phases: {backend} ({reason}); a step's FLOPs are "
+                f"{100 * executed_flops / flops:.0f}% of the dense model's, without the zeros they would be "
+                f"{100 * pattern_flops / flops:.0f}%"
             )
+
+    def _backend(self) -> tuple[str, str]:
+        """What computes the FFNs in sparse phases, and why."""
+        args, sparsity = self.model_args, self.model_args.sparsity
+        return kernels.backend(
+            sparsity.pattern,
+            sparsity.weight_products,
+            sparsity.cut_along_tokens,
+            args.dim,
+            args.hidden_dim,
+            torch.device(titan.device_type),
+            # FSDP and, on one GPU, autocast compute in this one.
+            titan.TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
+        )
 
 
 def _commit() -> str | None:

@@ -52,7 +52,7 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
         "model.n_layers": "2",
         "model.n_heads": "2",
         "model.n_kv_heads": "1",
-        "model.hidden_dim": "128",
+        "model.hidden_dim": "512",
         "training.steps": "12",
         "training.seq_len": "32",
         "training.local_batch_size": "4",

@@ -3,6 +3,8 @@ On a CUDA device: the tiny job of every recipe, in float32 beside the CPU's loss
 in bf16.
 """
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT, losses
@@ -10,19 +12,34 @@ from test_train import DENSE, LAST_STEP
 
 pytestmark = pytest.mark.gpu
 
+BACKENDS = {
+    "activations_2of4": "reference",
+    "dense": "reference",
+    "groups_eighth": "groups",
+    "groups_quarter": "groups",
+    "venom_2of16": "venom",
+    "venom_4of16": "venom",
+    "weights_2of4": "two_four",
+}
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+# A width that the kernels take.
 BF16 = ("--training.mixed_precision_param", "bfloat16", "--compile.enable", "true")
+WIDE = ("--model.dim", "64")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_compiled_bf16_follows_eager_float32(train, tmp_path, recipe):
     words = DENSE if recipe == "dense" else ()
     torch._dynamo.reset()
-    eager = train(tmp_path / "eager", *words, recipe=recipe)
-    compiled = train(tmp_path / "compiled", *words, *BF16, recipe=recipe)
+    eager = train(tmp_path / "eager", *words, *WIDE, recipe=recipe)
+    compiled = train(tmp_path / "compiled", *words, *WIDE, *BF16, recipe=recipe)
     assert losses(compiled) == pytest.approx(losses(eager), rel=0.02)
     assert compiled[LAST_STEP]["loss"] < compiled[1]["loss"] - 0.3
     assert 0 < compiled[LAST_STEP]["mfu"] == compiled[LAST_STEP]["mfu_executed"]
+    kernels = json.loads((tmp_path / "compiled" / "run.json").read_text())["backend"]["name"]
+    assert kernels == BACKENDS[recipe]
+    if kernels != "reference":
+        assert compiled[5]["mfu_executed"] < compiled[5]["mfu"]
 
 
 def test_phases_compile_once(train, tmp_path):
@@ -34,14 +51,14 @@ def test_phases_compile_once(train, tmp_path):
     for steps, words in (("dense", DENSE), ("phases", ("--schedule.phases", phases))):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train(tmp_path / steps, *words, *BF16, "--compile.components", "model")
+        train(tmp_path / steps, *words, *WIDE, *BF16, "--compile.components", "model")
         graphs[steps] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs["phases"] == 2 * graphs["dense"], graphs
 
 
 def test_resume_follows_the_uninterrupted_run(train, tmp_path):
-    whole = train(tmp_path / "whole", *BF16)
+    whole = train(tmp_path / "whole", *WIDE, *BF16)
     for stop in (6, None):
         torch._dynamo.reset()
-        run = train(tmp_path / "run", *BF16, stop_after=stop)
+        run = train(tmp_path / "run", *WIDE, *BF16, stop_after=stop)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
