@@ -22,9 +22,9 @@ BACKENDS = {
     "weights_2of4": "two_four",
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
-# A width that the kernels take.
+# A width and blocks that the kernels take.
 BF16 = ("--training.mixed_precision_param", "bfloat16", "--compile.enable", "true")
-WIDE = ("--model.dim", "64")
+WIDE = ("--model.dim", "64", "--activations.v", "128")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

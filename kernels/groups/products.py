@@ -57,14 +57,9 @@ def _launch(
     arguments = _Arguments(
         counter=counter.data_ptr(),
         row_order=None if order is None else order.data_ptr(),
-        group_order=lists.group_order.data_ptr(),
         out=out.data_ptr(),
-        start=lists.start.data_ptr(),
-        tile_group=lists.tile_group.data_ptr(),
-        tile_block=lists.tile_block.data_ptr(),
-        group_tiles=lists.group_tiles.data_ptr(),
-        group_count=lists.group_count.data_ptr(),
         blocks=lists.blocks,
+        **lists.addresses(),
         **numbers,
     )
     kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)

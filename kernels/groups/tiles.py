@@ -8,6 +8,7 @@ product's operand is a plain matrix of P * TILE rows.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -38,9 +39,20 @@ class TileLists:
         """Entries of the buffer."""
         return blocks + 1 + 2 * capacity + 2 * groups + groups * blocks
 
+    @cached_property
+    def _bounds(self) -> list[int]:
+        """Where the lists begin in the buffer, in the order of the properties below, and where the last one ends."""
+        sizes = self.blocks + 1, self.capacity, self.capacity, self.groups, self.groups, self.groups * self.blocks
+        return list(accumulate(sizes, initial=0))
+
     def _view(self, index: int) -> Tensor:
-        sizes = (self.blocks + 1, self.capacity, self.capacity, self.groups, self.groups, self.groups * self.blocks)
-        return self.buffer[sum(sizes[:index]) :][: sizes[index]]
+        return self.buffer[self._bounds[index] : self._bounds[index + 1]]
+
+    def addresses(self) -> dict[str, int]:
+        """The device address of every list, by its property's name."""
+        names = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"
+        first = self.buffer.data_ptr()
+        return {name: first + 4 * bound for name, bound in zip(names, self._bounds, strict=False)}
 
     @cached_property
     def start(self) -> Tensor:
