@@ -7,32 +7,35 @@
 //   sample           (3) dy1 = 2 sqrt(h) * (dy W2)        computed only where a tile exists, the factor in the epilogue
 //   reduce_tokens    (4) dW2 = dy^T h, (6) dW1 = dy1^T x  a group of neurons sums over the blocks that keep it
 //
-// All of them multiply a 128 x 64 operand A by a 64 x 256 operand B, step by step, into a 128 x 256 tile of the output; a
-// list says which slab of which matrix the next step reads. The loop is warp-specialised: one thread of the first
+// All of them multiply a 128 x 64 operand A by a 64 x 256 operand B, step by step, into a 128 x 256 tile of the output;
+// a list says which slab of which matrix the next step reads. The loop is warp-specialised: one thread of the first
 // warpgroup keeps STAGES steps in flight with the tensor memory accelerator (TMA), the other two warpgroups issue wgmma
 // m64n256k16 on 64 rows each. The grid is persistent: while the consumers write a tile, the producer is already loading
-// the next one. Rows of tiles differ in length, so a cluster takes its next work from a counter, the longest rows first.
+// the next one. Rows of tiles differ in length, so a cluster takes its next work from a counter, the longest rows
+// first.
 //
 // A step moves 48 KB through L2 for 4.2 MFLOP, more than L2 can feed all SMs at full rate, so L2 is the limit. The CTAs
-// of a cluster work on neighbouring output tiles of the same row: they need the same A, and each fetches its share of it and
-// multicasts that to all: 40 KB a step in a cluster of two.
+// of a cluster work on neighbouring output tiles of the same row: they need the same A, and each fetches its share of
+// it and multicasts that to all: 40 KB a step in a cluster of two.
 //
-// Shared memory holds an operand as rows of 64 elements (128 bytes, the TMA's swizzle-128B): K-major [rows][64 of K], or
-// MN-major [64-wide chunk][64 rows of K][64 of M or N], which wgmma reads transposed.
+// Shared memory holds an operand as rows of 64 elements (128 bytes, the TMA's swizzle-128B): K-major [rows][64 of K],
+// or MN-major [64-wide chunk][64 rows of K][64 of M or N], which wgmma reads transposed.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;  // only moved and converted here
 
-struct alignas(64) TensorMap { char bytes[128]; };
+struct alignas(64) TensorMap {
+    char bytes[128];
+};
 
 constexpr int CLUSTER = 2;
 constexpr unsigned short EVERY_CTA = (1 << CLUSTER) - 1;
-constexpr int TILE = 128;              // tokens and neurons in a tile of h
-constexpr int BN = 256;                // columns of an output tile
-constexpr int BK = 64;                 // one step of the reduction: one row of the swizzle
+constexpr int TILE = 128;  // tokens and neurons in a tile of h
+constexpr int BN = 256;    // columns of an output tile
+constexpr int BK = 64;     // one step of the reduction: one row of the swizzle
 constexpr int STAGES = 4;
-constexpr int CHUNK = 64 * BK * 2;     // bytes of 64 rows of 64 elements
+constexpr int CHUNK = 64 * BK * 2;  // bytes of 64 rows of 64 elements
 constexpr int A_BYTES = 2 * CHUNK;
 constexpr int A_SHARE = A_BYTES / CLUSTER;
 constexpr int B_BYTES = 4 * CHUNK;
@@ -60,7 +63,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "@done bra out;\n"
         "bra again;\n"
         "out:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
 // Arrive at the barrier of the same name in CTA `rank` of the cluster. Without .release.cluster, which waits for all of
@@ -71,7 +76,9 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(barrier), "r"(rank) : "memory");
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 
 // Four words to shared memory of CTA `rank`, at whose barrier they count as 16 bytes arrived.
@@ -83,7 +90,9 @@ __device__ __forceinline__ void send(u32 to, u32 barrier, u32 rank, int4 v) {
         "mapa.shared::cluster.u32 signal, %1, %2;\n"
         "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [signal], 16;\n"
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [signal];\n"
-        "}\n" ::"r"(to), "r"(barrier), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+        "}\n" ::"r"(to),
+        "r"(barrier), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -95,29 +104,37 @@ constexpr u64 EVICT_NORMAL = 0x1000000000000000, EVICT_FIRST = 0x12F000000000000
 
 __device__ __forceinline__ void load(const TensorMap& map, u32 to, u32 barrier, u64 policy, int x, int y) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
-        "%5;" ::"r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(policy) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+        "%4}], [%2], "
+        "%5;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
+        : "memory");
 }
 
 __device__ __forceinline__ void load(const TensorMap& map, u32 to, u32 barrier, u64 policy, int x, int y, int z) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
-        "[%2], %6;" ::"r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+        "%4, %5}], "
+        "[%2], %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+        : "memory");
 }
 
 // To the same place in all CTAs of the cluster.
 __device__ __forceinline__ void load_all(const TensorMap& map, u32 to, u32 barrier, u64 policy, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(EVERY_CTA), "l"(policy)
+        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(EVERY_CTA), "l"(policy)
         : "memory");
 }
 
 __device__ __forceinline__ void load_all(const TensorMap& map, u32 to, u32 barrier, u64 policy, int x, int y, int z) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(EVERY_CTA),
-        "l"(policy) : "memory");
+        "[%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(EVERY_CTA), "l"(policy)
+        : "memory");
 }
 
 // wgmma's descriptor of an operand in shared memory, swizzle-128B; offsets in bytes. `leading` separates chunks of 64
@@ -126,8 +143,9 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading) {
     return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-#define ACC8(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
-                "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define ACC8(i)                                                                                             \
+    "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
+        "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define ACC32(i) ACC8(i), ACC8(i + 8), ACC8(i + 16), ACC8(i + 24)
 
 // acc [64, 256] = a [64, 16] b [16, 256], plus acc where `accumulate`; TA, TB: the operand is MN-major.
@@ -155,7 +173,9 @@ __device__ __forceinline__ void wgmma(float (&acc)[128], u64 a, u64 b, int accum
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
@@ -177,16 +197,20 @@ __device__ __forceinline__ float root(float x) {
 template <bool TRANSPOSED>
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     if (TRANSPOSED)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-                     "r"(c), "r"(d) : "memory");
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                     "r"(b), "r"(c), "r"(d)
+                     : "memory");
     else
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-                     "r"(c), "r"(d) : "memory");
+                     "r"(c), "r"(d)
+                     : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(u32 address) {
     uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
     return v;
 }
 
@@ -242,7 +266,8 @@ __device__ __forceinline__ Work work_at(const Arguments& g, int q) {
 
 // One thread of a cluster takes work and sends it to the producer and the consumers of every CTA.
 template <Walk WALK>
-__device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken, int cluster, int clusters) {
+__device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken, int cluster,
+                                         int clusters) {
     int slot = 0, parity = 1, q = cluster;
     for (;;) {
         Work work = work_at<WALK>(g, q);
@@ -274,8 +299,8 @@ struct Inbox {
 template <Walk WALK, bool A_MN, bool B_MN>
 __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, const TensorMap& h, const Arguments& g,
                                         u32 a_smem, u32 b_smem, u32 full, u32 empty, Inbox inbox, int rank) {
-    // Groups walk their lists at different paces: what they share is x or dy, so these stay. In the other walks all clusters
-    // read B in step, and both operands are soon dead.
+    // Groups walk their lists at different paces: what they share is x or dy, so these stay. In the other walks all
+    // clusters read B in step, and both operands are soon dead.
     constexpr u64 POLICY_A = WALK == REDUCE_TOKENS ? EVICT_FIRST : EVICT_NORMAL;
     constexpr u64 POLICY_B = WALK == REDUCE_TOKENS ? EVICT_LAST : EVICT_NORMAL;
     int stage = 0, parity = 1;
@@ -309,7 +334,8 @@ __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, 
             barrier_expect(barrier, A_BYTES + B_BYTES);
             // This CTA's share of A, for all: rows of it, or rows of one chunk.
             if (A_MN)
-                load_all(a, into_a + rank * A_SHARE, barrier, POLICY_A, 0, ay + rank * (TILE / CLUSTER) % BK, rank * 2 / CLUSTER);
+                load_all(a, into_a + rank * A_SHARE, barrier, POLICY_A, 0, ay + rank * (TILE / CLUSTER) % BK,
+                         rank * 2 / CLUSTER);
             else
                 load_all(a, into_a + rank * A_SHARE, barrier, POLICY_A, ax, ay + rank * (TILE / CLUSTER));
             if (WALK == SAMPLE) {
@@ -352,7 +378,9 @@ struct Pipeline {
     }
 };
 
-__device__ __forceinline__ u32 swizzled(u32 base, int row, int unit) { return base + row * 128 + ((unit ^ (row & 7)) * 16); }
+__device__ __forceinline__ u32 swizzled(u32 base, int row, int unit) {
+    return base + row * 128 + ((unit ^ (row & 7)) * 16);
+}
 
 // Write the 64 x 256 of one warpgroup: through shared memory, 64 columns at a time, so that 8 threads write 128
 // contiguous bytes of a row.
@@ -366,8 +394,10 @@ __device__ __forceinline__ void store(const float (&acc)[128], const Arguments& 
         line[i] = group * 64 + thread / 8 + 16 * i;
         if (WALK == REDUCE_NEURONS) {
             line[i] += work.row * TILE;
-            if (line[i] >= g.tokens) line[i] = -1;
-            else if (g.row_order) line[i] = g.row_order[line[i]];
+            if (line[i] >= g.tokens)
+                line[i] = -1;
+            else if (g.row_order)
+                line[i] = g.row_order[line[i]];
         }
     }
 #pragma unroll
@@ -399,7 +429,8 @@ __device__ __forceinline__ void store(const float (&acc)[128], const Arguments& 
                 const u32* act = (const u32*)&h;
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    dh[e] = pack(2 * root(low_half(act[e])) * low_half(dh[e]), 2 * root(high_half(act[e])) * high_half(dh[e]));
+                    dh[e] = pack(2 * root(low_half(act[e])) * low_half(dh[e]),
+                                 2 * root(high_half(act[e])) * high_half(dh[e]));
                 long long tile = (long long)(work.first + slot) * TILE * TILE;
                 *(uint4*)(g.out + tile + line[i] * TILE + chunk % 2 * 64 + unit * 8) = v;
             } else if (WALK == REDUCE_NEURONS) {
@@ -446,11 +477,13 @@ __device__ __forceinline__ void consume(const Arguments& g, u32 a_smem, u32 b_sm
 }
 
 template <Walk WALK, bool A_MN, bool B_MN, bool TRANSPOSED>
-__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, const TensorMap& h, const Arguments& g) {
+__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, const TensorMap& h,
+                                        const Arguments& g) {
     extern __shared__ char memory[];
     u32 a_smem = (smem_address(memory) + 1023) & ~1023u, b_smem = a_smem + STAGES * A_BYTES;
     u32 out_smem = b_smem + STAGES * B_BYTES, slots = out_smem + OUT_BYTES;
-    u32 full = slots + 16 * WORK_SLOTS, empty = full + 8 * STAGES, ready = empty + 8 * STAGES, taken = ready + 8 * WORK_SLOTS;
+    u32 full = slots + 16 * WORK_SLOTS, empty = full + 8 * STAGES, ready = empty + 8 * STAGES,
+        taken = ready + 8 * WORK_SLOTS;
     int rank, group = threadIdx.x / 128;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     if (threadIdx.x == 0) {
@@ -475,22 +508,22 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, 
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        consume<WALK, A_MN, B_MN, TRANSPOSED>(g, a_smem, b_smem, out_smem + (group - 1) * 2 * CHUNK, {full, empty, 0, 0},
-                                              inbox, rank, group - 1);
+        consume<WALK, A_MN, B_MN, TRANSPOSED>(g, a_smem, b_smem, out_smem + (group - 1) * 2 * CHUNK,
+                                              {full, empty, 0, 0}, inbox, rank, group - 1);
     }
     // Another CTA may still multicast here or arrive at a barrier of this one.
     cluster_sync();
 }
 
-#define PRODUCT(name, ...)                                                                          \
-    extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1, 1)                 \
-        name(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,              \
-             const __grid_constant__ TensorMap h, const __grid_constant__ Arguments g) {            \
-        product<__VA_ARGS__>(a, b, h, g);                                                           \
+#define PRODUCT(name, ...)                                                               \
+    extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1, 1) \
+        name(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,   \
+             const __grid_constant__ TensorMap h, const __grid_constant__ Arguments g) { \
+        product<__VA_ARGS__>(a, b, h, g);                                                \
     }
 
-PRODUCT(reduce_neurons_rows, REDUCE_NEURONS, false, true, false)     // (5): B [f, d], a row a neuron
-PRODUCT(reduce_neurons_columns, REDUCE_NEURONS, false, false, false) // (2): B [d, f], a column a neuron
-PRODUCT(sample, SAMPLE, false, true, false)                          // (3)
-PRODUCT(reduce_tokens_rows, REDUCE_TOKENS, true, true, false)        // (6): out [f, d]
-PRODUCT(reduce_tokens_columns, REDUCE_TOKENS, true, true, true)      // (4): out [d, f]
+PRODUCT(reduce_neurons_rows, REDUCE_NEURONS, false, true, false)      // (5): B [f, d], a row a neuron
+PRODUCT(reduce_neurons_columns, REDUCE_NEURONS, false, false, false)  // (2): B [d, f], a column a neuron
+PRODUCT(sample, SAMPLE, false, true, false)                           // (3)
+PRODUCT(reduce_tokens_rows, REDUCE_TOKENS, true, true, false)         // (6): out [f, d]
+PRODUCT(reduce_tokens_columns, REDUCE_TOKENS, true, true, true)       // (4): out [d, f]
