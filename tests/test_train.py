@@ -273,7 +273,7 @@ def test_a_sparse_run_can_start_from_a_dense_checkpoint(train, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     train(tmp_path, stop_after=2)
-    words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--model.hidden_dim", "256"])
+    words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--model.hidden_dim", "512"])
     result = launch("--config", "configs/debug.toml", *words)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1, result.stderr

@@ -1,0 +1,125 @@
+"""Draw what `scripts/benchmark_kernels.py` measured: speed-ups over dense, and where a step's time goes.
+
+    python -m scripts.plot_kernels docs/kernels    # kernels.json in this folder to kernels.png beside it
+
+The benchmark draws by itself; this draws again without a GPU. Above, a bar a contender and shape. Below, a panel a
+shape: each bar is one step, milliseconds on the GPU. The six products carry their numbers, those of a kind the same
+colour: (2) and (5) reduce over the neurons, (4) and (6) over the tokens.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from configs.errors import ConfigError, exit_with
+from scripts.plot import GREY, PALETTE, STYLE
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
+PRODUCTS = ("(1)", "(2)", "(3)", "(4)", "(5)", "(6)")
+# Stages of a step, left to right, and their colours.
+STAGES = dict(zip(PRODUCTS, (BLACK, BLUE, VERMILION, GREEN, BLUE, GREEN), strict=True)) | {
+    "products": BLACK,  # of cuBLAS, where the profiler does not tell which
+    "packing": "#8B5A00",
+    "selection": ORANGE,
+    "router": PURPLE,
+    "permutation": SKY,
+    "other": "#C4C4C4",
+}
+LEGEND = {
+    "(1) y1 = x W1ᵀ": BLACK,
+    "(2) (5) reduce neurons": BLUE,
+    "(3) dh at kept entries": VERMILION,
+    "(4) (6) reduce tokens": GREEN,
+} | {stage: STAGES[stage] for stage in ("packing", "selection", "router", "permutation", "other")}
+
+
+def _names(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+
+
+def _speedups(axes: Axes, shapes: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for shape in shapes for name in shape["timed"]))
+    height = 0.8 / len(shapes)
+    for index, shape in enumerate(shapes):
+        shift = (index - (len(shapes) - 1) / 2) * height
+        places = [names.index(name) + shift for name in shape["timed"]]
+        values = [entry["speedup"] for entry in shape["timed"].values()]
+        colour = (BLUE, ORANGE, GREEN)[index % 3]
+        bars = axes.barh(places, values, 0.9 * height, color=colour, label=shape["title"])
+        axes.bar_label(bars, [f"{value:.2f}x" for value in values], padding=3, fontsize=9)
+    axes.axvline(1, color=GREY, linewidth=0.8)
+    axes.margins(x=0.1)
+    axes.legend(loc="lower right", ncols=len(shapes), bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    _names(axes, names)
+
+
+def _stages(axes: Axes, timed: dict[str, dict[str, Any]]) -> None:
+    totals = [sum(entry["stages"].values()) for entry in timed.values()]
+    for place, (entry, total) in enumerate(zip(timed.values(), totals, strict=True)):
+        left = 0.0
+        for stage, colour in STAGES.items():
+            width = entry["stages"].get(stage, 0.0)
+            axes.barh(place, width, 0.72, left=left, color=colour, edgecolor="white", linewidth=0.6)
+            if stage in PRODUCTS and width > 0.03 * max(totals):
+                axes.text(left + width / 2, place, stage, ha="center", va="center", color="white", fontsize=9)
+            left += width
+        axes.text(left, place, f" {total:.2f} ms", va="center", fontsize=9)
+    axes.set_xlim(0, 1.1 * max(totals))
+    _names(axes, list(timed))
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """The figure of what kernels.json holds; a shape of which nothing was timed is left out."""
+    shapes: list[dict[str, Any]] = []
+    for shape in result["shapes"]:
+        timed = {name: entry for name, entry in shape["contenders"].items() if "ms" in entry}
+        title = f"d = {shape['dim']}, f = {shape['hidden_dim']}"
+        if timed:
+            shapes.append({"title": title, "timed": timed, "staged": all("stages" in e for e in timed.values())})
+    panels = [shape for shape in shapes if shape["staged"]]
+    heights = [0.7 + 0.26 * sum(len(shape["timed"]) for shape in shapes)]
+    heights += [0.7 + 0.36 * len(shape["timed"]) for shape in panels]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, sum(heights) + 0.8), dpi=150, layout="constrained")
+        axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+        axes[0].set_title(f"speed-up over dense, FFN forward and backward, {result['tokens']} tokens")
+        _speedups(axes[0], shapes)
+        for panel, shape in zip(axes[1:], panels, strict=True):
+            panel.set_title(f"where the time goes, ms: {shape['title']}")
+            _stages(panel, shape["timed"])
+        if panels:
+            handles = [Patch(color=colour, label=text) for text, colour in LEGEND.items()]
+            figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9.5)
+    return figure
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Draw into a PNG."""
+    with rc_context(STYLE):
+        draw(result).savefig(path)
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        if len(arguments) != 1:
+            raise ConfigError("give one folder that holds a kernels.json: python -m scripts.plot_kernels docs/kernels")
+        file = Path(arguments[0], "kernels.json")
+        if not file.is_file():
+            raise ConfigError(f"{file}: no such file; python -m scripts.benchmark_kernels writes it")
+        save(json.loads(file.read_text()), file.with_suffix(".png"))
+        print(file.with_suffix(".png"))
+    except ConfigError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
