@@ -120,8 +120,9 @@ class Sparsity(Stateful):
                 seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
                 self._cluster(feed_forward, seed % 2**31)
             if first and self.config.weights.pattern == "2:4":
-                feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)))
-                feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T))
+                # Rounded once, so that every product reads the same weight, whatever precision it multiplies beta in.
+                feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)).bfloat16())
+                feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 
     def _cluster(self, feed_forward: FeedForward, seed: int) -> None:
         size = self.config.router.cluster_size

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from configs.errors import ConfigError, exit_with
@@ -153,23 +153,29 @@ def waits_for_device(call: Callable[[], Any]) -> str:
     return ""
 
 
-def replay_error(call: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> float | str:
-    """Capture a step as a CUDA graph and replay it on new inputs: largest relative error, or why it cannot be."""
+def replay_error(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -> float | str:
+    """Capture a step as a CUDA graph and replay it on new inputs: largest relative error, or why it cannot be.
+
+    The leaves are new ones that this stream alone has seen: autograd ties a leaf's gradient to the stream of its first
+    step, and a capture must not wait for another.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    try:
-        with torch.cuda.graph(graph):
-            captured = call()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    with torch.no_grad():
-        for tensor in inputs:
-            tensor.normal_()
-    graph.replay()
-    return max(relative_error(*pair) for pair in zip(captured, call(), strict=True))
+        w1, w2 = (nn.Parameter(weight.detach().clone()) for weight in (weights.w1, weights.w2))
+        module = build(sparsity, weights._replace(w1=w1, w2=w2))
+        x = torch.randn(tokens, w1.shape[1], device=w1.device).bfloat16().requires_grad_()
+        dy = torch.randn_like(x)
+        step(module, x, dy)
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                captured = step(module, x, dy)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        return max(relative_error(*pair) for pair in zip(captured, step(module, x, dy), strict=True))
 
 
 def product_of(op: dict[str, Any], forward: int, dim: int, hidden_dim: int) -> str:
@@ -285,7 +291,7 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
         result["peak_bytes"] = peak_memory(call)
         result["waits"] = waits_for_device(call)
         result["stages"] = stages = profiled_stages(call, dim, hidden_dim, reference)
-        result["replay_error"] = replay_error(call, (x, dy))
+        result["replay_error"] = replay_error(CONTENDERS[name][1], weights, tokens)
         result["products"] = {}
         for product in PRODUCTS:
             if product in stages and not reference:
@@ -354,22 +360,18 @@ def output_of(*command: str) -> str | None:
 
 
 def benchmark(
-    names: list[str],
-    shapes: list[tuple[int, int]],
-    tokens: int,
-    references: bool,
-    device: torch.device,
-    save_results: Callable[[list[dict[str, Any]]], None],
-) -> None:
+    names: list[str], shapes: list[tuple[int, int]], tokens: int, references: bool, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """Check, time and print.
 
     Args:
         names: contenders, `dense` first.
         shapes: (d, f).
         references: run contenders without kernels, too.
-        save_results: called after every shape with the results so far. By shape: dim, hidden_dim, cublas, and
-            contenders, by name: backend, reason, what `measure` gives of those that are right, checks, what `check`
-            gives at the small shape and at this.
+
+    Yields:
+        for every shape: dim, hidden_dim, cublas, and contenders, by name: backend, reason, what `measure` gives of
+        those that are right, checks, what `check` gives at the small shape and at this.
     """
     runs = {name: implementation(name, *shapes[0], device) for name in names}
     for name, (chosen, reason) in runs.items():
@@ -380,7 +382,6 @@ def benchmark(
     small: dict[str, dict[str, Any]] = {}
     for name in names:
         small[name] = checked(name, prepared, small.get("dense"), compiled=True)
-    results: list[dict[str, Any]] = []
     for dim, hidden_dim in shapes:
         prepared = prepared_weights(dim, hidden_dim, device)
         large: dict[str, dict[str, Any]] = {}
@@ -391,9 +392,9 @@ def benchmark(
         entries = {name: {"backend": chosen, "reason": reason} for name, (chosen, reason) in runs.items()}
         for name in names:
             entries[name] |= {"checks": [small[name], large[name]]} | timed.get(name, {})
-        results.append({"dim": dim, "hidden_dim": hidden_dim, "cublas": cublas, "contenders": entries})
-        save_results(results)
-        print(f"\nd = {dim}, f = {hidden_dim}, {tokens} tokens\n{text_table(results[-1])}", flush=True)
+        result = {"dim": dim, "hidden_dim": hidden_dim, "cublas": cublas, "contenders": entries}
+        print(f"\nd = {dim}, f = {hidden_dim}, {tokens} tokens\n{text_table(result)}", flush=True)
+        yield result
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -452,12 +453,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(result, indent=2))
     names = list(dict.fromkeys(["dense", *options.contenders]))
     result["contenders"] = {name: CONTENDERS[name][0] for name in names}
-
-    def save_results(results: list[dict[str, Any]]) -> None:
-        result["shapes"] = results
+    result["shapes"] = []
+    for shape in benchmark(names, shapes, options.tokens, options.references, device):
+        result["shapes"].append(shape)
         (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-
-    benchmark(names, shapes, options.tokens, options.references, device, save_results)
     checks = [c for shape in result["shapes"] for e in shape["contenders"].values() for c in e.get("checks", [])]
     if any("ms" in entry for shape in result["shapes"] for entry in shape["contenders"].values()):
         save(result, options.out / "kernels.png")

@@ -2,9 +2,9 @@
 
     python -m scripts.plot_kernels docs/kernels    # kernels.json in this folder to kernels.png beside it
 
-The benchmark draws by itself; this draws again without a GPU. Above, a bar a contender and shape. Below, a panel a
-shape: each bar is one step, milliseconds on the GPU. The six products carry their numbers, those of a kind the same
-colour: (2) and (5) reduce over the neurons, (4) and (6) over the tokens.
+The benchmark draws by itself; this draws again without a GPU. Above, a bar a contender and shape: one FFN, forward and
+backward. Below, a panel a shape: each bar is one step, milliseconds on the GPU. The six products carry their numbers,
+those of a kind the same colour: (2) and (5) reduce over the neurons, (4) and (6) over the tokens.
 """
 
 import json
@@ -24,7 +24,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 PRODUCTS = ("(1)", "(2)", "(3)", "(4)", "(5)", "(6)")
 # Stages of a step, left to right, and their colours.
 STAGES = dict(zip(PRODUCTS, (BLACK, BLUE, VERMILION, GREEN, BLUE, GREEN), strict=True)) | {
-    "products": BLACK,  # of cuBLAS, where the profiler does not tell which
+    "products": GREY,  # of cuBLAS, where the profiler does not tell which
     "packing": "#8B5A00",
     "selection": ORANGE,
     "router": PURPLE,
@@ -86,18 +86,20 @@ def draw(result: dict[str, Any]) -> Figure:
         if timed:
             shapes.append({"title": title, "timed": timed, "staged": all("stages" in e for e in timed.values())})
     panels = [shape for shape in shapes if shape["staged"]]
-    heights = [0.7 + 0.26 * sum(len(shape["timed"]) for shape in shapes)]
-    heights += [0.7 + 0.36 * len(shape["timed"]) for shape in panels]
+    heights = [0.7 + 0.22 * sum(len(shape["timed"]) for shape in shapes)]
+    heights += [0.7 + 0.3 * len(shape["timed"]) for shape in panels]
     with rc_context(STYLE):
         figure = Figure(figsize=(10, sum(heights) + 0.8), dpi=150, layout="constrained")
         axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-        axes[0].set_title(f"speed-up over dense, FFN forward and backward, {result['tokens']} tokens")
+        axes[0].set_title(f"speed-up over dense, {result['tokens']} tokens")
         _speedups(axes[0], shapes)
         for panel, shape in zip(axes[1:], panels, strict=True):
             panel.set_title(f"where the time goes, ms: {shape['title']}")
             _stages(panel, shape["timed"])
         if panels:
-            handles = [Patch(color=colour, label=text) for text, colour in LEGEND.items()]
+            untold = any("products" in e["stages"] for shape in panels for e in shape["timed"].values())
+            legend = LEGEND | ({"products not told apart": GREY} if untold else {})
+            handles = [Patch(color=colour, label=text) for text, colour in legend.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9.5)
     return figure
 

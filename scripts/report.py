@@ -1,10 +1,12 @@
-"""Tables of the README, from the runs committed under docs/runs.
+"""Tables of the README, from the runs and measurements committed under docs.
 
     python -m scripts.report          rewrite the tables in README.md
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
 
-A table stands between `<!-- runs: FOLDER -->` and `<!-- end -->`, a row for each run in the folder (metrics.jsonl and
-run.json, as training leaves them); nothing in it is typed by hand.
+A table stands between a comment that names its source and `<!-- end -->`; nothing in it is typed by hand:
+
+    <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
+    <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
 """
 
 import json
@@ -14,10 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- runs: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|kernels): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(folder: Path) -> str:
+def runs_table(folder: Path) -> str:
     """The runs in a folder as a Markdown table, densest first, and what they ran on.
 
     Args:
@@ -55,9 +57,58 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def kernels_table(file: Path) -> str:
+    """The contenders that were timed as a Markdown table, what they ran on, and who was not timed and why.
+
+    Args:
+        file: kernels.json.
+    """
+    result = json.loads(file.read_text())
+    lines = [
+        "| d, f | contender | ms | speed-up | kernels alone, ms | speed-up | peak memory | (2) to (6), TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    untimed: dict[str, str] = {}
+    for shape in result["shapes"]:
+        for name, entry in shape["contenders"].items():
+            if "ms" not in entry:
+                failed = any(check["failed"] for check in entry.get("checks", []))
+                untimed[name] = "failed its check" if failed else entry["reason"]
+                continue
+            sparse = [rate for product, rate in entry.get("products", {}).items() if product != "(1)"]
+            rates = [rate["tflops"] for rate in sparse]
+            kernels, dense = (sum(shape["contenders"][each].get("stages", {}).values()) for each in (name, "dense"))
+            alone = f"{kernels:.2f} | {dense / kernels:.2f}x" if kernels else "- | -"
+            memory = f"{entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else "-"
+            lines.append(
+                f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} | {entry['speedup']:.2f}x "
+                f"| {alone} | {memory} | {_span(rates) if sparse else '-'} |"
+            )
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
+    lines.append(
+        f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
+        "included. Speed-ups are over `dense`, by the clock and by the sum of the kernels' times in a short profile: "
+        "where the second is much larger, the host could not keep the GPU busy. Peak memory is beyond inputs and "
+        "weights. "
+        f"{result['hardware']['device']}, {versions}, "
+        f"{result['date'][:10]}, `{result['command']}`."
+    )
+    if untimed:
+        lines[-1] += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
+    return "\n".join(lines)
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+TABLES = {"runs": runs_table, "kernels": kernels_table}
+
+
 def fill(text: str) -> str:
     """The README's text with every table made anew."""
-    return BLOCK.sub(lambda block: f"{block[1]}{table(ROOT / block[2])}\n{block[3]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]](ROOT / block[3])}\n{block[4]}", text)
 
 
 def main(args: list[str]) -> int:

@@ -1,5 +1,7 @@
 """The README's tables are those that the committed runs give."""
 
+import json
+
 from scripts.report import BLOCK, README, fill
 
 
@@ -13,3 +15,34 @@ def test_a_changed_figure_is_noticed():
     text = README.read_text()
     assert fill(text.replace("| 0 of 1000 |", "| 1 of 1000 |", 1)) == text
     assert text.replace("| 0 of 1000 |", "| 1 of 1000 |", 1) != text
+
+
+def entry(**more):
+    return {"backend": "groups", "reason": "why", "checks": [{"failed": []}]} | more
+
+
+def test_kernels_table(tmp_path):
+    products = {"(1)": 700.0, "(2)": 610.4, "(6)": 580.0}
+    rates = {product: {"tflops": rate, "of_cublas": rate / 700} for product, rate in products.items()}
+    contenders = {
+        "dense": entry(ms=20.0, speedup=1.0, peak_bytes=2**31, products={}, stages={"(1)": 10.0, "other": 8.0}),
+        "groups_quarter": entry(ms=8.0, speedup=2.5, peak_bytes=2**30, products=rates, stages={"(1)": 6.0}),
+        "groups_eighth": entry(checks=[{"failed": []}, {"failed": ["y off"]}]),
+        "venom_2of16": {"backend": "reference", "reason": "no kernels"},
+    }
+    result = {
+        "command": "python -m x",
+        "date": "2026-01-02T03:04:05",
+        "hardware": {"device": "GPU"},
+        "versions": {"torch": "2", "triton": "3"},
+        "tokens": 128,
+        "contenders": {name: f"about {name}" for name in contenders},
+        "shapes": [{"dim": 64, "hidden_dim": 256, "contenders": contenders}],
+    }
+    (tmp_path / "kernels.json").write_text(json.dumps(result))
+    text = fill(f"a\n<!-- kernels: {tmp_path}/kernels.json -->\nold\n<!-- end -->\nb\n")
+    assert fill(text) == text
+    assert "old" not in text
+    assert "| 64, 256 | `dense` | 20.00 | 1.00x | 18.00 | 1.00x | 2.00 GiB | - |" in text
+    assert "| `groups_quarter` | 8.00 | 2.50x | 6.00 | 3.00x | 1.00 GiB | 580 to 610 |" in text
+    assert "Not timed: `groups_eighth` (failed its check); `venom_2of16` (no kernels)." in text
