@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import groups, venom
+from kernels import groups, hopper, venom
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups
 from kernels.two_four.pack import soft_threshold_pack
@@ -179,8 +179,9 @@ def backend(
         case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
-            hopper = torch.cuda.get_device_capability(device) == (9, 0)
-            return "groups", "column groups, " + ("CUDA C++ for Hopper" if hopper else "Triton")
+            if hopper.available(device):
+                return "groups", "column groups, CUDA C++ for Hopper"
+            return "groups", "column groups, Triton" + ("" if hopper.BINDINGS else ": cuda-bindings is not installed")
         case Venom(v, _, m) if v < 16 or v & (v - 1) or (cut_along_tokens and (v % m or hidden_dim % v)):
             return (
                 "reference",

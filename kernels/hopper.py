@@ -7,11 +7,20 @@ of PyTorch brings, and launched through the CUDA driver's API (`cuda.bindings`, 
 
 import ctypes
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Known when imported: the compiler traces through `available`.
+BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+def available(device: torch.device) -> bool:
+    """Whether a CUDA device runs these kernels."""
+    return BINDINGS and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check(result: tuple) -> Any:

@@ -1,12 +1,13 @@
-"""Tables of the README, from the runs and measurements committed under docs.
+"""Tables of README.md and kernels/README.md, from the runs and measurements committed under docs.
 
-    python -m scripts.report          rewrite the tables in README.md
+    python -m scripts.report          rewrite the tables
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
 
 A table stands between a comment that names its source and `<!-- end -->`; nothing in it is typed by hand:
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
+    <!-- stages: FILE -->     the same file: where their time goes
 """
 
 import json
@@ -14,9 +15,11 @@ import re
 import sys
 from pathlib import Path
 
+from scripts.plot_kernels import STAGES
+
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- (runs|kernels): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md"
+BLOCK = re.compile(r"(<!-- (runs|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(folder: Path) -> str:
@@ -103,21 +106,42 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-TABLES = {"runs": runs_table, "kernels": kernels_table}
+def stages_table(file: Path) -> str:
+    """Where the time of a step goes, in ms by stage, as a Markdown table.
+
+    Args:
+        file: kernels.json.
+    """
+    result = json.loads(file.read_text())
+    lines = []
+    for shape in result["shapes"]:
+        stages = {name: entry["stages"] for name, entry in shape["contenders"].items() if "stages" in entry}
+        columns = [stage for stage in STAGES if any(stage in times for times in stages.values())]
+        lines += [f"| {shape['dim']}, {shape['hidden_dim']} | {' | '.join(columns)} | sum |"]
+        lines += ["|---" * (len(columns) + 2) + "|"]
+        for name, times in stages.items():
+            cells = [f"{times[stage]:.2f}" if stage in times else "" for stage in columns]
+            lines.append(f"| `{name}` | {' | '.join(cells)} | {sum(times.values()):.2f} |")
+    lines.append(f"\nMilliseconds on the GPU. {result['hardware']['device']}, {result['date'][:10]}.")
+    return "\n".join(lines)
+
+
+TABLES = {"runs": runs_table, "kernels": kernels_table, "stages": stages_table}
 
 
 def fill(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A page's text with every table made anew."""
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]](ROOT / block[3])}\n{block[4]}", text)
 
 
 def main(args: list[str]) -> int:
-    text = README.read_text()
-    filled = fill(text)
+    stale = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
     if "--check" in args:
-        print("README.md is up to date" if filled == text else "README.md is not up to date: python -m scripts.report")
-        return int(filled != text)
-    README.write_text(filled)
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        print(f"not up to date: {names}; run python -m scripts.report" if stale else "up to date")
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(fill(page.read_text()))
     return 0
 
 

@@ -2,17 +2,20 @@
 
 import json
 
-from scripts.report import BLOCK, README, fill
+import pytest
+
+from scripts.report import BLOCK, PAGES, fill
 
 
-def test_readme_is_up_to_date():
-    text = README.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_pages_are_up_to_date(page):
+    text = page.read_text()
     assert len(BLOCK.findall(text)) >= 1
     assert fill(text) == text
 
 
 def test_a_changed_figure_is_noticed():
-    text = README.read_text()
+    text = PAGES[0].read_text()
     assert fill(text.replace("| 0 of 1000 |", "| 1 of 1000 |", 1)) == text
     assert text.replace("| 0 of 1000 |", "| 1 of 1000 |", 1) != text
 
@@ -46,3 +49,7 @@ def test_kernels_table(tmp_path):
     assert "| 64, 256 | `dense` | 20.00 | 1.00x | 18.00 | 1.00x | 2.00 GiB | - |" in text
     assert "| `groups_quarter` | 8.00 | 2.50x | 6.00 | 3.00x | 1.00 GiB | 580 to 610 |" in text
     assert "Not timed: `groups_eighth` (failed its check); `venom_2of16` (no kernels)." in text
+    text = fill(f"<!-- stages: {tmp_path}/kernels.json -->\n<!-- end -->")
+    assert "| 64, 256 | (1) | other | sum |" in text
+    assert "| `dense` | 10.00 | 8.00 | 18.00 |" in text
+    assert "| `groups_quarter` | 6.00 |  | 6.00 |" in text

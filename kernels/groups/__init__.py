@@ -22,6 +22,7 @@ import types
 import torch
 from torch import Tensor
 
+from kernels import hopper
 from kernels.groups import portable, products, reference, select
 from kernels.groups.reference import Groups, group_mask
 from kernels.groups.tiles import TILE, TileLists
@@ -42,7 +43,7 @@ __all__ = [
 def _products(device: torch.device) -> types.ModuleType:
     if device.type != "cuda":
         return reference
-    return products if torch.cuda.get_device_capability(device) == (9, 0) else portable
+    return products if hopper.available(device) else portable
 
 
 @torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())

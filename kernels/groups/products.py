@@ -62,7 +62,8 @@ def _launch(
         **lists.addresses(),
         **numbers,
     )
-    kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
+    with torch.cuda.device(out.device):
+        kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
     return out
 
 
