@@ -169,8 +169,8 @@ def backend(
         return "reference", f"no kernels for the device {device.type}"
     if dtype != torch.bfloat16:
         return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if weight_products and (width % 32 or hidden_dim % 64 or not CUSPARSELT):
-        return "reference", "packed 2:4 weights need cuSPARSELt, a width divisible by 32 and a hidden_dim by 64"
+    if weight_products and (width % 64 or hidden_dim % 64 or not CUSPARSELT):
+        return "reference", "packed 2:4 weights need cuSPARSELt and a width and a hidden_dim divisible by 64"
     match pattern:
         case None if not weight_products:
             return "reference", "nothing is sparse"

@@ -28,6 +28,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that is allocated without a value holds NaN, or -1."""
+
+    def poison(allocate):
+        def fill(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(torch.nan if out.is_floating_point() else -1)
+
+        return fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A small corpus: 240 files of Python-like text."""

@@ -35,19 +35,7 @@ PRODUCTS = pytest.mark.parametrize(
 SHAPES = [(300, 192, 384, 2), (1, 64, 128, 1), (128, 320, 256, 2), (520, 64, 640, 1)]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that allocations hand out holds NaN, or -1."""
-
-    def poison(allocate):
-        def fill(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else -1)
-
-        return fill
-
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def pre_activations(kind, tokens, hidden, seed=0):

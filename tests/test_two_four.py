@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
-SHAPES = [(64, 32), (128, 160)]  # one tile; a last program that is not full
+SHAPES = [(64, 64), (128, 192)]  # one tile; a last program that is not full
 
 
 # ---- inputs
@@ -102,7 +102,7 @@ def test_packed_format_is_the_one_written_out(rows, columns):
 
 @KINDS
 def test_unpack_undoes_pack(kind):
-    sparse = soft_threshold_2_4(matrix(kind, 128, 96))
+    sparse = soft_threshold_2_4(matrix(kind, 128, 192))
     assert torch.equal(unpack(pack_reference(sparse)), sparse)
 
 
@@ -162,7 +162,7 @@ def test_keep_largest_kernel(kind, rows, columns, exact_rounding):
 
 @pytest.mark.gpu
 @KINDS
-@pytest.mark.parametrize("tokens, neurons", [(32, 64), (160, 128)])
+@pytest.mark.parametrize("tokens, neurons", [(64, 64), (320, 128)])
 def test_kernels_along_tokens(kind, tokens, neurons, exact_rounding):
     h, dh = matrix(kind, tokens, neurons).relu().to(DEVICE), matrix("floats", tokens, neurons, seed=1).to(DEVICE)
     packed = check_kernel(token_groups(h), "keep_largest")
@@ -186,7 +186,7 @@ def test_kernels_under_the_pattern_of_another(kind, rows, columns, exact_roundin
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["soft_threshold", "keep_largest", "keep_largest_relu_squared"])
 def test_nan_does_not_vanish_in_a_kernel(mode, count, exact_rounding):
-    weight = matrix("floats", 64, 32).to(DEVICE).unflatten(-1, (-1, 4))
+    weight = matrix("floats", 64, 64).to(DEVICE).unflatten(-1, (-1, 4))
     scale = torch.tensor(1.5, device=DEVICE) if mode == "soft_threshold" else None
     for nan in (torch.tensor(torch.nan), -torch.tensor(torch.nan)):
         for place in range(5 - count):
@@ -233,14 +233,14 @@ def test_kernels_compile_without_a_gpu(mode, layout, capability):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_packing_is_what_the_references_keep(device):
-    y1, scale = matrix("floats", 64, 96).to(device), torch.tensor(1.2345, device=device)
+    y1, scale = matrix("floats", 64, 128).to(device), torch.tensor(1.2345, device=device)
     h = y1.relu() * y1.relu()
     kept = torch.where(venom_mask(h, 1, 2, 4), h, 0)
     assert torch.equal(unpack(soft_threshold_pack(y1, scale)), scale.bfloat16() * soft_threshold_2_4(y1))
     assert torch.equal(unpack(keep_largest_pack(h)), kept)
     packed = keep_largest_pack(y1, relu_squared=True)
     assert torch.equal(unpack(packed), kept)
-    dh = matrix("floats", 64, 96, seed=1).to(device)
+    dh = matrix("floats", 64, 128, seed=1).to(device)
     assert torch.equal(unpack(pack_like(dh, packed)) * (kept != 0), torch.where(kept != 0, dh, 0))
     assert torch.equal(unpack(pack_like(dh, packed, relu_squared_grad=True)), 2 * kept.sqrt() * dh)
 
@@ -269,7 +269,7 @@ def test_products_are_dense_products(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_packing_and_products_compile_without_a_graph_break(device):
-    weight, x = matrix("floats", 64, 96).to(device), matrix("floats", 24, 96, seed=1).to(device)
+    weight, x = matrix("floats", 64, 128).to(device), matrix("floats", 24, 128, seed=1).to(device)
     scale = torch.tensor(1.5, device=device)
 
     def forward(weight, x, scale):
@@ -286,7 +286,7 @@ def test_packing_and_products_compile_without_a_graph_break(device):
 
 @pytest.mark.parametrize("name", ["two_four_pack", "two_four_matmul"])
 def test_operators_are_registered_well(name):
-    dense = matrix("floats", 64, 32)
+    dense = matrix("floats", 64, 64)
     packed = pack_reference(dense)
     examples = {
         "two_four_pack": [
@@ -300,24 +300,24 @@ def test_operators_are_registered_well(name):
 
 
 def test_impossible_operands_are_refused():
-    packed = pack_reference(matrix("floats", 64, 32))
-    for rows, columns in ((63, 32), (64, 48), (0, 32), (64, 0)):
+    packed = pack_reference(matrix("floats", 64, 64))
+    for rows, columns in ((63, 64), (64, 96), (0, 64), (64, 0)):
         for refused in (keep_largest_pack, pack_reference, lambda m: soft_threshold_pack(m, torch.tensor(1.0))):
-            with pytest.raises(ValueError, match=rf"divisible by 64 .* divisible by 32, got \[{rows}, {columns}\]"):
+            with pytest.raises(ValueError, match=rf"divisible by 64 .* divisible by 64, got \[{rows}, {columns}\]"):
                 refused(torch.ones(rows, columns, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="float32"):
-        keep_largest_pack(torch.ones(64, 32))
+        keep_largest_pack(torch.ones(64, 64))
     with pytest.raises(ValueError, match="needs bf16"):
         keep_largest_pack(torch.ones(64, 4, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="cannot take the pattern"):
-        pack_like(torch.ones(64, 64, dtype=torch.bfloat16), packed)
+        pack_like(torch.ones(64, 128, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError):
         unpack(torch.ones(64, 20, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="T divisible by 8, got 12"):
-        sparse_linear(packed, torch.ones(12, 32, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="32 columns does not fit"):
-        sparse_linear(packed, torch.ones(16, 64, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="32 columns does not fit"):
-        sparse_matmul(packed, torch.ones(64, 16, dtype=torch.bfloat16))
+        sparse_linear(packed, torch.ones(12, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="64 columns does not fit"):
+        sparse_linear(packed, torch.ones(16, 128, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="64 columns does not fit"):
+        sparse_matmul(packed, torch.ones(128, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="bf16"):
-        sparse_matmul(packed, torch.ones(32, 16))
+        sparse_matmul(packed, torch.ones(64, 16))

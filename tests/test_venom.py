@@ -20,19 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter multiplies bf16's bit patterns
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that `torch.empty` hands out holds NaN, or -1."""
-
-    def poison(allocate):
-        def fill(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else -1)
-
-        return fill
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def pre_activations(kind, tokens, hidden, seed=0):

@@ -257,7 +257,7 @@ def soft_threshold_pack(weight: Tensor, scale: Tensor) -> Tensor:
         `[R, 9K/16]` bf16. A NaN stays one.
 
     Raises:
-        ValueError: another dtype, R not a multiple of 64, K not of 32.
+        ValueError: another dtype, R or K not a multiple of 64.
     """
     return _pack(_as_groups(weight), "soft_threshold", scale)
 
@@ -276,7 +276,7 @@ def keep_largest_pack(h: Tensor, relu_squared: bool = False) -> Tensor:
         `[R, 9K/16]` bf16.
 
     Raises:
-        ValueError: another dtype, R not a multiple of 64, K not of 32.
+        ValueError: another dtype, R or K not a multiple of 64.
     """
     return _pack(_as_groups(h), "keep_largest_relu_squared" if relu_squared else "keep_largest")
 

@@ -35,7 +35,8 @@ Source: measured on cuSPARSELt 0.8.0; NVIDIA documents the buffer's size and cal
 import torch
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 32  # a tile of the metadata; the packed format takes whole tiles
+# Whole tiles of the metadata, and an even number of them in a row: cuSPARSELt pads an odd one, which `pack` does not.
+ROWS, COLUMNS = 64, 64
 
 
 def _soft_threshold(weight: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def join_packed(values: Tensor, index: Tensor) -> Tensor:
         `[R, 9K/16]` in the dtype of `values`.
 
     Raises:
-        ValueError: R is not a multiple of 64 or K not of 32.
+        ValueError: R or K is not a multiple of 64.
     """
     rows, groups = values.shape[:2]
     check_packable(rows, groups * 4)
@@ -163,7 +164,7 @@ def pack_reference(sparse: Tensor, order: Tensor | None = None) -> Tensor:
         `[R, 9K/16]` in the dtype of `sparse`, as the module docstring lays it out.
 
     Raises:
-        ValueError: R is not a multiple of 64 or K not of 32.
+        ValueError: R or K is not a multiple of 64.
     """
     check_packable(*sparse.shape)
     groups = sparse.detach().unflatten(-1, (-1, 4))
