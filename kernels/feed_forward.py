@@ -39,6 +39,7 @@ from kernels.two_four.pack import soft_threshold_pack
 from kernels.two_four.products import sparse_linear
 from kernels.two_four.reference import soft_threshold_2_4
 from kernels.venom import Venom, token_mask
+from kernels.venom.reference import COLUMNS
 
 Pattern = Venom | Groups
 
@@ -53,8 +54,9 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, packed: bool) -> Te
     """x W'^T, W' the thresholded weight `[R, K]`; `packed`: on the sparse tensor cores."""
     if scale is None or not packed:
         return x @ _thresholded(weight, scale).T
-    tokens = x.shape[0]
-    return sparse_linear(soft_threshold_pack(weight, scale), F.pad(x, (0, 0, 0, -tokens % 8)))[:tokens]
+    tokens, missing = x.shape[0], -x.shape[0] % 8  # to a number of tokens that cuSPARSELt takes
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return sparse_linear(soft_threshold_pack(weight, scale), x)[:tokens]
 
 
 class _Masked(torch.autograd.Function):
@@ -91,7 +93,7 @@ class _Groups(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale, order):
         order = None if order is None else order.int()
-        x_ordered = x if order is None else x.index_select(0, order)
+        x_ordered = x.contiguous() if order is None else x.index_select(0, order)
         y1 = _linear(x_ordered, w1, w1_scale, packed=x.is_cuda)  # (1)
         tiles, lists = groups.select_tiles(y1, pattern.kept_groups(w1.shape[0]))
         ctx.save_for_backward(x_ordered, w1, w2, tiles, lists, order, w1_scale, w2_scale)
@@ -179,14 +181,13 @@ def backend(
         case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
-            if hopper.available(device):
+            if not hopper.missing(device):
                 return "groups", "column groups, CUDA C++ for Hopper"
-            return "groups", "column groups, Triton" + ("" if hopper.BINDINGS else ": cuda-bindings is not installed")
-        case Venom(v, _, m) if v < 16 or v & (v - 1) or (cut_along_tokens and (v % m or hidden_dim % v)):
-            return (
-                "reference",
-                f"kernels for venom need v = {v} to be a power of two from 16, and to fit m and hidden_dim",
-            )
+            return "groups", f"column groups, Triton: {hopper.missing(device)}"
+        case Venom(v, _, m) if m > 256 or not 16 <= v <= 256 or v & (v - 1):
+            return "reference", f"kernels for venom need v a power of two from 16 to 256 and m up to 256, not {v}, {m}"
+        case Venom(v, _, m) if cut_along_tokens and (m == COLUMNS or v % m or hidden_dim % v):
+            return "reference", f"the second cut needs m = {m} above {COLUMNS} to divide v = {v}, and v the hidden_dim"
     return "venom", "Venom, Triton"
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Known when imported: the compiler traces through `available`.
+# Known when imported: the compiler traces through `missing`.
 BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
-def available(device: torch.device) -> bool:
-    """Whether a CUDA device runs these kernels."""
-    return BINDINGS and torch.cuda.get_device_capability(device) == (9, 0)
+def missing(device: torch.device) -> str:
+    """Why a CUDA device does not run these kernels; empty where it does."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "not a Hopper GPU"
+    return "" if BINDINGS else "cuda-bindings is not installed"
 
 
 def _check(result: tuple) -> Any:

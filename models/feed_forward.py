@@ -52,11 +52,11 @@ class FeedForwardSparsity:
         return (first + third + 4 * density) / 6
 
     def executed_share(self, hidden_dim: int, backend: str) -> float:
-        """FLOPs that a backend (`kernels.feed_forward.backend`) executes, of the six products'.
+        """FLOPs that a backend (`kernels.backend`, or "dense") executes, of the six products'.
 
         Those of a product on the sparse tensor cores count half; Venom's kernels execute 4 / m, whatever n.
         """
-        if backend == "reference":
+        if backend in ("dense", "reference"):
             return 1.0
         first = 0.5 if 1 in self.weight_products else 1.0
         if self.pattern is None:

@@ -120,7 +120,7 @@ class Sparsity(Stateful):
                 seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
                 self._cluster(feed_forward, seed % 2**31)
             if first and self.config.weights.pattern == "2:4":
-                # Rounded once, so that every product reads the same weight, whatever precision it multiplies beta in.
+                # Rounded here, since some products multiply by beta in bf16 and some in float32.
                 feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)).bfloat16())
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 

@@ -84,8 +84,11 @@ class SparseTrainer(titan.Trainer):
         batches = self.batch_generator(self.dataloader)
         batches = itertools.chain([next(batches)], batches)
         self.metrics_processor.start(self.step)
+        backend = self._backend()
+        flops = self._flops_per_token(backend[0])
+        self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         if dist.get_rank() == 0:
-            self._describe_run()
+            self._describe_run(backend, flops)
         if self.step:
             logger.info(f"resumed after step {self.step}")
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
@@ -170,17 +173,37 @@ class SparseTrainer(titan.Trainer):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(flag)
 
-    def _describe_run(self) -> None:
+    def _backend(self) -> tuple[str, str]:
+        """What computes the FFNs in sparse phases, and why."""
+        args, sparsity = self.model_args, self.model_args.sparsity
+        if all(span.mode == "dense" for span in self.sparsity.spans):
+            return "dense", "no sparse phase"
+        return kernels.backend(
+            sparsity.pattern,
+            sparsity.weight_products,
+            sparsity.cut_along_tokens,
+            args.dim,
+            args.hidden_dim,
+            torch.device(titan.device_type),
+            # FSDP and, on one GPU, autocast compute in this one.
+            titan.TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
+        )
+
+    def _flops_per_token(self, backend: str) -> dict[str, float]:
+        """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the backend executes."""
+        dense, args = self.metrics_processor.num_flops_per_token, self.model_args
+        ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
+        return {
+            "dense": dense,
+            "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
+            "sparse_executed": dense - ffn * (1 - args.sparsity.executed_share(args.hidden_dim, backend)),
+        }
+
+    def _describe_run(self, backend: tuple[str, str], flops: dict[str, float]) -> None:
         """Say what is about to run, and write `run.json` beside the metrics."""
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
         (model,) = self.model_parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        flops = self.metrics_processor.num_flops_per_token
-        ffn_flops = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
-        pattern_flops = flops - ffn_flops * (1 - args.sparsity.flops_share(args.hidden_dim))
-        backend, reason = self._backend()
-        executed_flops = flops - ffn_flops * (1 - args.sparsity.executed_share(args.hidden_dim, backend))
-        self.metrics_processor.executed_share["sparse"] = executed_flops / flops
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
         device, corpus = titan.device_module.get_device_name(), load_corpus(config)
         run = {
@@ -193,9 +216,9 @@ class SparseTrainer(titan.Trainer):
             "parameters": parameters,
             "vocabulary": args.vocab_size,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
-            "flops_per_token": {"dense": flops, "sparse_pattern": pattern_flops, "sparse_executed": executed_flops},
+            "flops_per_token": flops,
             "peak_flops": self.metrics_processor.peak_flops,
-            "backend": {"name": backend, "reason": reason},
+            "backend": dict(zip(("name", "reason"), backend, strict=True)),
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
             "hardware": {"device": device, "ranks": dist.get_world_size()},
@@ -214,24 +237,10 @@ class SparseTrainer(titan.Trainer):
         logger.info(f"{config.recipe}: {phases}")
         if any(span.mode == "sparse" for span in spans):
             logger.info(
-                f"FFN backend in sparse phases: {backend} ({reason}); a step's FLOPs are "
-                f"{100 * executed_flops / flops:.0f}% of the dense model's, without the zeros they would be "
-                f"{100 * pattern_flops / flops:.0f}%"
+                f"FFN backend in sparse phases: {backend[0]} ({backend[1]}); a step's FLOPs are "
+                f"{100 * flops['sparse_executed'] / flops['dense']:.0f}% of the dense model's, without the zeros they "
+                f"would be {100 * flops['sparse_pattern'] / flops['dense']:.0f}%"
             )
-
-    def _backend(self) -> tuple[str, str]:
-        """What computes the FFNs in sparse phases, and why."""
-        args, sparsity = self.model_args, self.model_args.sparsity
-        return kernels.backend(
-            sparsity.pattern,
-            sparsity.weight_products,
-            sparsity.cut_along_tokens,
-            args.dim,
-            args.hidden_dim,
-            torch.device(titan.device_type),
-            # FSDP and, on one GPU, autocast compute in this one.
-            titan.TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
-        )
 
 
 def _commit() -> str | None:

@@ -68,8 +68,9 @@ def kernels_table(file: Path) -> str:
     """
     result = json.loads(file.read_text())
     lines = [
-        "| d, f | contender | ms | speed-up | kernels alone, ms | speed-up | peak memory | (2) to (6), TFLOP/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| d, f | contender | ms | rounds, ms | speed-up | kernels alone, ms | speed-up | peak memory "
+        "| (2) to (6), TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     untimed: dict[str, str] = {}
     for shape in result["shapes"]:
@@ -84,15 +85,16 @@ def kernels_table(file: Path) -> str:
             alone = f"{kernels:.2f} | {dense / kernels:.2f}x" if kernels else "- | -"
             memory = f"{entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else "-"
             lines.append(
-                f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} | {entry['speedup']:.2f}x "
+                f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} "
+                f"| {min(entry['rounds']):.2f} to {max(entry['rounds']):.2f} | {entry['speedup']:.2f}x "
                 f"| {alone} | {memory} | {_span(rates) if sparse else '-'} |"
             )
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
     lines.append(
         f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
-        "included. Speed-ups are over `dense`, by the clock and by the sum of the kernels' times in a short profile: "
-        "where the second is much larger, the host could not keep the GPU busy. Peak memory is beyond inputs and "
-        "weights. "
+        "included; the median and the range of the rounds. Speed-ups are over `dense`, by the clock and by the sum of the "
+        "kernels' times in a short profile: where the second is much larger, the host could not keep the GPU busy. Peak "
+        "memory is beyond inputs and weights. "
         f"{result['hardware']['device']}, {versions}, "
         f"{result['date'][:10]}, `{result['command']}`."
     )

@@ -35,7 +35,7 @@ PRODUCTS = pytest.mark.parametrize(
 SHAPES = [(300, 192, 384, 2), (1, 64, 128, 1), (128, 320, 256, 2), (520, 64, 640, 1)]
 
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
 
 def pre_activations(kind, tokens, hidden, seed=0):
@@ -99,6 +99,13 @@ def test_selection_keeps_nan():
     for selection in (reference, select):
         tiles, lists = selection.select_tiles(y1, 1)
         assert tiles.isnan().sum() == 1 and dense(tiles, lists)[150, 300].isnan()
+
+
+def test_selection_prefers_nan_to_infinity():
+    y1 = pre_activations("zeros", 2, 256)
+    y1[0, 0], y1[0, 130] = torch.inf, torch.nan
+    for selection in (reference, select):
+        assert selection.select_tiles(y1, 1)[1].tile_group.tolist() == [1]
 
 
 # ---- products

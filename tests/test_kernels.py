@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
+import kernels.feed_forward
 from kernels import (
     Groups,
     Venom,
@@ -441,6 +442,44 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
     expected = run(sparse_feed_forward, (*low, dy.bfloat16()), pattern, **options)
     for a, e in zip((y, *grads), expected, strict=True):
         assert torch.equal(a, e.to(a.dtype))
+
+
+# ---- which implementation runs
+
+
+@pytest.mark.parametrize(
+    "pattern, products, cut, width, hidden, dtype, expected",
+    [
+        (Groups(128, 128, 0.25), (), False, 192, 512, torch.bfloat16, "groups"),
+        (Groups(128, 128, 0.25), (1, 3), False, 192, 512, torch.bfloat16, "groups"),
+        (Groups(128, 64, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Groups(64, 128, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Groups(128, 128, 0.25), (), False, 96, 512, torch.bfloat16, "reference"),
+        (Groups(128, 128, 0.25), (), False, 192, 512, torch.float32, "reference"),
+        (Venom(128, 2, 16), (1,), True, 192, 512, torch.bfloat16, "venom"),
+        (Venom(16, 4, 4), (), False, 100, 512, torch.bfloat16, "venom"),
+        (Venom(16, 4, 4), (), True, 192, 512, torch.bfloat16, "reference"),
+        (Venom(64, 4, 48), (), True, 192, 192, torch.bfloat16, "reference"),
+        (Venom(128, 4, 16), (), True, 192, 192, torch.bfloat16, "reference"),
+        (Venom(512, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Venom(64, 4, 512), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Venom(96, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Venom(1, 2, 4), (), True, 192, 512, torch.bfloat16, "reference"),
+        (None, (1, 3), False, 192, 512, torch.bfloat16, "two_four"),
+        (None, (1,), False, 96, 512, torch.bfloat16, "reference"),
+        (None, (), False, 192, 512, torch.bfloat16, "reference"),
+    ],
+)
+def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(kernels.feed_forward, "CUSPARSELT", True)
+    cuda = torch.device("cuda")
+    name, reason = kernels.backend(pattern, products, cut, width, hidden, cuda, dtype)
+    assert name == expected and reason
+    assert kernels.backend(pattern, products, cut, width, hidden, torch.device("cpu"), dtype)[0] == "reference"
+    monkeypatch.setattr(kernels.feed_forward, "CUSPARSELT", False)
+    without = kernels.backend(pattern, products, cut, width, hidden, cuda, dtype)[0]
+    assert without == ("reference" if products else expected)
 
 
 # ---- what is refused

@@ -129,6 +129,20 @@ def test_flops_left_by_a_pattern():
     assert FeedForwardSparsity(Groups(128, 64, 0.125)).flops_share(768) == pytest.approx((1 + 5 * 2 / 12) / 6)
 
 
+def test_flops_that_a_backend_executes():
+    def share(backend, *sparsity):
+        return FeedForwardSparsity(*sparsity).executed_share(1024, backend)
+
+    quarter, venom = Groups(128, 128, 0.25), Venom(128, 2, 16)
+    assert share("reference", quarter) == share("dense") == 1
+    assert share("groups", quarter) == pytest.approx((1 + 5 / 4) / 6)
+    assert share("groups", quarter, (1, 3)) == pytest.approx((0.5 + 5 / 4) / 6)
+    assert share("venom", venom, (1,), True) == pytest.approx((0.5 + 5 / 4) / 6)  # four columns, whatever n
+    assert share("venom", venom) == pytest.approx((1 + 3 / 4 + 2) / 6)
+    assert share("two_four", None, (1, 3)) == pytest.approx(5 / 6)
+    assert share("two_four", None, (1,)) == pytest.approx(5.5 / 6)
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recipe):

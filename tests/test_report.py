@@ -28,8 +28,12 @@ def test_kernels_table(tmp_path):
     products = {"(1)": 700.0, "(2)": 610.4, "(6)": 580.0}
     rates = {product: {"tflops": rate, "of_cublas": rate / 700} for product, rate in products.items()}
     contenders = {
-        "dense": entry(ms=20.0, speedup=1.0, peak_bytes=2**31, products={}, stages={"(1)": 10.0, "other": 8.0}),
-        "groups_quarter": entry(ms=8.0, speedup=2.5, peak_bytes=2**30, products=rates, stages={"(1)": 6.0}),
+        "dense": entry(
+            ms=20.0, rounds=[19.0, 21.0], speedup=1.0, peak_bytes=2**31, products={}, stages={"(1)": 10.0, "other": 8.0}
+        ),
+        "groups_quarter": entry(
+            ms=8.0, rounds=[8.0], speedup=2.5, peak_bytes=2**30, products=rates, stages={"(1)": 6.0}
+        ),
         "groups_eighth": entry(checks=[{"failed": []}, {"failed": ["y off"]}]),
         "venom_2of16": {"backend": "reference", "reason": "no kernels"},
     }
@@ -46,8 +50,8 @@ def test_kernels_table(tmp_path):
     text = fill(f"a\n<!-- kernels: {tmp_path}/kernels.json -->\nold\n<!-- end -->\nb\n")
     assert fill(text) == text
     assert "old" not in text
-    assert "| 64, 256 | `dense` | 20.00 | 1.00x | 18.00 | 1.00x | 2.00 GiB | - |" in text
-    assert "| `groups_quarter` | 8.00 | 2.50x | 6.00 | 3.00x | 1.00 GiB | 580 to 610 |" in text
+    assert "| 64, 256 | `dense` | 20.00 | 19.00 to 21.00 | 1.00x | 18.00 | 1.00x | 2.00 GiB | - |" in text
+    assert "| `groups_quarter` | 8.00 | 8.00 to 8.00 | 2.50x | 6.00 | 3.00x | 1.00 GiB | 580 to 610 |" in text
     assert "Not timed: `groups_eighth` (failed its check); `venom_2of16` (no kernels)." in text
     text = fill(f"<!-- stages: {tmp_path}/kernels.json -->\n<!-- end -->")
     assert "| 64, 256 | (1) | other | sum |" in text

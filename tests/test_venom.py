@@ -14,13 +14,14 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 from kernels import Venom, sparse_feed_forward, venom
+from kernels.feed_forward import _Venom
 from kernels.venom import compact, expand, products, reference, select, tile_width, token_mask, venom_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter multiplies bf16's bit patterns
 
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
 
 def pre_activations(kind, tokens, hidden, seed=0):
@@ -235,26 +236,25 @@ def test_operators(name):
     assert_close(operator(*args), expected, rtol=2**-7, atol=2**-6)
 
 
-def test_operators_compose_to_the_feed_forward():
-    """The six products of the reference FFN, with both cuts, in float64 on the CPU."""
-    tokens, hidden, d, pattern = 64, 64, 24, Venom(16, 2, 8)
-    rand = torch.Generator().manual_seed(0)
-    x, w1, w2, dy = (
-        torch.randn(shape, generator=rand, dtype=torch.float64)
-        for shape in ((tokens, d), (hidden, d), (d, hidden), (tokens, d))
-    )
-    inputs = [value.clone().requires_grad_() for value in (x, w1, w2)]
-    expected = sparse_feed_forward(*inputs, pattern, cut_along_tokens=True)
-    dx, dw1, dw2 = torch.autograd.grad(expected, inputs, dy)
-
-    w2_rows = w2.T.contiguous()
-    tiles, columns = venom.select_columns(x @ w1.T, pattern.v, pattern.n, pattern.m)
-    assert_close(venom.reduce_columns(tiles, columns, w2_rows, tokens), expected)
-    dy1_tiles = venom.sample_columns(dy, w2_rows, columns, tiles)
-    h_cut, dy1_cut, ids = venom.cut_tokens(tiles, dy1_tiles, columns, tokens, hidden, pattern.n, pattern.m)
-    assert_close(venom.reduce_tokens(h_cut, ids, dy, hidden).T, dw2)
-    assert_close(venom.reduce_columns(dy1_tiles, columns, w1, tokens), dx)
-    assert_close(venom.reduce_tokens(dy1_cut, ids, x, hidden), dw1)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("n", [2, 4])
+def test_operators_compose_to_the_feed_forward(n, cut, scaled, ordered):
+    """Against the masked reference, in float64 on the CPU: outputs and all gradients."""
+    rand, pattern = torch.Generator().manual_seed(0), Venom(16, n, 8)
+    inputs = [torch.randn(*s, generator=rand, dtype=torch.float64) for s in ((72, 24), (64, 24), (24, 64))]
+    x, w1, w2 = (value.requires_grad_() for value in inputs)
+    dy = torch.randn(72, 24, generator=rand, dtype=torch.float64)
+    order = torch.randperm(72, generator=rand) if ordered else None
+    scales = [torch.tensor(1.3, dtype=torch.float64)] * 2 if scaled else [None, None]
+    expected = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order)
+    # On the CPU nothing is packed; the rest is what runs on a GPU.
+    actual = _Venom.apply(x, w1, w2, pattern, *scales, cut, order)
+    assert_close(actual, expected)
+    grads = [torch.autograd.grad(y, (x, w1, w2), dy) for y in (actual, expected)]
+    for a, e in zip(*grads, strict=True):
+        assert_close(a, e)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,21 @@ __all__ = [
 def _products(device: torch.device) -> types.ModuleType:
     if device.type != "cuda":
         return reference
-    return products if hopper.available(device) else portable
+    return portable if hopper.missing(device) else products
+
+
+def _check(width: int, **operands: Tensor) -> None:
+    """Raise ValueError where a GPU's kernels would misread the operands of a product."""
+    first = next(iter(operands.values()))
+    if not first.is_cuda:
+        return
+    if _products(first.device) is products and width % 64:
+        raise ValueError(f"the Hopper kernels need a width divisible by 64, got {width}")
+    for name, operand in operands.items():
+        if operand.dtype != torch.bfloat16:
+            raise ValueError(f"{name}: the kernels read bfloat16, got {operand.dtype}")
+        if not (operand.is_contiguous() or (name == "weight" and operand.T.is_contiguous())):
+            raise ValueError(f"{name}: the kernels read contiguous operands, got strides {operand.stride()}")
 
 
 @torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
@@ -56,8 +70,13 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
+
+    Raises:
+        ValueError: on a GPU, y1 of another dtype or not contiguous. So do the products below, and where d does not fit.
     """
-    tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept)
+    _check(0, y1=y1)
+    with torch.cuda.device_of(y1):
+        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept)
     return tiles, lists.buffer
 
 
@@ -83,8 +102,10 @@ def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor |
     Returns:
         `[T, d]`.
     """
+    _check(weight.shape[1], tiles=tiles, weight=weight)
     of = TileLists.of(lists, tokens, weight.shape[0], tiles.shape[0])
-    return _products(tiles.device).reduce_neurons(tiles, of, weight, order, tokens)
+    with torch.cuda.device_of(tiles):
+        return _products(tiles.device).reduce_neurons(tiles, of, weight, order, tokens)
 
 
 @reduce_neurons.register_fake
@@ -105,7 +126,10 @@ def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
     Returns:
         `[P, TILE, TILE]`.
     """
-    return _products(dy.device).sample(dy, w2, tiles, TileLists.of(lists, dy.shape[0], w2.shape[1], tiles.shape[0]))
+    _check(dy.shape[1], dy=dy, w2=w2, tiles=tiles)
+    of = TileLists.of(lists, dy.shape[0], w2.shape[1], tiles.shape[0])
+    with torch.cuda.device_of(tiles):
+        return _products(tiles.device).sample(dy, w2, tiles, of)
 
 
 @sample.register_fake
@@ -127,8 +151,10 @@ def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, tran
     Returns:
         `[f, d]` or `[d, f]`.
     """
+    _check(x.shape[1], tiles=tiles, x=x)
     of = TileLists.of(lists, x.shape[0], hidden_dim, tiles.shape[0])
-    return _products(x.device).reduce_tokens(tiles, of, x, transposed)
+    with torch.cuda.device_of(tiles):
+        return _products(tiles.device).reduce_tokens(tiles, of, x, transposed)
 
 
 @reduce_tokens.register_fake

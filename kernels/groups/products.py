@@ -62,8 +62,7 @@ def _launch(
         **lists.addresses(),
         **numbers,
     )
-    with torch.cuda.device(out.device):
-        kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
+    kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
     return out
 
 

@@ -32,17 +32,21 @@ def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
 
 
 @triton.jit
+def _sort_key(value):
+    """Integers that order as non-negative floats do, NaN above all."""
+    return tl.where(value != value, 0x7FFFFFFF, value.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _choose(sums, start, tile_group, tile_block, slot, groups, kept, GROUPS: tl.constexpr):
     """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1."""
     block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     inside = group < groups
-    mine = tl.load(sums + block * groups + group, mask=inside, other=0.0)
-    mine = tl.where(mine != mine, float("inf"), mine)
+    mine = _sort_key(tl.load(sums + block * groups + group, mask=inside, other=0.0))
     rank = tl.zeros([GROUPS], tl.int32)
     for other_group in range(groups):
-        other = tl.load(sums + block * groups + other_group)
-        other = tl.where(other != other, float("inf"), other)
+        other = _sort_key(tl.load(sums + block * groups + other_group))
         better = (other > mine) | ((other == mine) & (other_group < group))
         rank += better.to(tl.int32)
     keep = inside & (rank < kept)

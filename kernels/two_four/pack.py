@@ -213,7 +213,8 @@ def _reference(groups: Tensor, mode: str, scale: Tensor | None, like: Tensor | N
 
 @torch.library.custom_op("sparsetitan::two_four_pack", mutates_args=())
 def _pack(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | None = None) -> Tensor:
-    return (_launch if groups.is_cuda else _reference)(groups, mode, scale, like)
+    with torch.cuda.device_of(groups):
+        return (_launch if groups.is_cuda else _reference)(groups, mode, scale, like)
 
 
 @_pack.register_fake
@@ -230,7 +231,7 @@ def _as_groups(dense: Tensor) -> Tensor:
 
 
 def token_groups(h: Tensor) -> Tensor:
-    """h^T with groups of four tokens that stand T/4 apart, as `token_mask` in `kernels.feed_forward` has them.
+    """h^T with groups of four tokens that stand T/4 apart, as `token_mask` in `kernels.venom` has them.
 
     A product that reduces over the packed h^T takes its other operand's rows in the same order:
     `x.view(4, T // 4, d).transpose(0, 1)`.

@@ -12,14 +12,35 @@ calls use the winner.
 Without a GPU the matrix is unpacked and multiplied densely.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from kernels.two_four.pack import keep_largest_pack
 from kernels.two_four.reference import packed_shape, unpack
 
 ALIGNMENT = 8  # entries that a dense operand's dimensions are multiples of
 
 _fastest: dict[tuple, tuple[int, int, int]] = {}
+
+
+@functools.cache
+def _check_format(device: torch.device) -> None:
+    """Pack a matrix as cuSPARSELt does and compare, once a device: its format is not documented.
+
+    Raises:
+        RuntimeError: this cuSPARSELt, on this device, packs otherwise than `pack`.
+    """
+    dense = torch.randn(128, 256, generator=torch.Generator(device).manual_seed(0), device=device).bfloat16()
+    packed = keep_largest_pack(dense)
+    theirs = torch._cslt_compress(unpack(packed))
+    if theirs.numel() != packed.numel() or not torch.equal(unpack(theirs.view_as(packed)), unpack(packed)):
+        version, name = torch.backends.cusparselt.version(), torch.cuda.get_device_name(device)
+        raise RuntimeError(
+            f"cuSPARSELt {version} on {name} packs 2:4 matrices in a format that is not known here: set "
+            "weights.pattern to none, or use torch 2.11 on an H100"
+        )
 
 
 def _search(packed: Tensor, dense: Tensor, transpose_result: bool) -> tuple[int, int, int]:
@@ -28,6 +49,7 @@ def _search(packed: Tensor, dense: Tensor, transpose_result: bool) -> tuple[int,
     if key not in _fastest:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("call a 2:4 product once before capturing it: its first call times cuSPARSELt's kernels")
+        _check_format(packed.device)
         search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
         alg_id, split_k, split_k_mode, _ = search(packed, dense, None, None, None, transpose_result)
         # A search that does not split answers 1 or -1, the product's argument for it is 1.

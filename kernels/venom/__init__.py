@@ -94,7 +94,8 @@ def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
 def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     _check_selection(y1, v, n, m)
     _check_bf16(y1=y1)
-    return select.select_columns(y1, v, n, m)
+    with torch.cuda.device_of(y1):
+        return select.select_columns(y1, v, n, m)
 
 
 @select_columns.register_fake
@@ -136,7 +137,8 @@ def cut_tokens(
 def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
     _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
     _check_bf16(h_tiles=h_tiles, dy1_tiles=dy1_tiles)
-    return select.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
+    with torch.cuda.device_of(h_tiles):
+        return select.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
 
 
 @cut_tokens.register_fake
@@ -175,7 +177,8 @@ def reduce_columns(
 @reduce_columns.register_kernel("cuda")
 def _(tiles, columns, weight_rows, tokens, order=None):
     _check_bf16(tiles=tiles, weight_rows=weight_rows)
-    return products.reduce_columns(tiles, columns, weight_rows, tokens, order)
+    with torch.cuda.device_of(tiles):
+        return products.reduce_columns(tiles, columns, weight_rows, tokens, order)
 
 
 @reduce_columns.register_fake
@@ -204,7 +207,8 @@ def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Te
 @sample_columns.register_kernel("cuda")
 def _(dy, weight_rows, columns, h_tiles):
     _check_bf16(dy=dy, weight_rows=weight_rows, h_tiles=h_tiles)
-    return products.sample_columns(dy, weight_rows, columns, h_tiles)
+    with torch.cuda.device_of(dy):
+        return products.sample_columns(dy, weight_rows, columns, h_tiles)
 
 
 @sample_columns.register_fake
@@ -233,7 +237,8 @@ def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim:
 @reduce_tokens.register_kernel("cuda")
 def _(token_tiles, token_ids, x, hidden_dim):
     _check_bf16(token_tiles=token_tiles, x=x)
-    return products.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
+    with torch.cuda.device_of(x):
+        return products.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
 
 
 @reduce_tokens.register_fake
