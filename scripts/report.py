@@ -92,9 +92,9 @@ def kernels_table(file: Path) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
     lines.append(
         f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
-        "included; the median and the range of the rounds. Speed-ups are over `dense`, by the clock and by the sum of the "
-        "kernels' times in a short profile: where the second is much larger, the host could not keep the GPU busy. Peak "
-        "memory is beyond inputs and weights. "
+        "included; the median and the range of the rounds. Speed-ups are over `dense`, by the clock and by the sum of "
+        "the kernels' times in a short profile: where the second is much larger, the host could not keep the GPU busy. "
+        "Peak memory is beyond inputs and weights. "
         f"{result['hardware']['device']}, {versions}, "
         f"{result['date'][:10]}, `{result['command']}`."
     )

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, launch, losses, merge, rows
 from filelock import FileLock
 
+import kernels.feed_forward
 from configs.errors import ConfigError
 from models.llama import FLAVORS, Llama, llama_args
 
@@ -138,6 +139,25 @@ def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, cap
     run = train(tmp_path / "run")
     assert losses(run) == losses(whole)
     assert (tmp_path / "run" / "checkpoint" / "broken-6").is_dir()
+
+
+@pytest.mark.parametrize(
+    "recipe, words, chosen",
+    [
+        ("groups_quarter", ("--activations.v", "128"), "groups"),
+        ("venom_2of16", (), "venom"),
+        ("venom_4of16", ("--activations.cut_along_tokens", "true"), "venom"),
+    ],
+)
+def test_the_kernels_operators_train_as_the_reference(train, tmp_path, monkeypatch, recipe, words, chosen):
+    """Their CPU path in float32: the same products, sorted and compacted, through the whole trainer."""
+    expected = train(tmp_path / "reference", *words, recipe=recipe)
+    asked = []
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *args: asked.append(args) or (chosen, "asked for"))
+    actual = train(tmp_path / chosen, *words, recipe=recipe)
+    assert asked
+    assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
+    assert actual[8]["val_loss_sparse"] == pytest.approx(expected[8]["val_loss_sparse"], rel=1e-4)
 
 
 def test_reordering_neurons_leaves_the_dense_model_as_it_was(train, tmp_path):
