@@ -14,9 +14,9 @@
 // the next one. Rows of tiles differ in length, so a cluster takes its next work from a counter, the longest rows
 // first.
 //
-// A step moves 48 KB through L2 for 4.2 MFLOP, more than L2 can feed all SMs at full rate, so L2 is the limit. The CTAs
-// of a cluster work on neighbouring output tiles of the same row: they need the same A, and each fetches its share of
-// it and multicasts that to all: 40 KB a step in a cluster of two.
+// A step moves 48 KB through L2 for 4.2 MFLOP, which L2 cannot give to all SMs at full rate. The CTAs of a cluster work
+// on neighbouring output tiles of the same row: they need the same A, and each fetches its share of it and multicasts
+// that to all: 40 KB a step in a cluster of two, and tensor cores and L2 are both near their limits.
 //
 // Shared memory holds an operand as rows of 64 elements (128 bytes, the TMA's swizzle-128B): K-major [rows][64 of K],
 // or MN-major [64-wide chunk][64 rows of K][64 of M or N], which wgmma reads transposed.
