@@ -93,8 +93,8 @@ def kernels_table(file: Path) -> str:
     lines.append(
         f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
         "included; the median and the range of the rounds. Speed-ups are over `dense`, by the clock and by the sum of "
-        "the kernels' times in a short profile: where the second is much larger, the host could not keep the GPU busy. "
-        "Peak memory is beyond inputs and weights. "
+        "the kernels' times in a short profile, which leaves out gaps between launches and runs on a cooler GPU. Peak "
+        "memory is beyond inputs and weights. "
         f"{result['hardware']['device']}, {versions}, "
         f"{result['date'][:10]}, `{result['command']}`."
     )
