@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.groups.tiles import TILE, TileLists
 
-BN, BK = 256, 64
+BN, BK = 128, 64
 WARPS = 8
 
 
