@@ -7,6 +7,7 @@ reads the job (configs/loader.py), checks what its keys mean together (recipes/c
 """
 
 import json
+import multiprocessing
 import os
 import sys
 
@@ -46,5 +47,8 @@ if __name__ == "__main__":
     except ConfigError as error:
         exit_with(error)
     sys.stdout.flush()
-    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down.
+    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down. What
+    # the interpreter would have ended are the processes that read the data; whoever reads their output waits for them.
+    for process in multiprocessing.active_children():
+        process.kill()
     os._exit(0)

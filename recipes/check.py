@@ -204,6 +204,8 @@ def _check_rest(config: JobConfig) -> None:
         )
     if checkpointing.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
         raise ConfigError('activation_checkpoint.mode = "memory_budget" needs compile.enable = true')
+    if config.profiling.enable_profiling and device_type == "cpu":
+        raise ConfigError("profiling.enable_profiling = true needs a GPU: torchtitan profiles no CPU; set it to false")
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"

@@ -13,7 +13,8 @@ Right comes first (`scripts/check_kernels.py`), and a contender that is not gets
 
 Then fast. Contenders take turns, round by round, so that all of them see the same clocks and temperatures; a
 contender's time is its median over the rounds, its speed-up that of dense over its own. Each turn starts with a step
-that is not timed. cuBLAS's dense products take their turns in the same rounds. Our products' rates come from the short
+that is not timed. Python's garbage collector is off, as torchtitan's trainer has it: with the compiler's objects around,
+one collection costs tens of milliseconds. cuBLAS's dense products take their turns in the same rounds. Our products' rates come from the short
 profile that follows, when the GPU is a little cooler: there cuBLAS itself reaches 100 to 112% of its rate in the
 rounds. Memory is the peak of forward and backward beyond inputs and weights, results included.
 
@@ -23,6 +24,7 @@ left operand is transposed.
 """
 
 import argparse
+import gc
 import json
 import platform
 import random
@@ -270,9 +272,12 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
     for call in calls.values():
         call()
     rounds: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
     for _ in range(ROUNDS):
         for name, call in calls.items():
             rounds[name].append(milliseconds(call, device))
+    gc.enable()
     median = {name: statistics.median(times) for name, times in rounds.items()}
     gflop = 2e-9 * tokens * dim * hidden_dim
     cublas = {product: gflop / median[product] for product in PRODUCTS}

@@ -264,14 +264,13 @@ __device__ __forceinline__ Work work_at(const Arguments& g, int q) {
     return {row, strip, g.start[row + 1] - g.start[row], g.start[row]};
 }
 
-// One thread of a cluster takes work and sends it to the producer and the consumers of every CTA.
+// One thread of a cluster takes work and sends it to the producer and the consumers of every CTA. The first too comes
+// from the counter: where a cluster starts late, because another stream holds its SMs, nobody waits for what would be its.
 template <Walk WALK>
-__device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken, int cluster,
-                                         int clusters) {
-    int slot = 0, parity = 1, q = cluster;
+__device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken) {
+    int slot = 0, parity = 1;
     for (;;) {
-        Work work = work_at<WALK>(g, q);
-        q = clusters + atomicAdd(g.counter, 1);
+        Work work = work_at<WALK>(g, atomicAdd(g.counter, 1));
         if (WALK == SAMPLE && work.row >= 0 && 2 * CLUSTER * work.strip >= work.tiles) continue;
         barrier_wait(taken + 8 * slot, parity);
         for (int rank = 0; rank < CLUSTER; ++rank)
@@ -440,6 +439,8 @@ __device__ __forceinline__ void store(const float (&acc)[128], const Arguments& 
                 *(uint4*)(g.out + (TRANSPOSED ? to * (long long)g.leading + neuron : neuron * g.leading + to)) = v;
             }
         }
+        // h has been read as memory, and the TMA will write there.
+        if (WALK == SAMPLE && chunk % 2) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     if (WALK == SAMPLE) {
         asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -504,7 +505,7 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, 
         if (threadIdx.x == 0)
             produce<WALK, A_MN, B_MN>(a, b, h, g, a_smem, b_smem, full, empty, inbox, rank);
         else if (threadIdx.x == 32 && rank == 0)
-            schedule<WALK>(g, slots, ready, taken, blockIdx.x / CLUSTER, gridDim.x / CLUSTER);
+            schedule<WALK>(g, slots, ready, taken);
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

@@ -102,13 +102,14 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
         y1.new_zeros(TileLists.size(blocks, groups, capacity), dtype=torch.int32), blocks, groups, capacity
     )
     block, group = chosen.nonzero(as_tuple=True)
-    lists.start.copy_(torch.arange(blocks + 1) * kept)
+    lists.start.copy_(torch.arange(blocks + 1, device=y1.device) * kept)
     lists.tile_block.copy_(block)
     lists.tile_group.copy_(group)
     lists.group_count.copy_(chosen.sum(0))
     lists.group_order.copy_(lists.group_count.sort(descending=True, stable=True).indices)
     by_group = group.sort(stable=True).indices
-    place = torch.arange(capacity) - (lists.group_count.cumsum(0) - lists.group_count)[group[by_group]]
+    before = lists.group_count.cumsum(0) - lists.group_count
+    place = torch.arange(capacity, device=y1.device) - before[group[by_group]]
     lists.group_tiles[group[by_group], place] = by_group.int()
     return h[block, :, group, :], lists
 
