@@ -13,7 +13,7 @@ from test_train import DENSE, LAST_STEP
 pytestmark = pytest.mark.gpu
 
 BACKENDS = {
-    "activations_2of4": "reference",
+    "activations_2of4": "two_four",
     "dense": "dense",
     "groups_eighth": "groups",
     "groups_quarter": "groups",
