@@ -172,7 +172,9 @@ class _TwoFour(torch.autograd.Function):
         return dx, dw1, dw2, None, None, None
 
 
-def _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens):
+def _two_four(
+    x: Tensor, w1: Tensor, w2: Tensor, w1_scale: Tensor | None, w2_scale: Tensor | None, cut_along_tokens: bool
+) -> Tensor:
     """`_TwoFour` for any T, filled up with zeros. The second cut groups tokens of four quarters: each is filled up."""
     x = x.unflatten(0, (COLUMNS if cut_along_tokens else 1, -1))
     parts, tokens, _ = x.shape
@@ -257,7 +259,7 @@ def sparse_feed_forward(
         pattern: what h is cut to; None leaves it as it is.
         w1_scale: `[]`, beta of W1: product (1), and with it (5), reads beta * S(W1). None: W1 as it is.
         w2_scale: `[]`, beta of W2 along d: product (3) reads beta * S(W2). None: W2 as it is.
-        cut_along_tokens: products (4) and (6) read h and dy1 cut along the tokens as well (Venom only).
+        cut_along_tokens: products (4) and (6) read h and dy1 cut along the tokens as well (Venom and 2:4 only).
         order: `[T]` int64, a permutation: the tokens in the order in which neighbours share a block. None: as they are.
 
     Returns:

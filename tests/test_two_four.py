@@ -393,7 +393,7 @@ def test_operators_compose_to_the_feed_forward(tokens, cut, scaled, ordered, dev
     if device == "cpu":
         monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
     inputs, order = [value.to(device) for value in inputs], None if order is None else order.to(device)
-    for compiled in (False, True)[: 1 + (device == "cuda")]:
+    for compiled in (False, True) if device == "cuda" and scaled and ordered else (False,):
         torch._dynamo.reset()
         actual = ffn(inputs, scaled, cut, order, compiled)
         for a, e in zip(actual, expected, strict=True):
