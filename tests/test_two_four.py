@@ -353,6 +353,9 @@ def test_impossible_operands_are_refused():
         sparse_matmul(packed, torch.ones(128, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="bf16"):
         sparse_matmul(packed, torch.ones(64, 16))
+    with pytest.raises(ValueError, match=r"2 whole rows of 64 tokens are not .* \[1, 64\]"):
+        ones = torch.ones(64, 16, dtype=torch.bfloat16)
+        reduce_tokens(packed, ones, torch.tensor([0, 1]), torch.ones(1, 64, dtype=torch.bfloat16))
 
 
 # ---- the FFN

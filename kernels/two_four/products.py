@@ -167,4 +167,7 @@ def reduce_tokens(
         RuntimeError: a first call with these shapes inside a CUDA graph capture.
     """
     _check(packed, (x.shape[0], x.shape[1]), x)
+    if whole_rows.shape != (whole.shape[0], x.shape[0]) or whole_rows.dtype != x.dtype:
+        given = f"{whole_rows.dtype} {list(whole_rows.shape)}"
+        raise ValueError(f"{whole.shape[0]} whole rows of {x.shape[0]} tokens are not {given}")
     return _reduce_tokens(packed, x, whole, whole_rows, transpose_result)
