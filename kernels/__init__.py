@@ -3,8 +3,8 @@
 A family's reference is its specification and its CPU path. `feed_forward` puts the families together into
 the six matrix products of a squared-ReLU FFN:
 
-    two_four         2:4 weights (S-STE), packing and products on the sparse tensor cores
-    venom            V:N:M activations, their compact form and products; 2:4 activations are V=1, N=2, M=4
+    two_four         2:4 weights (S-STE) and activations, packing and products on the sparse tensor cores
+    venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
     clustering       neurons into clusters, once; tokens to clusters, every step
     feed_forward     products (1) to (6), forward and backward

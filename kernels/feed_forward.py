@@ -23,22 +23,21 @@ approximate them, for speed:
                      up. With this option h and dy1 are cut a second time, along the tokens, for these two (arXiv
                      2503.16672, 2602.06183).
 
-The same six products are written three times below: `_Masked` is the reference, dense products over masked operands,
-right on any device; `_Groups` and `_Venom` compute only what their pattern keeps. `backend` says which one runs, and
-why.
+The same six products are written four times below: `_Masked` is the reference, dense products over masked operands,
+right on any device; `_Groups`, `_Venom` and `_TwoFour` compute only what their pattern keeps. `backend` says which one
+runs, and why.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import groups, hopper, venom
+from kernels import groups, hopper, two_four, venom
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups
-from kernels.two_four.pack import soft_threshold_pack
-from kernels.two_four.products import sparse_linear
-from kernels.two_four.reference import soft_threshold_2_4
-from kernels.venom import Venom, token_mask
+from kernels.two_four import soft_threshold_2_4, soft_threshold_pack, sparse_linear
+from kernels.two_four.reference import ROWS
+from kernels.venom import Venom, densest_neurons, token_mask
 from kernels.venom.reference import COLUMNS
 
 Pattern = Venom | Groups
@@ -140,6 +139,51 @@ class _Venom(torch.autograd.Function):
         return dx, dw1, dw2, None, None, None, None, None
 
 
+class _TwoFour(torch.autograd.Function):
+    """2:4 activations, packed, `kernels.two_four`; T a multiple of 64."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, w1_scale, w2_scale, cut_along_tokens):
+        y1 = _linear(x, w1, w1_scale, packed=True)  # (1)
+        h = two_four.keep_largest_pack(y1, relu_squared=True)
+        ctx.save_for_backward(x, w1, w2, h, w1_scale, w2_scale)
+        ctx.cut_along_tokens = cut_along_tokens
+        return two_four.sparse_matmul(h, w2.T)  # (2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, w2, h_packed, w1_scale, w2_scale = ctx.saved_tensors
+        h = two_four.unpack(h_packed)
+        if ctx.cut_along_tokens:
+            h_cut, whole = two_four.keep_largest_pack(two_four.token_groups(h)), densest_neurons(h)
+            h_whole = h.T.index_select(0, whole)
+            dw2 = two_four.reduce_tokens(h_cut, dy, whole, h_whole, transpose_result=True)  # (4)
+        else:
+            dw2 = dy.T @ h  # (4)
+        dh = _linear(dy, w2.T, w2_scale, packed=True)  # (3)
+        dy1 = two_four.pack_like(dh, h_packed, relu_squared_grad=True)
+        dx = two_four.sparse_matmul(dy1, _thresholded(w1, w1_scale))  # (5)
+        if ctx.cut_along_tokens:
+            dy1_cut = two_four.pack_like(two_four.token_groups(dh), h_cut, relu_squared_grad=True)
+            dy1_whole = 2 * h_whole.sqrt() * dh.T.index_select(0, whole)
+            dw1 = two_four.reduce_tokens(dy1_cut, x, whole, dy1_whole)  # (6)
+        else:
+            dw1 = two_four.unpack(dy1).T @ x  # (6)
+        return dx, dw1, dw2, None, None, None
+
+
+def _two_four(
+    x: Tensor, w1: Tensor, w2: Tensor, w1_scale: Tensor | None, w2_scale: Tensor | None, cut_along_tokens: bool
+) -> Tensor:
+    """`_TwoFour` for any T, filled up with zeros. The second cut groups tokens of four quarters: each is filled up."""
+    x = x.unflatten(0, (COLUMNS if cut_along_tokens else 1, -1))
+    parts, tokens, _ = x.shape
+    missing = -tokens % (ROWS // parts)
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    y = _TwoFour.apply(x.flatten(0, 1), w1, w2, w1_scale, w2_scale, cut_along_tokens)
+    return y.unflatten(0, (parts, -1))[:, :tokens].flatten(0, 1)
+
+
 def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) -> Tensor:
     """h `[T, f]` before the pattern cuts it, for measuring what the cut loses; arguments as `sparse_feed_forward`."""
     active = (x @ _thresholded(w1, w1_scale).T).relu()
@@ -165,14 +209,15 @@ def backend(
         device, dtype: that the products run in.
 
     Returns:
-        "groups", "venom", "two_four" (2:4 weights alone) or "reference", and the reason in words.
+        "groups", "venom", "two_four" (2:4 activations, or 2:4 weights alone) or "reference", and the reason in words.
     """
     if device.type != "cuda":
         return "reference", f"no kernels for the device {device.type}"
     if dtype != torch.bfloat16:
         return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if weight_products and (width % 64 or hidden_dim % 64 or not CUSPARSELT):
-        return "reference", "packed 2:4 weights need cuSPARSELt and a width and a hidden_dim divisible by 64"
+    two_of_four = isinstance(pattern, Venom) and (pattern.n, pattern.m) == (2, 4)
+    if (weight_products or two_of_four) and (width % 64 or hidden_dim % 64 or not CUSPARSELT):
+        return "reference", "packed 2:4 matrices need cuSPARSELt and a width and a hidden_dim divisible by 64"
     match pattern:
         case None if not weight_products:
             return "reference", "nothing is sparse"
@@ -184,6 +229,8 @@ def backend(
             if not hopper.missing(device):
                 return "groups", "column groups, CUDA C++ for Hopper"
             return "groups", f"column groups, Triton: {hopper.missing(device)}"
+        case Venom(_, 2, 4):
+            return "two_four", "2:4 activations by cuSPARSELt"
         case Venom(v, _, m) if m > 256 or not 16 <= v <= 256 or v & (v - 1):
             return "reference", f"kernels for venom need v a power of two from 16 to 256 and m up to 256, not {v}, {m}"
         case Venom(v, _, m) if cut_along_tokens and (m == COLUMNS or v % m or hidden_dim % v):
@@ -212,7 +259,7 @@ def sparse_feed_forward(
         pattern: what h is cut to; None leaves it as it is.
         w1_scale: `[]`, beta of W1: product (1), and with it (5), reads beta * S(W1). None: W1 as it is.
         w2_scale: `[]`, beta of W2 along d: product (3) reads beta * S(W2). None: W2 as it is.
-        cut_along_tokens: products (4) and (6) read h and dy1 cut along the tokens as well (Venom only).
+        cut_along_tokens: products (4) and (6) read h and dy1 cut along the tokens as well (Venom and 2:4 only).
         order: `[T]` int64, a permutation: the tokens in the order in which neighbours share a block. None: as they are.
 
     Returns:
@@ -246,5 +293,8 @@ def sparse_feed_forward(
         inverse = order.argsort()
         x = permute_rows(x, order, inverse)
     packed = chosen == "two_four"
-    y = _Masked.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, packed)
+    if packed and pattern is not None:
+        y = _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens)
+    else:
+        y = _Masked.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, packed)
     return y if order is None else permute_rows(y, inverse, order)

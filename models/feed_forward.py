@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
 from kernels import Pattern, Venom, hidden_activations, route_tokens, sparse_feed_forward
-from kernels.venom.reference import COLUMNS
+from kernels.venom.reference import COLUMNS, DENSE_FEATURES
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
 # sees take a second value, as in a model whose layers keep different shares.
@@ -59,8 +59,11 @@ class FeedForwardSparsity:
         if backend in ("dense", "reference"):
             return 1.0
         first = 0.5 if 1 in self.weight_products else 1.0
-        if self.pattern is None:
-            return (first + (0.5 if 3 in self.weight_products else 1.0) + 4) / 6
+        if self.pattern is None or backend == "two_four":
+            third = 0.5 if 3 in self.weight_products else 1.0
+            along_neurons = 0.5 if self.pattern is not None else 1.0
+            along_tokens = 0.5 + DENSE_FEATURES if self.cut_along_tokens else 1.0
+            return (first + third + 2 * along_neurons + 2 * along_tokens) / 6
         tiles = COLUMNS / self.pattern.m if isinstance(self.pattern, Venom) else self.pattern.density(hidden_dim)
         along_tokens = 1.0 if isinstance(self.pattern, Venom) and not self.cut_along_tokens else tiles
         return (first + 3 * tiles + 2 * along_tokens) / 6

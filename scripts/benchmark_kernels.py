@@ -19,8 +19,8 @@ profile that follows, when the GPU is a little cooler: there cuBLAS itself reach
 rounds. Memory is the peak of forward and backward beyond inputs and weights, results included.
 
 Where the time goes is read off the profiler's kernels. Ours are known by the operator that launched them and its
-thread (the backward pass has its own), a cuBLAS kernel by the shapes of its `aten::mm`, its thread, and whether its
-left operand is transposed.
+thread (the backward pass has its own), a 2:4 product by its shapes as well, a cuBLAS kernel by the shapes of its
+`aten::mm`, its thread, and whether its left operand is transposed.
 """
 
 import argparse
@@ -92,8 +92,10 @@ OPERATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "venom_cut_tokens": ((), ("selection",)),
     "venom_reduce_tokens": ((), ("(4)", "(6)")),
     "two_four_pack": (("packing",), ("packing",)),
-    "two_four_matmul": (("(1)",), ("(3)",)),
+    "two_four_unpack": ((), ("packing",)),
+    "two_four_reduce_tokens": ((), ("(4)", "(6)")),
 }
+PRODUCTS_BY_SHAPE = "aten::mm", "two_four_matmul"
 
 # Of what no operator of ours launched, the stage: the first whose expression is found in a kernel's name.
 KERNELS = (
@@ -181,13 +183,15 @@ def replay_error(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -
 
 
 def product_of(op: dict[str, Any], forward: int, dim: int, hidden_dim: int) -> str:
-    """Which of the six products an `aten::mm` of the trace is, or "router".
+    """Which of the six products an operator of PRODUCTS_BY_SHAPE in the trace is, or "router".
 
     Args:
         op: the trace's event.
         forward: thread that ran the forward pass.
     """
-    (rows, inner), (_, columns) = op["args"]["Input Dims"][:2]
+    (rows, _), (inner, columns) = op["args"]["Input Dims"][:2]
+    if op["name"] != "aten::mm":  # by a packed matrix: of a weight, which reduces over d, or of h or dy1
+        return ("(1)", "(2)", "(3)", "(5)")[2 * (op["tid"] != forward) + (inner == hidden_dim)]
     if op["args"]["Input Strides"][0][0] == 1:  # the left operand is transposed: reduces over tokens
         return "(4)" if rows == dim else "(6)"
     if {inner, columns} != {dim, hidden_dim}:
@@ -219,8 +223,9 @@ def stages_of(trace: list[dict[str, Any]], dim: int, hidden_dim: int, reference:
                 calls[name] = calls.get(name, -1) + 1
                 stage = turns[calls[name] % len(turns)]
                 within[thread] = (op["ts"] + op["dur"], stage)
-            elif name == "aten::mm" and "Input Dims" in op["args"]:
+            elif name in PRODUCTS_BY_SHAPE and "Input Dims" in op["args"]:
                 stage = product_of(op, forward, dim, hidden_dim)
+                within[thread] = (op["ts"] + op["dur"], stage)
         if stage:
             operators[op["args"]["External id"]] = stage
     stages: dict[str, float] = {}

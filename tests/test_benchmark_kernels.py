@@ -39,10 +39,11 @@ def test_references_pass(weights, name):
     assert 0 < max(result["errors"].values()) < 5e-3
 
 
-def test_groups_op_passes(weights, monkeypatch):
+@pytest.mark.parametrize("name, chosen", [("groups_quarter", "groups"), ("activations_2of4", "two_four")])
+def test_ops_pass(weights, monkeypatch, name, chosen):
     """The op that runs on a GPU, on its own CPU path."""
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("groups", ""))
-    assert check(CONTENDERS["groups_quarter"][1], weights, None, compiled=False)["failed"] == []
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: (chosen, ""))
+    assert check(CONTENDERS[name][1], weights, None, compiled=False)["failed"] == []
 
 
 def broken(monkeypatch, change):
@@ -174,9 +175,10 @@ def trace():
         events.append({"cat": "cpu_op", "name": "aten::mm", "ts": index, "dur": 1, "tid": thread, "args": arguments})
         kernel(f"nvjet_{index}", 10.0 * index, **{"External id": index})
 
-    def operator(index, thread, name, dur, inner=None):
+    def operator(index, thread, name, dur, inner=None, shapes=()):
         op = {"cat": "cpu_op", "ts": index, "tid": thread}
-        events.append(op | {"name": f"sparsetitan::{name}", "dur": 0.9, "args": {"External id": index}})
+        arguments = {"External id": index, "Input Dims": [list(shape) for shape in shapes]}
+        events.append(op | {"name": f"sparsetitan::{name}", "dur": 0.9, "args": arguments})
         if inner:  # what launches the kernel is inside
             events.append(op | {"ts": index + 0.1, "name": inner, "dur": 0.5, "args": {"External id": 100 + index}})
         kernel("any name", dur, **{"External id": 100 + index if inner else index})
@@ -199,7 +201,14 @@ def trace():
     operator(16, 100, "groups_select_tiles", 6.0)
     operator(17, 200, "venom_cut_tokens", 7.0)
     operator(18, 100, "two_four_pack", 14.0)
-    operator(19, 100, "two_four_matmul", 15.0, inner="aten::_cslt_sparse_mm")  # (1)
+    cusparselt, of_weight, of_h = "aten::_cslt_sparse_mm", ((256, 36), (64, 256)), ((256, 144), (256, 64))
+    operator(19, 100, "two_four_matmul", 15.0, cusparselt, of_weight)  # (1)
+    operator(20, 100, "two_four_matmul", 16.0, cusparselt, of_h)  # (2)
+    operator(21, 200, "two_four_matmul", 17.0, cusparselt, of_weight)  # (3)
+    operator(22, 200, "two_four_reduce_tokens", 18.0, "aten::mm", of_h)  # (4)
+    operator(23, 200, "two_four_matmul", 19.0, cusparselt, of_h)  # (5)
+    operator(24, 200, "two_four_reduce_tokens", 20.0, "aten::mm", of_h)  # (6)
+    operator(25, 200, "two_four_unpack", 21.0)
     kernel("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>", 8.0)
     kernel("triton_red_fused_argmax_0", 9.0)
     kernel("void at::native::indexSelectLargeIndex<...>", 10.0)
@@ -212,8 +221,8 @@ def trace():
 
 
 def test_kernels_are_told_apart():
-    products = {"(1)": 35, "(2)": 31, "(3)": 42, "(4)": 53, "(5)": 64, "(6)": 75, "products": 12}
-    rest = {"packing": 14, "selection": 13, "router": 27, "permutation": 10, "other": 12}
+    products = {"(1)": 35, "(2)": 47, "(3)": 59, "(4)": 71, "(5)": 83, "(6)": 95, "products": 12}
+    rest = {"packing": 35, "selection": 13, "router": 27, "permutation": 10, "other": 12}
     times = {stage: ms / 1e3 / benchmark_kernels.PROFILED for stage, ms in (products | rest).items()}
     assert stages_of(trace(), 64, 256, reference=False) == pytest.approx(times)
     assert set(times) <= set(plot_kernels.STAGES)

@@ -12,7 +12,7 @@ from kernels import feed_forward
 pytestmark = pytest.mark.gpu
 
 BACKENDS = {
-    "activations_2of4": "reference",
+    "activations_2of4": "two_four",
     "dense": "dense",
     "groups_eighth": "groups",
     "groups_quarter": "groups",

@@ -464,7 +464,9 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
         (Venom(512, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
         (Venom(64, 4, 512), (), False, 192, 512, torch.bfloat16, "reference"),
         (Venom(96, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
-        (Venom(1, 2, 4), (), True, 192, 512, torch.bfloat16, "reference"),
+        (Venom(1, 2, 4), (), True, 192, 512, torch.bfloat16, "two_four"),
+        (Venom(1, 2, 4), (1, 3), False, 192, 512, torch.bfloat16, "two_four"),
+        (Venom(1, 2, 4), (), True, 192, 96, torch.bfloat16, "reference"),
         (None, (1, 3), False, 192, 512, torch.bfloat16, "two_four"),
         (None, (1,), False, 96, 512, torch.bfloat16, "reference"),
         (None, (), False, 192, 512, torch.bfloat16, "reference"),
@@ -479,7 +481,7 @@ def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, exp
     assert kernels.backend(pattern, products, cut, width, hidden, torch.device("cpu"), dtype)[0] == "reference"
     monkeypatch.setattr(kernels.feed_forward, "CUSPARSELT", False)
     without = kernels.backend(pattern, products, cut, width, hidden, cuda, dtype)[0]
-    assert without == ("reference" if products else expected)
+    assert without == ("reference" if products or expected == "two_four" else expected)
 
 
 # ---- what is refused

@@ -141,6 +141,9 @@ def test_flops_that_a_backend_executes():
     assert share("venom", venom) == pytest.approx((1 + 3 / 4 + 2) / 6)
     assert share("two_four", None, (1, 3)) == pytest.approx(5 / 6)
     assert share("two_four", None, (1,)) == pytest.approx(5.5 / 6)
+    assert share("two_four", Venom(1, 2, 4)) == pytest.approx((1 + 0.5 + 1 + 1 + 0.5 + 1) / 6)
+    # The whole neurons are computed twice, cut with all others and dense.
+    assert share("two_four", Venom(1, 2, 4), (1, 3), True) == pytest.approx((4 * 0.5 + 2 * 0.55) / 6)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)

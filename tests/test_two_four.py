@@ -13,22 +13,25 @@ import torch
 import triton
 import triton.language as tl
 from conftest import ROOT
+from torch.testing import assert_close
 
-from kernels import Venom, venom_mask
+import kernels.feed_forward
+from kernels import Venom, sparse_feed_forward, venom_mask
 from kernels.feed_forward import token_mask
 from kernels.two_four import (
     keep_largest_pack,
+    pack,
     pack_like,
     pack_reference,
+    reduce_tokens,
     soft_threshold_2_4,
     soft_threshold_pack,
     sparse_linear,
     sparse_matmul,
     token_groups,
-    unpack,
+    token_rows,
 )
-from kernels.two_four import pack as kernels
-from kernels.two_four.reference import join_packed, split_packed
+from kernels.two_four.reference import join_packed, split_packed, unpack
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -125,7 +128,7 @@ def exact_rounding(monkeypatch):
 def check_kernel(dense, mode, scale=None, like=None):
     """The kernel writes the reference's values and metadata; zeros may differ in their sign."""
     groups = dense if dense.dim() == 3 else dense.unflatten(-1, (-1, 4))
-    packed, expected = kernels._launch(groups, mode, scale, like), kernels._reference(groups, mode, scale, like)
+    packed, expected = pack._launch(groups, mode, scale, like), pack._reference(groups, mode, scale, like)
     assert packed.shape == expected.shape and packed.dtype == expected.dtype
     for actual, wanted in zip(split_packed(packed), split_packed(expected), strict=True):
         assert torch.equal(actual, wanted)
@@ -171,7 +174,7 @@ def test_kernels_along_tokens(kind, tokens, neurons, exact_rounding):
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_kernels_under_the_pattern_of_another(kind, rows, columns, exact_rounding):
     groups = matrix(kind, rows, columns).to(DEVICE).unflatten(-1, (-1, 4))
-    packed = kernels._reference(groups, "keep_largest_relu_squared", None, None)
+    packed = pack._reference(groups, "keep_largest_relu_squared", None, None)
     for dh in layouts(matrix("floats", rows, columns, seed=1).to(DEVICE)):
         check_kernel(dh, "like", like=packed)
         grad = check_kernel(dh, "relu_squared_grad", like=packed)
@@ -188,14 +191,22 @@ def test_nan_does_not_vanish_in_a_kernel(mode, count, exact_rounding):
         for place in range(5 - count):
             spoilt = weight.clone()
             spoilt[7, 5, place : place + count] = nan
-            dense = unpack(kernels._launch(spoilt, mode, scale, None)).unflatten(-1, (-1, 4))
+            dense = unpack(pack._launch(spoilt, mode, scale, None)).unflatten(-1, (-1, 4))
             assert dense[7, 5].isnan().sum() == dense.isnan().sum() == min(count, 2)
+
+
+@pytest.mark.kernels
+@KINDS
+@pytest.mark.parametrize("rows, columns", [*SHAPES, (64, 320)])
+def test_unpack_kernel(kind, rows, columns, poisoned):
+    packed = pack_reference(matrix(kind, rows, columns)).to(DEVICE)
+    assert torch.equal(pack._launch_unpack(packed), unpack(packed))
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from kernels.two_four.pack import TILES, _pack_kernel
+from kernels.two_four.pack import TILES, _pack_kernel, _unpack_kernel
 
 POINTERS = dict(values="*i32", metadata="*i16", scale="*fp32", like_values="*i32", like_metadata="*i16")
 MODES = "soft_threshold", "keep_largest", "keep_largest_relu_squared", "like", "relu_squared_grad"
@@ -217,6 +228,11 @@ for arch in (80, 90):
             built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=TILES))
             assert "st.global.v4.b32" in built.asm["ptx"]
             assert ("ld.global.v2.b64" if layout == "rows" else "ld.global.v2.b32") in built.asm["ptx"]
+    signature = dict(values="*i32", metadata="*i16", dense="*i64", steps="i32", tiles="constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    source = triton.compiler.ASTSource(_unpack_kernel, signature, {(4,): TILES}, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=TILES))
+    assert "st.global.v2.b64" in built.asm["ptx"]
 """
 
 
@@ -264,6 +280,21 @@ def test_products_are_dense_products(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_reduction_over_tokens_with_whole_neurons(device):
+    rand = torch.Generator().manual_seed(0)
+    h = torch.randint(0, 4, (128, 64), generator=rand).bfloat16().to(device)
+    x = torch.randint(-1, 2, (128, 40), generator=rand).bfloat16().to(device)
+    packed, whole = keep_largest_pack(token_groups(h)), torch.tensor([3, 50], device=device)
+    cut = torch.where(venom_mask(token_groups(h).flatten(1), 1, 2, 4), token_groups(h).flatten(1), 0)
+    expected = cut @ token_rows(x)
+    expected[whole] = h.T[whole] @ x
+    assert torch.equal(token_rows(h).T, token_groups(h).flatten(1))
+    assert torch.equal(reduce_tokens(packed, x, whole, h.T[whole]), expected)
+    transposed = reduce_tokens(packed, x, whole, h.T[whole], transpose_result=True)
+    assert torch.equal(transposed, expected.T) and transposed.is_contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_packing_and_products_compile_without_a_graph_break(device):
     weight, x = matrix("floats", 64, 128).to(device), matrix("floats", 24, 128, seed=1).to(device)
     scale = torch.tensor(1.5, device=device)
@@ -280,7 +311,7 @@ def test_packing_and_products_compile_without_a_graph_break(device):
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("name", ["two_four_pack", "two_four_matmul"])
+@pytest.mark.parametrize("name", ["two_four_pack", "two_four_unpack", "two_four_matmul", "two_four_reduce_tokens"])
 def test_operators_are_registered_well(name):
     dense = matrix("floats", 64, 64)
     packed = pack_reference(dense)
@@ -289,7 +320,9 @@ def test_operators_are_registered_well(name):
             (dense.unflatten(-1, (-1, 4)), "soft_threshold", torch.tensor(1.5)),
             (token_groups(dense.T.contiguous()), "like", None, packed),
         ],
+        "two_four_unpack": [(packed,)],
         "two_four_matmul": [(packed, dense.T[:, :8], True), (packed, dense.T, False)],
+        "two_four_reduce_tokens": [(packed, dense[:, :8], torch.tensor([7]), dense[:1], t) for t in (True, False)],
     }
     for arguments in examples[name]:
         torch.library.opcheck(getattr(torch.ops.sparsetitan, name).default, arguments)
@@ -307,8 +340,11 @@ def test_impossible_operands_are_refused():
         keep_largest_pack(torch.ones(64, 4, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="cannot take the pattern"):
         pack_like(torch.ones(64, 128, dtype=torch.bfloat16), packed)
-    with pytest.raises(ValueError):
-        unpack(torch.ones(64, 20, dtype=torch.bfloat16))
+    for refusing in (unpack, pack.unpack):
+        with pytest.raises(ValueError):
+            refusing(torch.ones(64, 20, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="float16"):
+        pack.unpack(packed.half())
     with pytest.raises(ValueError, match="T divisible by 8, got 12"):
         sparse_linear(packed, torch.ones(12, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="64 columns does not fit"):
@@ -317,3 +353,83 @@ def test_impossible_operands_are_refused():
         sparse_matmul(packed, torch.ones(128, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="bf16"):
         sparse_matmul(packed, torch.ones(64, 16))
+    with pytest.raises(ValueError, match=r"2 whole rows of 64 tokens are not .* \[1, 64\]"):
+        ones = torch.ones(64, 16, dtype=torch.bfloat16)
+        reduce_tokens(packed, ones, torch.tensor([0, 1]), torch.ones(1, 64, dtype=torch.bfloat16))
+
+
+# ---- the FFN
+
+
+def ffn_inputs(tokens, device, width=64, hidden_dim=128):
+    """x, W1, W2, dy, bf16: small integers, for which h, dh and dy1 are exact in bf16 and every sum is in float32."""
+    rand = torch.Generator().manual_seed(tokens)
+
+    def ternary(rows, columns, density):
+        values = torch.randint(0, 2, (rows, columns), generator=rand) * 2 - 1
+        return values * (torch.rand(rows, columns, generator=rand) < density)
+
+    made = ternary(tokens, width, 0.1), ternary(hidden_dim, width, 0.7), ternary(width, hidden_dim, 0.7)
+    made[1][5] = made[1][77] = made[1].clamp_min(0)[5]  # neurons that fire often, and alike
+    return [value.bfloat16().to(device) for value in (*made, ternary(tokens, width, 0.1))]
+
+
+def ffn(inputs, scaled, cut, order, compiled=False):
+    """y, dx, dW1, dW2."""
+    x, w1, w2, dy = (value.detach().clone() for value in inputs)
+    leaves = [value.requires_grad_() for value in (x, w1, w2)]
+    scales = [torch.tensor(scale, device=x.device) if scaled else None for scale in (0.5, 2.0)]
+    function = torch.compile(sparse_feed_forward, fullgraph=True, dynamic=False) if compiled else sparse_feed_forward
+    y = function(*leaves, Venom(1, 2, 4), *scales, cut, order)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("tokens, cut", [(256, True), (172, True), (256, False), (165, False)])
+def test_operators_compose_to_the_feed_forward(tokens, cut, scaled, ordered, device, monkeypatch):
+    """Against the masked reference in float64, which keeps the same entries: outputs and all gradients."""
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)) if ordered else None
+    inputs = ffn_inputs(tokens, "cpu")
+    expected = ffn([value.double() for value in inputs], scaled, cut, order)
+    if device == "cpu":
+        monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
+    inputs, order = [value.to(device) for value in inputs], None if order is None else order.to(device)
+    for compiled in (False, True) if device == "cuda" and scaled and ordered else (False,):
+        torch._dynamo.reset()
+        actual = ffn(inputs, scaled, cut, order, compiled)
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a.cpu().double(), e, rtol=2**-7, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_step_of_the_feed_forward_does_not_wait():
+    inputs = ffn_inputs(256, "cuda")
+    ffn(inputs, True, True, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x, w1, w2, dy = (value.requires_grad_() for value in inputs)
+        y = sparse_feed_forward(x, w1, w2, Venom(1, 2, 4), cut_along_tokens=True)
+        torch.autograd.grad(y, (x, w1, w2), dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_feed_forward_compiles_without_a_graph_break(monkeypatch):
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
+    inputs = ffn_inputs(172, "cpu")
+    function = torch.compile(sparse_feed_forward, fullgraph=True, backend="aot_eager")
+    expected = ffn(inputs, True, True, None)
+    monkeypatch.setitem(globals(), "sparse_feed_forward", function)
+    for actual, wanted in zip(ffn(inputs, True, True, None), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_feed_forward_keeps_h_packed(monkeypatch):
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
+    saved = []
+    x, w1, w2, _ = (value.requires_grad_() for value in ffn_inputs(192, "cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda _: None):
+        sparse_feed_forward(x, w1, w2, Venom(1, 2, 4), cut_along_tokens=True)
+    assert (192, 128 * 9 // 16) in saved and (192, 128) not in saved

@@ -4,23 +4,32 @@ A 2:4 product pays off only if making its operand costs little. So the family ha
 format of cuSPARSELt, 9/16 of the dense bytes:
 
     reference   the soft threshold of weights (S-STE), and the packed format
-    pack        dense to packed in one pass, thresholded or cut on the way
+    pack        dense to packed in one pass, thresholded or cut on the way; and back
     products    what multiplies packed matrices
 """
 
-from kernels.two_four.pack import keep_largest_pack, pack_like, soft_threshold_pack, token_groups
-from kernels.two_four.products import sparse_linear, sparse_matmul
-from kernels.two_four.reference import pack_reference, soft_threshold_2_4, soft_threshold_scale, unpack
+from kernels.two_four.pack import (
+    keep_largest_pack,
+    pack_like,
+    soft_threshold_pack,
+    token_groups,
+    token_rows,
+    unpack,
+)
+from kernels.two_four.products import reduce_tokens, sparse_linear, sparse_matmul
+from kernels.two_four.reference import pack_reference, soft_threshold_2_4, soft_threshold_scale
 
 __all__ = [
     "keep_largest_pack",
     "pack_like",
     "pack_reference",
+    "reduce_tokens",
     "soft_threshold_2_4",
     "soft_threshold_pack",
     "soft_threshold_scale",
     "sparse_linear",
     "sparse_matmul",
     "token_groups",
+    "token_rows",
     "unpack",
 ]

@@ -1,4 +1,5 @@
 """Packing in one pass: a dense matrix is read once, its 2:4 form is written in cuSPARSELt's format, nothing between.
+Unpacking, for the products that it does not serve.
 
 The format (see `reference`) suits a kernel that takes a group of four at a time:
 
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.two_four import reference
 from kernels.two_four.reference import (
     check_packable,
     join_packed,
@@ -173,6 +175,22 @@ def _pack_kernel(
     tl.store(metadata + word_offset, word.to(tl.int16), mask)
 
 
+@triton.jit
+def _unpack_kernel(values, metadata, dense, steps, tiles: tl.constexpr):
+    """Undo `_pack_kernel`, a group of four a word; `steps` tiles are in a row."""
+    slab, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * tiles
+    first_group = slab * 64 * steps * 8 + start * 8
+    row, group = tl.arange(0, 64)[:, None], tl.arange(0, 8 * tiles)[None, :]
+    mask = start + group // 8 < steps
+    offset = row * steps * 8 + group
+    pair = tl.load(values + first_group + offset, mask, other=0)
+    place = group // 8 * 128 + (row // 16 * 8 + row % 8) * 4 + group % 4
+    word = tl.load(metadata + slab * 128 * steps + start * 128 + place, mask, other=0).to(tl.int32)
+    nibble = (word >> 4 * (row // 8 % 2 + group // 4 % 2 * 2)).to(tl.int64)
+    first, second = (pair & 0xFFFF).to(tl.int64), (pair >> 16 & 0xFFFF).to(tl.int64)
+    tl.store(dense + first_group + offset, first << 16 * (nibble & 3) | second << 16 * (nibble >> 2 & 3), mask)
+
+
 def _parts(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Views of a packed buffer: its values as pairs, int32, and its metadata as words of four nibbles, int16."""
     rows, columns = packed_shape(packed)
@@ -222,6 +240,27 @@ def _(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | Non
     return groups.new_empty(groups.shape[0], groups.shape[1] * 9 // 4)
 
 
+@torch.library.custom_op("sparsetitan::two_four_unpack", mutates_args=())
+def _unpack(packed: Tensor) -> Tensor:
+    return reference.unpack(packed)
+
+
+@_unpack.register_kernel("cuda")
+def _launch_unpack(packed: Tensor) -> Tensor:
+    rows, columns = packed_shape(packed)
+    dense, steps = packed.new_empty(rows, columns), columns // 32
+    with torch.cuda.device_of(packed):
+        _unpack_kernel[triton.cdiv(steps, TILES), rows // 64](
+            *_parts(packed), dense.view(torch.int64), steps, tiles=TILES, num_warps=TILES
+        )
+    return dense
+
+
+@_unpack.register_fake
+def _(packed: Tensor) -> Tensor:
+    return packed.new_empty(packed_shape(packed))
+
+
 def _as_groups(dense: Tensor) -> Tensor:
     groups = dense if dense.dim() == 3 else dense.unflatten(-1, (-1, 4))
     if groups.dim() != 3 or groups.shape[2] != 4 or groups.dtype != torch.bfloat16:
@@ -233,8 +272,7 @@ def _as_groups(dense: Tensor) -> Tensor:
 def token_groups(h: Tensor) -> Tensor:
     """h^T with groups of four tokens that stand T/4 apart, as `token_mask` in `kernels.venom` has them.
 
-    A product that reduces over the packed h^T takes its other operand's rows in the same order:
-    `x.view(4, T // 4, d).transpose(0, 1)`.
+    A product that reduces over the packed h^T takes its other operand's rows in the same order, see `token_rows`.
 
     Args:
         h: `[T, f]`, T a multiple of 4.
@@ -243,6 +281,11 @@ def token_groups(h: Tensor) -> Tensor:
         A view `[f, T/4, 4]`, which the functions of this module take.
     """
     return h.unflatten(0, (4, -1)).permute(2, 1, 0)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """The rows of x `[T, d]` in the order of `token_groups`; T a multiple of 4."""
+    return x.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def soft_threshold_pack(weight: Tensor, scale: Tensor) -> Tensor:
@@ -301,3 +344,21 @@ def pack_like(dense: Tensor, packed: Tensor, relu_squared_grad: bool = False) ->
     if packed_shape(packed) != (groups.shape[0], groups.shape[1] * 4) or packed.dtype != torch.bfloat16:
         raise ValueError(f"{list(dense.shape)} cannot take the pattern of {packed.dtype} {list(packed.shape)}")
     return _pack(groups, "relu_squared_grad" if relu_squared_grad else "like", None, packed.contiguous())
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The dense matrix of a packed one.
+
+    Args:
+        packed: `[R, 9K/16]`, bf16, contiguous.
+
+    Returns:
+        `[R, K]` bf16, contiguous.
+
+    Raises:
+        ValueError: another dtype, or a shape that no packed matrix has.
+    """
+    packed_shape(packed)
+    if packed.dtype != torch.bfloat16:
+        raise ValueError(f"2:4 matrices are bf16, got {packed.dtype}")
+    return _unpack(packed)

@@ -2,8 +2,9 @@
 
 The sparse operand comes first, reduced along its rows: with A' the matrix that `packed [R, 9K/16]` stands for,
 
-    sparse_matmul    A' B        [R, K] x [K, N]      (2): A' the packed h, B = W2^T
+    sparse_matmul    A' B        [R, K] x [K, N]      (2): A' the packed h, B = W2^T; (5): that of dy1, B = W1
     sparse_linear    x A'^T      [T, K] x [K, R]      (1): A' the packed W1; (3): that of W2^T, for dy
+    reduce_tokens    A' x        [f, T] x [T, d]      (6): A' the packed dy1^T; (4), transposed: that of h^T, for dy
 
 which read B and x in either order of their entries and write rows of the result contiguously. cuSPARSELt has some
 twenty kernels for a product; which is fastest depends on the shapes. The first call at a shape times them and later
@@ -17,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.two_four.pack import keep_largest_pack
+from kernels.two_four.pack import keep_largest_pack, token_rows
 from kernels.two_four.reference import packed_shape, unpack
 
 ALIGNMENT = 8  # entries that a dense operand's dimensions are multiples of
@@ -39,7 +40,7 @@ def _check_format(device: torch.device) -> None:
         version, name = torch.backends.cusparselt.version(), torch.cuda.get_device_name(device)
         raise RuntimeError(
             f"cuSPARSELt {version} on {name} packs 2:4 matrices in a format that is not known here: set "
-            "weights.pattern to none, or use torch 2.11 on an H100"
+            "weights.pattern and activations.pattern to other than 2:4, or use torch 2.11 on an H100"
         )
 
 
@@ -57,8 +58,7 @@ def _search(packed: Tensor, dense: Tensor, transpose_result: bool) -> tuple[int,
     return _fastest[key]
 
 
-@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
-def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
+def _product(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     if not packed.is_cuda:
         product = unpack(packed) @ dense
         return product.T.contiguous() if transpose_result else product
@@ -75,10 +75,29 @@ def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     )
 
 
+@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
+def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
+    return _product(packed, dense, transpose_result)
+
+
 @_matmul.register_fake
 def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     rows, columns = packed.shape[0], dense.shape[1]
     return dense.new_empty((columns, rows) if transpose_result else (rows, columns))
+
+
+@torch.library.custom_op("sparsetitan::two_four_reduce_tokens", mutates_args=())
+def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
+    product = _product(packed, token_rows(x), transpose_result)
+    rows = product.T if transpose_result else product
+    rows.index_copy_(0, whole, whole_rows @ x)
+    return product
+
+
+@_reduce_tokens.register_fake
+def _(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
+    rows, columns = packed.shape[0], x.shape[1]
+    return x.new_empty((columns, rows) if transpose_result else (rows, columns))
 
 
 def _check(packed: Tensor, shape: tuple[int, int], dense: Tensor) -> None:
@@ -126,3 +145,29 @@ def sparse_linear(packed: Tensor, x: Tensor) -> Tensor:
     """
     _check(packed, (x.shape[1], x.shape[0]), x)
     return _matmul(packed, x.T, True)
+
+
+def reduce_tokens(
+    packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool = False
+) -> Tensor:
+    """A' x over the tokens for a packed A' in the order of `token_groups`, some rows of A' dense. Not differentiable.
+
+    Args:
+        packed: `[f, 9T/16]`, bf16: A', packed from `token_groups`.
+        x: `[T, d]`, bf16, in the order of the tokens; d a multiple of 8.
+        whole: `[W]`, int64: neurons whose row in A' is the dense one, each once.
+        whole_rows: `[W, T]`, bf16: these rows, in the order of the tokens.
+        transpose_result: return the transpose.
+
+    Returns:
+        `[f, d]`, or `[d, f]` where it is transposed; bf16, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a first call with these shapes inside a CUDA graph capture.
+    """
+    _check(packed, (x.shape[0], x.shape[1]), x)
+    if whole_rows.shape != (whole.shape[0], x.shape[0]) or whole_rows.dtype != x.dtype:
+        given = f"{whole_rows.dtype} {list(whole_rows.shape)}"
+        raise ValueError(f"{whole.shape[0]} whole rows of {x.shape[0]} tokens are not {given}")
+    return _reduce_tokens(packed, x, whole, whole_rows, transpose_result)

@@ -26,12 +26,22 @@ import torch
 from torch import Tensor
 
 from kernels.venom import products, reference, select
-from kernels.venom.reference import COLUMNS, Venom, compact, expand, tile_width, token_mask, venom_mask
+from kernels.venom.reference import (
+    COLUMNS,
+    Venom,
+    compact,
+    densest_neurons,
+    expand,
+    tile_width,
+    token_mask,
+    venom_mask,
+)
 
 __all__ = [
     "Venom",
     "compact",
     "cut_tokens",
+    "densest_neurons",
     "expand",
     "reduce_columns",
     "reduce_tokens",
