@@ -211,6 +211,7 @@ class SparseTrainer(titan.Trainer):
             "command": sys.argv,
             "corpus": {
                 "documents": None if corpus.streamed else len(corpus.documents),
+                "copies": sum(part.copies for part in corpus.parts),
                 "file_bytes": sum(size for part in corpus.parts for _, size in part.files),
             },
             "parameters": parameters,

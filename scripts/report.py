@@ -13,8 +13,13 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
 import json
 import re
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
+from scripts.plot import Run, amount, load_run
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,42 +27,123 @@ PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md"
 BLOCK = re.compile(r"(<!-- (runs|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def runs_table(folder: Path) -> str:
-    """The runs in a folder as a Markdown table, densest first, and what they ran on.
+def runs_table(folder: Path, pad: bool = False) -> str:
+    """The runs in a folder as a Markdown table, best first, and what they ran on.
+
+    Runs that differ in their seed, NAME_s0, NAME_s1 and so on, make one row: means, and where there are several their
+    standard deviation. A column that no run fills is left out.
 
     Args:
-        folder: holds a folder a run; one of them is dense throughout.
+        folder: holds a folder a run, with metrics.jsonl and run.json; one of them, or the one called dense, is dense
+            throughout and is what the others are compared with.
+        pad: for a terminal instead: aligned columns, in 120 characters where names are short.
     """
-    runs = []
-    for file in sorted(folder.glob("*/run.json")):
-        rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
-        runs.append((file.parent.name, json.loads(file.read_text()), [row for row in rows if "val_loss" in row]))
-    runs.sort(key=lambda run: run[2][-1]["val_loss"])
-    (dense,) = (rows[-1]["val_loss"] for _, run, rows in runs if all(mode == "dense" for mode, *_ in run["phases"]))
-    lines = [
-        "| run | sparse steps | energy kept | validation loss | minus dense | bits per byte |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, run, rows in runs:
-        sparse = sum(stop - start + 1 for mode, start, stop in run["phases"] if mode == "sparse")
-        steps, last = run["phases"][-1][2], rows[-1]
-        kept = [row["energy_kept"] for row in rows if "energy_kept" in row]
-        loss, energy = last["val_loss"], f"{100 * kept[-1]:.1f}%" if kept else "-"
-        lines.append(
-            f"| `{name}` | {sparse} of {steps} | {energy} | {loss:.4f} "
-            f"| {loss - dense:+.4f} ({100 * (loss / dense - 1):+.1f}%) | {last['val_bpb']:.4f} |"
-        )
-    run, rows = runs[0][1], runs[0][2]
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
-    corpus = f"{run['corpus']['documents']:,} documents ({run['corpus']['file_bytes'] / 1e6:,.0f} MB)"
-    model, seed = run["config"]["model"]["flavor"], run["config"]["debug"]["seed"]
-    tokens, parameters = rows[-1]["tokens"] / 1e6, run["parameters"] / 1e6
-    lines.append(
-        f"\n{model}, {parameters:.0f} M parameters, {tokens:.1f} M tokens of {corpus}, seed {seed}; "
-        f"{run['hardware']['ranks']} x {run['hardware']['device']}, {versions}, {run['date'][:10]}. "
-        "Energy kept: of h, by the pattern, at the last validation of the sparse phase."
+    files = sorted(folder.glob("*/run.json"))
+    runs = [(load_run(file.parent), json.loads(file.read_text())) for file in files]
+    names = [re.sub(r"_s\d+$", "", run.name) for run, _ in runs]
+    groups = {name: [pair for pair, own in zip(runs, names, strict=True) if own == name] for name in names}
+    dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
+    baseline = "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
+    losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
+    seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
+    one_seed = len({seed for own in seeds.values() for seed in own}) == 1
+    rows = []
+    for name in sorted(groups, key=lambda name: mean(losses[name])):
+        abouts = [about for _, about in groups[name]]
+        phases = abouts[0]["phases"]
+        sparse, steps = sum(stop - start + 1 for mode, start, stop in phases if mode == "sparse"), phases[-1][2]
+        energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
+        difference = "-"
+        if baseline is not None:
+            over = mean(losses[name]) - mean(losses[baseline])
+            difference = f"{over:+.4f} ({100 * over / mean(losses[baseline]):+.1f}%)"
+        timed = [run for run, about in groups[name] if about.get("runs_per_gpu") == 1]
+        rates = [[rate for run in timed if (rate := run.rate(mode))] for mode in ("dense", "sparse")]
+        row = {
+            "run": name if pad else f"`{name}`",
+            "seeds": "-" if one_seed else str(len(losses[name])),
+            "sparse": f"{100 * sparse / steps:.0f}%",
+            "energy kept": f"{100 * mean(energy):.1f}%" if energy else "-",
+            "validation loss": f"{mean(losses[name]):.4f}" + _deviation(losses[name]),
+            "minus dense": difference,
+            "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
+            "FLOPs": _flops(abouts[0], sparse / steps),
+            "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
+            "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
+        }
+        if pad:
+            del row["energy kept"]  # would not fit the width of a terminal
+        rows.append(row)
+    shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
+    cells = [shown, *([row[key] for key in shown] for row in rows)]
+    text = _ran_on(runs, one_seed, set(shown))
+    if not pad:
+        lines = [f"| {' | '.join(line)} |" for line in cells]
+        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text}"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text, 120)
+
+
+def _deviation(values: list[float]) -> str:
+    return f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+
+
+def _flops(about: dict[str, Any], sparse_share: float) -> str:
+    """Of a run's steps the FLOPs that the backend executes, and those the pattern leaves, over the dense model's."""
+    flops = about["flops_per_token"]
+    if "sparse_executed" not in flops:
+        return "-"
+    executed, left = (
+        1 - sparse_share * (1 - flops[key] / flops["dense"]) for key in ("sparse_executed", "sparse_pattern")
     )
-    return "\n".join(lines)
+    return f"{100 * executed:.0f}% ({100 * left:.0f}%)"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 300
+        else f"{seconds / 60:.1f} min"
+        if seconds < 18000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
+    """The sentences under a table of runs: model, data, machine, and how to read the columns."""
+    about = runs[0][1]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    corpus = about["corpus"]
+    documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
+    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    model, seed = about["config"]["model"]["flavor"], about["config"]["debug"]["seed"]
+    tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
+    devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
+    dates = _range([one["date"][:10] for _, one in runs], "{}")
+    commits = sorted({one["commit"][:10] for _, one in runs if one.get("commit")})
+    text = (
+        f"{model}, {about['parameters'] / 1e6:.0f} M parameters, {tokens} M tokens of {documents}"
+        + (f", seed {seed}" if one_seed else "")
+        + f"; {devices}, {versions}, {dates}"
+        + (f", commit {', '.join(commits)}" if commits else "")
+        + ". Sparse: share of the steps."
+    )
+    meanings = {
+        "energy kept": "Energy kept: of h, by the pattern, at the last validation of the sparse phase.",
+        "seeds": "±: the standard deviation over the seeds.",
+        "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
+        "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
+        "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
+        "graphs are compiled, count at its median speed.",
+    }
+    text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
+    return text
+
+
+def _range(values: Sequence[Any], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def kernels_table(file: Path) -> str:
@@ -87,7 +173,7 @@ def kernels_table(file: Path) -> str:
             lines.append(
                 f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} "
                 f"| {min(entry['rounds']):.2f} to {max(entry['rounds']):.2f} | {entry['speedup']:.2f}x "
-                f"| {alone} | {memory} | {_span(rates) if sparse else '-'} |"
+                f"| {alone} | {memory} | {_range(rates, '{:.0f}') if sparse else '-'} |"
             )
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
     lines.append(
@@ -101,11 +187,6 @@ def kernels_table(file: Path) -> str:
     if untimed:
         lines[-1] += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
     return "\n".join(lines)
-
-
-def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def stages_table(file: Path) -> str:
@@ -128,7 +209,7 @@ def stages_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"runs": runs_table, "kernels": kernels_table, "stages": stages_table}
+TABLES: dict[str, Callable[[Path], str]] = {"runs": runs_table, "kernels": kernels_table, "stages": stages_table}
 
 
 def fill(text: str) -> str:

@@ -147,6 +147,20 @@ def test_smoothing_stops_at_a_change_of_phase():
     np.testing.assert_allclose(plot.smooth(values, index, 1), values)
 
 
+def test_training_time_leaves_compilation_out(tmp_path):
+    run = plot.load_run(write_run(tmp_path / "run", steps=200))
+    # Two steps of 4096 tokens a line at 1e6 tokens a second; the first line, at 1e4, compiles.
+    assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
+    assert run.rate("dense") == run.rate("sparse") == 1e6
+    picture = plot.Picture([run], None, "time")
+    assert picture.x_label == "training time, seconds" and picture.spans[0][1] == ("sparse", *run.seconds[[19, 79]])
+    out = plot.plot([tmp_path / "run"], tmp_path / "time.png", against="time")
+    pixels(out)
+    del run.lines[3]["tokens_per_second"], run.seconds
+    with pytest.raises(ConfigError, match=r"--against time: .*run lacks tokens_per_second"):
+        plot.Picture([run], None, "time")
+
+
 def test_a_phase_without_values_breaks_the_line(tmp_path):
     phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
     run = plot.load_run(write_run(tmp_path / "run", phases))
