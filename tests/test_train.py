@@ -82,7 +82,7 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
 
 
 def test_a_row_of_several_steps_says_the_time_of_one(train, tmp_path):
-    run = train(tmp_path / "run", "--metrics.log_freq", "5", "--checkpoint.enable", "false", recipe="dense")
+    run = train(tmp_path / "run", "--metrics.log_freq", "5", "--checkpoint.enable", "false")
     assert all(run[step]["step_seconds"] * run[step]["tokens_per_second"] == pytest.approx(4 * 32) for step in (1, 5))
 
 
