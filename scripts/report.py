@@ -6,6 +6,7 @@
 A table stands between a comment that names its source and `<!-- end -->`; nothing in it is typed by hand:
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
+    <!-- probes: FOLDER -->   a row for each probed checkpoint and way to run it: probe.json of scripts/probe.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
 """
@@ -24,7 +25,7 @@ from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md"
-BLOCK = re.compile(r"(<!-- (runs|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(folder: Path, pad: bool = False) -> str:
@@ -74,15 +75,22 @@ def runs_table(folder: Path, pad: bool = False) -> str:
         if pad:
             del row["energy kept"]  # would not fit the width of a terminal
         rows.append(row)
+    return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
+
+
+def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
+    """Rows of the same keys, without the columns that no row fills, and a text that knows which these are.
+
+    In Markdown or, with `pad`, aligned and wrapped for a terminal.
+    """
     shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
     cells = [shown, *([row[key] for key in shown] for row in rows)]
-    text = _ran_on(runs, one_seed, set(shown))
     if not pad:
         lines = [f"| {' | '.join(line)} |" for line in cells]
-        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text}"
+        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text(set(shown))}"
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    return "\n".join(lines) + "\n\n" + textwrap.fill(text, 120)
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text(set(shown)), 120)
 
 
 def _deviation(values: list[float]) -> str:
@@ -144,6 +152,62 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
 def _range(values: Sequence[Any], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
+
+
+def probes_table(folder: Path, pad: bool = False) -> str:
+    """What scripts/probe.py measured of the runs in a folder as a Markdown table, a row a checkpoint and way to run it.
+
+    Args:
+        folder: holds a folder a run, with probe.json.
+        pad: as in `runs_table`.
+    """
+    rows, about = [], []
+    for file in sorted(folder.glob("*/probe.json")):
+        for step, result in json.loads(file.read_bytes()).items():
+            about.append(result)
+            for way, got in result["ways"].items():
+                cloze = result["cloze"]
+                rows.append(
+                    {
+                        "run": (file.parent.name if pad else f"`{file.parent.name}`"),
+                        "step": step,
+                        "FFN": way,
+                        "loss": f"{got['loss']:.4f}",
+                        "bits/byte": f"{got['bits_per_byte']:.4f}",
+                        "accuracy": f"{100 * got['accuracy']:.1f}%",
+                        "ECE": f"{100 * got['ece']:.2f}%",
+                        "cloze": "-"
+                        if cloze["accuracy"] is None or way != "dense"
+                        else "{:.1f} ± {:.1f}%".format(100 * cloze["accuracy"], 100 * cloze["standard_error"]),
+                        "energy kept": _percent(got["health"].get("energy_kept")),
+                        "leak KL": _small(got["leak_kl"]),
+                        "arg max": _percent(got["leak_argmax"]),
+                        "gain": _small(got["leak_gain"]),
+                        "own KL": _small(got["own_kl"]),
+                        "own gain": _small(got["own_gain"]),
+                    }
+                )
+                if pad:
+                    for column in ("bits/byte", "accuracy"):
+                        del rows[-1][column]  # for a terminal's width
+    one, cloze = about[0], about[0]["cloze"]
+    dates = _range([each["date"][:10] for each in about], "{}")
+    devices = " and ".join(sorted({each["hardware"] for each in about}))
+    text = (
+        f"{one['sequences']} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
+        f"{cloze['choices']} choices, ± the standard error. Leak: the later half of all sequences replaced, own: of "
+        "one alone; KL in nats a token, arg max: share of the likeliest tokens that changed, gain: how much lower the "
+        f"loss was with the true future. {devices}, torch {one['torch']}, {dates}."
+    )
+    return _table(rows, pad, lambda _: text)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
 
 
 def kernels_table(file: Path) -> str:
@@ -209,7 +273,12 @@ def stages_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"runs": runs_table, "kernels": kernels_table, "stages": stages_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "runs": runs_table,
+    "probes": probes_table,
+    "kernels": kernels_table,
+    "stages": stages_table,
+}
 
 
 def fill(text: str) -> str:
