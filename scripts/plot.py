@@ -506,6 +506,48 @@ class Picture:
         axes.yaxis.set_major_formatter(FuncFormatter(amount))
 
 
+def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation: float | None, x_label: str) -> Figure:
+    """What a final loss costs, and the runs that nobody beats in both: the Pareto front.
+
+    Args:
+        points: a run's cost over the baseline's, and its final loss.
+        baseline: the run that the others are compared with.
+        deviation: of the baseline's loss over its seeds, drawn as a band of twice its height.
+    """
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    level = points[baseline][1]
+    axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+    if deviation is not None:
+        axes.axhspan(level - deviation, level + deviation, color=SHADE, linewidth=0, zorder=0)
+    order = sorted(points, key=lambda name: points[name])
+    front = [name for place, name in enumerate(order) if all(points[name][1] < points[o][1] for o in order[:place])]
+    steps = [points[name] for name in front]
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=PALETTE[1], linewidth=1.4, zorder=2)
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", color=PALETTE[1] if name in front else PALETTE[0], markersize=6, zorder=3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"final validation loss, dense inference (over {baseline})")
+    low, high = min(x for x, _ in points.values()), max(x for x, _ in points.values())
+    wide = high - low or 0.1
+    axes.set_xlim(low - 0.06 * wide, high + 0.25 * wide)
+    axes.margins(y=0.16)
+    axes.autoscale_view(scalex=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f} ({100 * (y / level - 1):+.1f}%)"))
+    # Labels above and to the right of their points, further up where another one is.
+    height, taken = 0.035, list[tuple[float, float]]()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for name in sorted(points, key=lambda name: points[name][1]):
+        x, y = to_axes.transform(points[name])
+        place = y + 0.022
+        while any(abs(x - other) < 0.25 and abs(place - at) < height for other, at in taken):
+            place += 0.005
+        taken.append((x, place))
+        style: dict[str, Any] = {"va": "center", "fontsize": 9, "color": "#333333"}
+        axes.text(x + 0.012, place, name, transform=axes.transAxes, **style).set_in_layout(False)
+    return figure
+
+
 def plot(paths: list[Path], out: Path | None = None, window: int | None = None, against: str = "tokens") -> Path:
     """Draw the runs into `out`, against "tokens" or "time", and return where it was written."""
     if window is not None and window < 1:

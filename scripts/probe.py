@@ -156,7 +156,7 @@ def ways(sparsity: Sparsity) -> list[str]:
 class Probe:
     """Measures one checkpoint. All methods leave the model as it was."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, sequences: int | None = None) -> None:
         self.step = int(find_checkpoint(checkpoint).name.removeprefix("step-"))
         self.model, self.config = load_model(checkpoint)
         config = self.config
@@ -171,10 +171,11 @@ class Probe:
             )
         spans = resolve_phases(config.schedule.phases, config.training.steps)
         self.sparsity = Sparsity(config, self.model.feed_forwards(), [], spans)
-        sequences = validation_sequences(self.tokenizer, config)
+        config.validation.sequences = sequences or config.validation.sequences
+        rows = validation_sequences(self.tokenizer, config)
         # Whole micro-batches: in a smaller one, other tokens would share a pattern than in training.
-        size = min(config.training.local_batch_size, len(sequences))
-        self.batches = sequences[: len(sequences) // size * size].split(size)
+        size = min(config.training.local_batch_size, len(rows))
+        self.batches = rows[: len(rows) // size * size].split(size)
         dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
         self.amp = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -351,13 +352,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the folder that the first run's is in")
     parser.add_argument("--items", metavar="N", type=int, default=500, help="cloze items; default: 500")
+    parser.add_argument(
+        "--sequences", metavar="N", type=int, help="held-out sequences; default: validation.sequences of the run"
+    )
     options = parser.parse_args(arguments)
-    if options.items < 1:
-        raise ConfigError(f"--items {options.items}: give 1 or more")
+    for name in ("items", "sequences"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} {number}: give 1 or more")
     out, shown = options.out, {}
     for checkpoint in options.checkpoints:
         began = time.monotonic()
-        probe = Probe(checkpoint)
+        probe = Probe(checkpoint, options.sequences)
         run, step = Path(probe.config.job.dump_folder), probe.step
         out = out or run.parent
         result = {"recipe": Path(probe.config.recipe).stem, "hardware": device_module.get_device_name()}

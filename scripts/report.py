@@ -1,4 +1,4 @@
-"""Tables of README.md and kernels/README.md, from the runs and measurements committed under docs.
+"""Tables of README.md, kernels/README.md and docs/studies/*/README.md, from the runs and measurements under docs.
 
     python -m scripts.report          rewrite the tables
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
@@ -24,8 +24,18 @@ from scripts.plot import Run, amount, load_run
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md"
+PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/studies/*/README.md"))
 BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
+    """The runs in a folder with their run.json, by name without seed, and the name of the dense ones among them."""
+    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for file in sorted(folder.glob("*/run.json")):
+        pair = load_run(file.parent), json.loads(file.read_text())
+        groups.setdefault(re.sub(r"_s\d+$", "", file.parent.name), []).append(pair)
+    dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
+    return groups, "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
 
 
 def runs_table(folder: Path, pad: bool = False) -> str:
@@ -39,20 +49,15 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             throughout and is what the others are compared with.
         pad: for a terminal instead: aligned columns, in 120 characters where names are short.
     """
-    files = sorted(folder.glob("*/run.json"))
-    runs = [(load_run(file.parent), json.loads(file.read_text())) for file in files]
-    names = [re.sub(r"_s\d+$", "", run.name) for run, _ in runs]
-    groups = {name: [pair for pair, own in zip(runs, names, strict=True) if own == name] for name in names}
-    dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
-    baseline = "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
+    groups, baseline = load_groups(folder)
+    runs = [pair for group in groups.values() for pair in group]
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
     seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
     one_seed = len({seed for own in seeds.values() for seed in own}) == 1
     rows = []
     for name in sorted(groups, key=lambda name: mean(losses[name])):
         abouts = [about for _, about in groups[name]]
-        phases = abouts[0]["phases"]
-        sparse, steps = sum(stop - start + 1 for mode, start, stop in phases if mode == "sparse"), phases[-1][2]
+        sparse = sparse_share(abouts[0])
         energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
         difference = "-"
         if baseline is not None:
@@ -63,12 +68,12 @@ def runs_table(folder: Path, pad: bool = False) -> str:
         row = {
             "run": name if pad else f"`{name}`",
             "seeds": "-" if one_seed else str(len(losses[name])),
-            "sparse": f"{100 * sparse / steps:.0f}%",
+            "sparse": f"{100 * sparse:.0f}%",
             "energy kept": f"{100 * mean(energy):.1f}%" if energy else "-",
             "validation loss": f"{mean(losses[name]):.4f}" + _deviation(losses[name]),
             "minus dense": difference,
             "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
-            "FLOPs": _flops(abouts[0], sparse / steps),
+            "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
         }
@@ -97,15 +102,22 @@ def _deviation(values: list[float]) -> str:
     return f" ± {stdev(values):.4f}" if len(values) > 1 else ""
 
 
-def _flops(about: dict[str, Any], sparse_share: float) -> str:
-    """Of a run's steps the FLOPs that the backend executes, and those the pattern leaves, over the dense model's."""
+def sparse_share(about: dict[str, Any]) -> float:
+    """Share of a run's steps that are sparse."""
+    phases = about["phases"]
+    return sum(stop - start + 1 for mode, start, stop in phases if mode == "sparse") / phases[-1][2]
+
+
+def flops_share(about: dict[str, Any], kind: str) -> float:
+    """FLOPs of all steps over the dense model's: kind is "sparse_executed", or "sparse_pattern" for what it leaves."""
     flops = about["flops_per_token"]
-    if "sparse_executed" not in flops:
+    return 1 - sparse_share(about) * (1 - flops[kind] / flops["dense"])
+
+
+def _flops(about: dict[str, Any]) -> str:
+    if "sparse_executed" not in about["flops_per_token"]:
         return "-"
-    executed, left = (
-        1 - sparse_share * (1 - flops[key] / flops["dense"]) for key in ("sparse_executed", "sparse_pattern")
-    )
-    return f"{100 * executed:.0f}% ({100 * left:.0f}%)"
+    return f"{100 * flops_share(about, 'sparse_executed'):.0f}% ({100 * flops_share(about, 'sparse_pattern'):.0f}%)"
 
 
 def _time(seconds: float) -> str:

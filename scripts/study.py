@@ -43,20 +43,22 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 if not __package__:  # started as `python scripts/study.py`: look imports up from the repository, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from matplotlib import rc_context
 
 from configs.errors import ConfigError, exit_with
 from configs.loader import ROOT, load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.data import check_data
-from scripts.plot import plot, read_lines
-from scripts.report import runs_table
+from scripts.plot import STYLE, draw_front, plot, read_lines
+from scripts.report import flops_share, load_groups, runs_table
 
 # What a run writes and where does not change what it computes.
 INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.")
@@ -255,13 +257,15 @@ class Launcher:
             signal.signal(number, handler)
 
     def stop(self, reason: str) -> None:
-        """Start nothing more, and let what runs save and end."""
+        """Start nothing more, and let what runs save and end; what has not taken a step ends at once."""
         if self.stopped:
             return
         self.stopped = True
         say(f"{reason}: {len(self.running)} running are told to save and end, nothing more starts")
-        for _, process, *_ in self.running.values():
-            process.send_signal(signal.SIGTERM)
+        for run, process, _, began in self.running.values():
+            metrics = run.outputs / "metrics.jsonl"
+            stepped = metrics.exists() and metrics.stat().st_mtime > time.time() - (time.monotonic() - began)
+            process.send_signal(signal.SIGTERM if stepped else signal.SIGKILL)
 
     def _start(self, run: StudyRun) -> None:
         run.outputs.mkdir(parents=True, exist_ok=True)
@@ -288,7 +292,7 @@ class Launcher:
         if status == 0 and is_complete(run, run.outputs):
             collect(run)
             say(f"{run.name} is complete, {seconds / 60:.1f} min, {_progress(run)}")
-        elif status == 0 or (self.stopped and status == -signal.SIGTERM):  # told to before it listened
+        elif status == 0 or (self.stopped and status in (-signal.SIGTERM, -signal.SIGKILL)):
             self.interrupted.append(run)
             say(f"{run.name} is interrupted: {_progress(run)}")
         else:
@@ -330,6 +334,28 @@ def draw(study: Study) -> None:
         print(plot(alone, folder / "loss_time.png", against="time"))
     else:
         print("loss against time is not drawn: the runs shared a GPU (--jobs)")
+    front(folder)
+
+
+def front(folder: Path) -> None:
+    """Draw the final losses against what they cost over dense: training time or, of runs that shared a GPU, FLOPs."""
+    groups, baseline = load_groups(folder)
+    if baseline is None or len(groups) < 2:
+        return
+    abouts = [about for group in groups.values() for _, about in group]
+    timed = all(about.get("runs_per_gpu") == 1 for about in abouts)
+    costs = {
+        name: mean(float(run.seconds[-1]) if timed else flops_share(about, "sparse_pattern") for run, about in group)
+        for name, group in groups.items()
+    }
+    losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
+    points = {name: (cost / costs[baseline], mean(losses[name])) for name, cost in costs.items()}
+    deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
+    label = "training time" if timed else "FLOPs that the pattern leaves"
+    with rc_context(STYLE):
+        figure = draw_front(points, baseline, deviation, f"{label}, over that of {baseline}")
+        figure.savefig(folder / "front.png")
+    print(folder / "front.png")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd):
     assert not (file.parent / "failing_s0").exists()
     assert json.loads((file.parent / "groups_s0" / "run.json").read_text())["runs_per_gpu"] == 3
     assert "+0.0000 (+0.0%)" in out and "groups" in out
-    assert (file.parent / "loss.png").exists()
+    assert (file.parent / "loss.png").exists() and (file.parent / "front.png").exists()
     assert not (file.parent / "loss_time.png").exists(), "the runs shared a machine"
 
     assert study.main([*words, "--only", "dense", "groups_s0"]) == 0
@@ -190,7 +190,7 @@ def test_gpus_are_taken_in_turn(write, tmp_path, monkeypatch):
     assert set(gpus) == {"4", "6"}
     late = study.Launcher(1, [], time.monotonic())
     late.run(found[:2])
-    assert late.interrupted == found[:2] and not late.failed, "told to end before it listened, and never started"
+    assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
