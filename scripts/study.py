@@ -63,6 +63,8 @@ from scripts.report import flops_share, load_groups, runs_table
 # What a run writes and where does not change what it computes.
 INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.")
 PROGRESS_SECONDS = 30.0
+# A run is a job of its own, whatever started the study.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -217,7 +219,7 @@ class Launcher:
     """Runs processes of train.py, so many at once.
 
     Args:
-        jobs: runs at once.
+        jobs: runs at once, at least 1.
         gpus: their GPUs, taken in turn; empty on a machine without one.
         deadline: when runs are stopped and no other starts, by time.monotonic().
     """
@@ -227,7 +229,7 @@ class Launcher:
         self.runs_per_gpu = math.ceil(jobs / max(1, len(gpus)))
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.deadline = deadline
-        self.stopped = False
+        self.signalled = self.stopped = False
         self.running: dict[str, tuple[StudyRun, subprocess.Popen, str, float]] = {}
         self.failed: list[StudyRun] = []
         self.interrupted: list[StudyRun] = []
@@ -235,7 +237,7 @@ class Launcher:
     def run(self, todo: list[StudyRun]) -> None:
         """Run them all, or as many as time allows."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        handlers = [signal.signal(number, lambda *_: self.stop("a signal")) for number in numbers]
+        handlers = [signal.signal(number, self._take_note) for number in numbers]
         total, todo, spoke = len(todo), list(todo), time.monotonic()
         while (todo and not self.stopped) or self.running:
             while todo and self.free and not self.stopped:
@@ -246,8 +248,8 @@ class Launcher:
                     del self.running[run.name]
                     self.free.append(gpu)
                     self._end(run, process.returncode, time.monotonic() - began)
-            if time.monotonic() > self.deadline:
-                self.stop("the time limit")
+            if self.signalled or time.monotonic() > self.deadline:
+                self._stop("a signal" if self.signalled else "the time limit")
             if self.running and time.monotonic() - spoke >= PROGRESS_SECONDS:
                 spoke = time.monotonic()
                 where = "; ".join(_progress(run) for run, *_ in self.running.values())
@@ -256,7 +258,10 @@ class Launcher:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
 
-    def stop(self, reason: str) -> None:
+    def _take_note(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def _stop(self, reason: str) -> None:
         """Start nothing more, and let what runs save and end; what has not taken a step ends at once."""
         if self.stopped:
             return
@@ -272,7 +277,8 @@ class Launcher:
         launch = run.outputs / "launch.json"
         before = json.loads(launch.read_bytes())["runs_per_gpu"] if launch.exists() else 1
         launch.write_text(json.dumps({"runs_per_gpu": max(before, self.runs_per_gpu)}) + "\n")
-        environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
+        own = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        environment = {"OMP_NUM_THREADS": str(self.threads)} | own
         if gpu := self.free.pop(0):
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with (run.outputs / "log.txt").open("ab") as log:
@@ -403,7 +409,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{study.file}: {len(chosen)} run{'s' * (len(chosen) != 1)}, {len(chosen) - len(todo)} complete, "
         f"{len(todo)} to run, {jobs} at once on {'GPU ' + ', '.join(gpus) if gpus else 'the CPU'}"
     )
-    launcher = Launcher(jobs, gpus, began + (60 * options.limit_minutes if options.limit_minutes else math.inf))
+    launcher = Launcher(
+        min(jobs, max(1, len(todo))), gpus, began + (60 * options.limit_minutes if options.limit_minutes else math.inf)
+    )
     launcher.run(todo)
     draw(study)
     if launcher.interrupted:

@@ -51,7 +51,8 @@ def write(tiny, tmp_path):
     return write
 
 
-def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd):
+def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as left by another job, and none of a run's business
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\n'
     file = write(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
     words = [str(file), "--outputs", str(tmp_path / "out")]
@@ -60,6 +61,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd):
     metrics = tmp_path / "out" / "dense_s0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
