@@ -291,6 +291,16 @@ def resolved(config: JobConfig) -> dict[str, Any]:
     return values
 
 
+def rebuild(values: dict[str, Any], source: str) -> JobConfig:
+    """The configuration that `resolved` took apart.
+
+    Raises:
+        ConfigError: values of another schema, said of `source`.
+    """
+    _check(JobConfig, values, "", source)
+    return _build(JobConfig, values)
+
+
 def _describe(cls: type, prefix: str = "") -> list[str]:
     """A line a key: its name, default and the first sentence of what the schema says of it."""
     lines = []

@@ -3,8 +3,9 @@
 A corpus is a mixture of sources. Each source becomes a Hugging Face data set with the one column `text`; a document
 whose hash falls below `data.validation_share` is held out, whatever its place, so copies of a document never end up on
 both sides; the sources are mixed by weight and shuffled. Local files are memory-mapped (Arrow) and shuffled as a
-whole. Data sets on the hub are streamed, and only the order of their files (shards) is shuffled: a shuffle buffer would
-be lost when a run resumes.
+whole, and of a document that is there several times, in one source or in two, the first copy alone is read: whoever
+wants a text more often gives it a weight. Data sets on the hub are streamed, with copies, and only the order of their
+files (shards) is shuffled: a shuffle buffer would be lost when a run resumes.
 
 **Row streams.** A step trains on B = training.global_batch_size sequences, the rows of the global batch. Row b reads
 the documents b, b + B, b + 2B, ... of the mixture and packs them on its own, as
@@ -31,6 +32,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import sysconfig
@@ -71,11 +73,18 @@ class Part:
     files: tuple[tuple[str, int], ...]
     """Relative path and size of each local file: a cheap fingerprint."""
 
+    copies: int = 0
+    """Documents left out, since they are exact copies of others."""
+
+
+def _digest(text: str) -> int:
+    """64 bits of a document's hash: among ten million documents two would share one with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the validation set: a property of its text alone, on any machine."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return _digest(text) < share * 2**64
 
 
 def _stdlib_files() -> list[str]:
@@ -168,7 +177,8 @@ def _load_files(key: str, source: Source, files: list[str]) -> datasets.Dataset:
     return dataset if dataset.features == TEXT else dataset.cast(TEXT)
 
 
-def _load_local(index: int, source: Source, share: float, seed: int) -> Part:
+def _load_local(index: int, source: Source, share: float, seed: int, seen: np.ndarray) -> tuple[Part, np.ndarray]:
+    """The part of a local source, and the digests of its documents and those `seen` in the sources before it."""
     key = f"data.sources[{index}]"
     root, files = _find_files(f"{key}.path", source)
     # A broken file is reported once, by the error below, not by the library's log as well.
@@ -185,19 +195,24 @@ def _load_local(index: int, source: Source, share: float, seed: int) -> Part:
     finally:
         datasets.logging.set_verbosity(verbosity)
 
-    sides: tuple[list[int], list[int]] = ([], [])
-    for start in range(0, len(dataset), 1000):
-        for i, text in enumerate(dataset[start : start + 1000]["text"], start):
-            if text:
-                sides[is_held_out(text, share)].append(i)
+    batches = (enumerate(dataset[start : start + 1000]["text"], start) for start in range(0, len(dataset), 1000))
+    filled = np.array([(i, _digest(text)) for batch in batches for i, text in batch if text], dtype=np.uint64)
+    places, digests = filled.reshape(-1, 2).T
+    unique, first = np.unique(digests, return_index=True)
+    new = np.sort(first[~np.isin(unique, seen)])
+    held = digests[new] < np.uint64(math.ceil(share * 2**64))  # as `is_held_out`
     rng = np.random.default_rng((seed, index))
-    train, held_out = (dataset.select(rng.permutation(np.array(side, dtype=np.int64))) for side in sides)
+    train, held_out = (dataset.select(rng.permutation(places[new][side].astype(np.int64))) for side in (~held, held))
+    copies = len(places) - len(new)
     if len(train) == 0:
-        problem = f"no training document ({len(dataset)} documents read, {len(held_out)} held out, the others empty)"
+        problem = (
+            f"no training document ({len(dataset)} documents read, {len(held_out)} held out, {copies} copies of "
+            "others, the rest empty)"
+        )
         remedy = "add documents, lower data.validation_share, or give the source weight 0"
         raise refuse(f"{key}.path", source.path, problem, remedy)
     sizes = tuple((os.path.relpath(file, root), os.path.getsize(file)) for file in files)
-    return Part(source.weight, train, held_out, sizes)
+    return Part(source.weight, train, held_out, sizes, copies), np.union1d(seen, unique)
 
 
 def _hub_error(key: str, source: Source, split: str, split_key: str, error: Exception) -> ConfigError:
@@ -344,11 +359,14 @@ def _load_corpus(sources: tuple[tuple, ...], share: float, seed: int) -> Corpus:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     parts = []
+    seen = np.array([], dtype=np.uint64)
     for index, fields in enumerate(sources):
         source = Source(*fields)
-        if source.weight > 0:
-            hub = source.type == "hub"
-            parts.append(_load_hub(index, source, share) if hub else _load_local(index, source, share, seed))
+        if source.weight > 0 and source.type == "hub":
+            parts.append(_load_hub(index, source, share))
+        elif source.weight > 0:
+            part, seen = _load_local(index, source, share, seed, seen)
+            parts.append(part)
     return Corpus(parts, seed)
 
 

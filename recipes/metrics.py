@@ -93,7 +93,7 @@ class Metrics(MetricsProcessor):
             "grad_norm": grad_norm,
             "tokens": int(extra.get("n_tokens_seen", 0)),
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
-            "step_seconds": seconds / max(1, self.steps_since_last_log),
+            "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
             "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
         if self.peak_flops is not None:

@@ -211,6 +211,7 @@ class SparseTrainer(titan.Trainer):
             "command": sys.argv,
             "corpus": {
                 "documents": None if corpus.streamed else len(corpus.documents),
+                "copies": sum(part.copies for part in corpus.parts),
                 "file_bytes": sum(size for part in corpus.parts for _, size in part.files),
             },
             "parameters": parameters,
@@ -222,7 +223,7 @@ class SparseTrainer(titan.Trainer):
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
             "hardware": {"device": device, "ranks": dist.get_world_size()},
-            "commit": _commit(),
+            "commit": commit(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = Path(config.job.dump_folder) / "run.json"
@@ -243,7 +244,7 @@ class SparseTrainer(titan.Trainer):
             )
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, marked where files differ from it; None where there is no git to ask."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

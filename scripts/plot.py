@@ -2,15 +2,16 @@
 
     python -m scripts.plot outputs/run                        # writes outputs/run/plot.png
     python -m scripts.plot outputs/dense outputs/venom        # compares: writes loss.png here
+    python -m scripts.plot outputs/dense outputs/venom --against time
 
 A run's dump folder holds `metrics.jsonl`, one JSON object a logged step (recipes/metrics.py lists its keys), and
 `run.json`, its resolved configuration. How to read the picture:
 
-- Loss against tokens, not steps, so that runs with different batches compare. The faint line is every logged step, the
-  bold one its running mean over `--smooth` logged steps, which never reaches across a change of phase: a jump where
-  sparsity starts or ends is real and stays sharp. Circles are the validation loss of the dense model, which means the
-  same in every phase and every run; dashed diamonds are the same weights with the sparse pattern on. The gap between
-  the two is what switching the pattern off changes, before any dense tail.
+- Loss against tokens, not steps, so that runs with different batches compare, or against training time. The faint line
+  is every logged step, the bold one its running mean over `--smooth` logged steps, which never reaches across a change
+  of phase: a jump where sparsity starts or ends is real and stays sharp. Circles are the validation loss of the dense
+  model, which means the same in every phase and every run; dashed diamonds are the same weights with the sparse pattern
+  on. The gap between the two is what switching the pattern off changes, before any dense tail.
 - Sparsity health, where a run logs it: one line a layer, coloured by depth, and the aggregate in bold. Layers that
   drift away from the bundle are the ones to look at. Of several runs only the aggregates are drawn.
 - Throughput and learning rate, to tell a slow node or a wrong schedule from a bad recipe.
@@ -113,6 +114,33 @@ class Run:
         tokens, steps = self.values("tokens"), self.values("step")
         known = np.isfinite(tokens)
         return np.where(known, tokens, np.interp(steps, steps[known], tokens[known])) if known.any() else tokens
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Training time up to every line, NaN if any line lacks its tokens or its rate. [lines]
+
+        Start-up and validation are in no line's rate. The first line of a phase, in which graphs are compiled, counts
+        at the median rate of its phase's others.
+        """
+        rates, index = self.values("tokens_per_second"), self.phase_index
+        for phase in range(index[-1] + 1):
+            (inside,) = np.nonzero(index == phase)
+            if len(inside) > 1:
+                rates[inside[0]] = np.median(rates[inside[1:]])
+        return np.cumsum(np.diff(self.tokens, prepend=0.0) / rates)
+
+    def rate(self, mode: str) -> float | None:
+        """Median tokens a second in the phases of a mode, without the lines in which graphs are compiled."""
+        rates, index, phases = self.values("tokens_per_second"), self.phase_index, self._phases()
+        later = np.diff(index, prepend=-1) == 0
+        chosen = rates[later & (np.array(phases) == mode)]
+        return float(np.median(chosen)) if len(chosen) else None
+
+    def last(self, key: str) -> float:
+        """The last value that the run logged of a key, NaN if it logged none."""
+        values = self.values(key)
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if len(values) else math.nan
 
     @cached_property
     def phase_index(self) -> np.ndarray:
@@ -266,13 +294,20 @@ def amount(value: float, _position: int | None = None) -> str:
 class Picture:
     """The figure of one or several runs, a method a panel."""
 
-    def __init__(self, runs: list[Run], window: int | None):
+    def __init__(self, runs: list[Run], window: int | None, against: str = "tokens"):
         self.runs = runs
         self.window = window
         self.single = len(runs) == 1
-        by_tokens = all(run.has("tokens") for run in runs)
-        self.x_label = "tokens" if by_tokens else "step"
-        self.x = [run.tokens if by_tokens else run.values("step") for run in runs]
+        if against == "time":
+            for run in runs:
+                if not np.isfinite(run.seconds).all():
+                    raise ConfigError(f"--against time: {run.folder} lacks tokens_per_second or tokens in a line")
+            unit, size = ("minutes", 60) if max(run.seconds[-1] for run in runs) >= 300 else ("seconds", 1)
+            self.x_label, self.x = f"training time, {unit}", [run.seconds / size for run in runs]
+        elif all(run.has("tokens") for run in runs):
+            self.x_label, self.x = "tokens", [run.tokens for run in runs]
+        else:
+            self.x_label, self.x = "step", [run.values("step") for run in runs]
         self.end = max(float(x.max()) for x in self.x)
         self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
         self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
@@ -337,10 +372,9 @@ class Picture:
     def label(self, run: Run) -> str:
         """Run, recipe, and the last validation."""
         text = run.name if run.recipe in ("", run.name) else f"{run.name} ({run.recipe})"
-        for key, form in (("val_loss", "{:.3f}"), ("val_bpb", "{:.4f} bpb")):
-            values = run.values(key)[np.isfinite(run.values(key))]
-            if len(values):
-                text += (": validation " if key == "val_loss" else ", ") + form.format(values[-1])
+        for key, form in (("val_loss", ": validation {:.3f}"), ("val_bpb", ", {:.4f} bpb")):
+            if run.has(key):
+                text += form.format(run.last(key))
         return text
 
     def smoothed(self, run: Run, key: str) -> np.ndarray:
@@ -472,8 +506,50 @@ class Picture:
         axes.yaxis.set_major_formatter(FuncFormatter(amount))
 
 
-def plot(paths: list[Path], out: Path | None = None, window: int | None = None) -> Path:
-    """Draw the runs into `out` and return where it was written."""
+def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation: float | None, x_label: str) -> Figure:
+    """What a final loss costs, and the runs that nobody beats in both: the Pareto front.
+
+    Args:
+        points: a run's cost over the baseline's, and its final loss.
+        baseline: the run that the others are compared with.
+        deviation: of the baseline's loss over its seeds, drawn as a band of twice its height.
+    """
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    level = points[baseline][1]
+    axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+    if deviation is not None:
+        axes.axhspan(level - deviation, level + deviation, color=SHADE, linewidth=0, zorder=0)
+    order = sorted(points, key=lambda name: points[name])
+    front = [name for place, name in enumerate(order) if all(points[name][1] < points[o][1] for o in order[:place])]
+    steps = [points[name] for name in front]
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=PALETTE[1], linewidth=1.4, zorder=2)
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", color=PALETTE[1] if name in front else PALETTE[0], markersize=6, zorder=3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"final validation loss, dense inference (over {baseline})")
+    low, high = min(x for x, _ in points.values()), max(x for x, _ in points.values())
+    wide = high - low or 0.1
+    axes.set_xlim(low - 0.06 * wide, high + 0.25 * wide)
+    axes.margins(y=0.16)
+    axes.autoscale_view(scalex=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f} ({100 * (y / level - 1):+.1f}%)"))
+    # Labels above and to the right of their points, further up where another one is.
+    height, taken = 0.035, list[tuple[float, float]]()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for name in sorted(points, key=lambda name: points[name][1]):
+        x, y = to_axes.transform(points[name])
+        place = y + 0.022
+        while any(abs(x - other) < 0.25 and abs(place - at) < height for other, at in taken):
+            place += 0.005
+        taken.append((x, place))
+        style: dict[str, Any] = {"va": "center", "fontsize": 9, "color": "#333333"}
+        axes.text(x + 0.012, place, name, transform=axes.transAxes, **style).set_in_layout(False)
+    return figure
+
+
+def plot(paths: list[Path], out: Path | None = None, window: int | None = None, against: str = "tokens") -> Path:
+    """Draw the runs into `out`, against "tokens" or "time", and return where it was written."""
     if window is not None and window < 1:
         raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
     if out is not None and out.suffix.lower() != ".png":
@@ -481,7 +557,7 @@ def plot(paths: list[Path], out: Path | None = None, window: int | None = None) 
     runs = load_runs(paths)
     out = out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("loss.png"))
     with rc_context(STYLE):
-        figure = Picture(runs, window).draw()
+        figure = Picture(runs, window, against).draw()
         try:
             figure.savefig(out)
         except OSError as error:
@@ -498,9 +574,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--smooth", metavar="N", type=int, help="logged steps in the running mean; default: a 40th of the run"
     )
+    parser.add_argument(
+        "--against", choices=("tokens", "time"), default="tokens", help="the x axis: tokens, or training time"
+    )
     options = parser.parse_args(arguments)
     try:
-        print(plot(options.runs, options.out, options.smooth))
+        print(plot(options.runs, options.out, options.smooth, options.against))
     except ConfigError as error:
         exit_with(error)
 

@@ -1,4 +1,4 @@
-"""Tables of README.md and kernels/README.md, from the runs and measurements committed under docs.
+"""Tables of README.md, kernels/README.md and docs/studies/*/README.md, from the runs and measurements under docs.
 
     python -m scripts.report          rewrite the tables
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
@@ -6,6 +6,7 @@
 A table stands between a comment that names its source and `<!-- end -->`; nothing in it is typed by hand:
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
+    <!-- probes: FOLDER -->   a row for each probed checkpoint and way to run it: probe.json of scripts/probe.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
 """
@@ -13,51 +14,212 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
 import json
 import re
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
+from scripts.plot import Run, amount, load_run
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md"
-BLOCK = re.compile(r"(<!-- (runs|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/studies/*/README.md"))
+BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def runs_table(folder: Path) -> str:
-    """The runs in a folder as a Markdown table, densest first, and what they ran on.
+def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
+    """The runs in a folder with their run.json, by name without seed, and the name of the dense ones among them."""
+    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for file in sorted(folder.glob("*/run.json")):
+        pair = load_run(file.parent), json.loads(file.read_text())
+        groups.setdefault(re.sub(r"_s\d+$", "", file.parent.name), []).append(pair)
+    dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
+    return groups, "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
+
+
+def runs_table(folder: Path, pad: bool = False) -> str:
+    """The runs in a folder as a Markdown table, best first, and what they ran on.
+
+    Runs that differ in their seed, NAME_s0, NAME_s1 and so on, make one row: means, and where there are several their
+    standard deviation. A column that no run fills is left out.
 
     Args:
-        folder: holds a folder a run; one of them is dense throughout.
+        folder: holds a folder a run, with metrics.jsonl and run.json; one of them, or the one called dense, is dense
+            throughout and is what the others are compared with.
+        pad: for a terminal instead: aligned columns, in 120 characters where names are short.
     """
-    runs = []
-    for file in sorted(folder.glob("*/run.json")):
-        rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
-        runs.append((file.parent.name, json.loads(file.read_text()), [row for row in rows if "val_loss" in row]))
-    runs.sort(key=lambda run: run[2][-1]["val_loss"])
-    (dense,) = (rows[-1]["val_loss"] for _, run, rows in runs if all(mode == "dense" for mode, *_ in run["phases"]))
-    lines = [
-        "| run | sparse steps | energy kept | validation loss | minus dense | bits per byte |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, run, rows in runs:
-        sparse = sum(stop - start + 1 for mode, start, stop in run["phases"] if mode == "sparse")
-        steps, last = run["phases"][-1][2], rows[-1]
-        kept = [row["energy_kept"] for row in rows if "energy_kept" in row]
-        loss, energy = last["val_loss"], f"{100 * kept[-1]:.1f}%" if kept else "-"
-        lines.append(
-            f"| `{name}` | {sparse} of {steps} | {energy} | {loss:.4f} "
-            f"| {loss - dense:+.4f} ({100 * (loss / dense - 1):+.1f}%) | {last['val_bpb']:.4f} |"
-        )
-    run, rows = runs[0][1], runs[0][2]
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
-    corpus = f"{run['corpus']['documents']:,} documents ({run['corpus']['file_bytes'] / 1e6:,.0f} MB)"
-    model, seed = run["config"]["model"]["flavor"], run["config"]["debug"]["seed"]
-    tokens, parameters = rows[-1]["tokens"] / 1e6, run["parameters"] / 1e6
-    lines.append(
-        f"\n{model}, {parameters:.0f} M parameters, {tokens:.1f} M tokens of {corpus}, seed {seed}; "
-        f"{run['hardware']['ranks']} x {run['hardware']['device']}, {versions}, {run['date'][:10]}. "
-        "Energy kept: of h, by the pattern, at the last validation of the sparse phase."
+    groups, baseline = load_groups(folder)
+    runs = [pair for group in groups.values() for pair in group]
+    losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
+    seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
+    one_seed = len({seed for own in seeds.values() for seed in own}) == 1
+    rows = []
+    for name in sorted(groups, key=lambda name: mean(losses[name])):
+        abouts = [about for _, about in groups[name]]
+        sparse = sparse_share(abouts[0])
+        energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
+        difference = "-"
+        if baseline is not None:
+            over = mean(losses[name]) - mean(losses[baseline])
+            difference = f"{over:+.4f} ({100 * over / mean(losses[baseline]):+.1f}%)"
+        timed = [run for run, about in groups[name] if about.get("runs_per_gpu") == 1]
+        rates = [[rate for run in timed if (rate := run.rate(mode))] for mode in ("dense", "sparse")]
+        row = {
+            "run": name if pad else f"`{name}`",
+            "seeds": "-" if one_seed else str(len(losses[name])),
+            "sparse": f"{100 * sparse:.0f}%",
+            "energy kept": f"{100 * mean(energy):.1f}%" if energy else "-",
+            "validation loss": f"{mean(losses[name]):.4f}" + _deviation(losses[name]),
+            "minus dense": difference,
+            "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
+            "FLOPs": _flops(abouts[0]),
+            "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
+            "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
+        }
+        if pad:
+            del row["energy kept"]  # would not fit the width of a terminal
+        rows.append(row)
+    return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
+
+
+def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
+    """Rows of the same keys, without the columns that no row fills, and a text that knows which these are.
+
+    In Markdown or, with `pad`, aligned and wrapped for a terminal.
+    """
+    shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
+    cells = [shown, *([row[key] for key in shown] for row in rows)]
+    if not pad:
+        lines = [f"| {' | '.join(line)} |" for line in cells]
+        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text(set(shown))}"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text(set(shown)), 120)
+
+
+def _deviation(values: list[float]) -> str:
+    return f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+
+
+def sparse_share(about: dict[str, Any]) -> float:
+    """Share of a run's steps that are sparse."""
+    phases = about["phases"]
+    return sum(stop - start + 1 for mode, start, stop in phases if mode == "sparse") / phases[-1][2]
+
+
+def flops_share(about: dict[str, Any], kind: str) -> float:
+    """FLOPs of all steps over the dense model's: kind is "sparse_executed", or "sparse_pattern" for what it leaves."""
+    flops = about["flops_per_token"]
+    return 1 - sparse_share(about) * (1 - flops[kind] / flops["dense"])
+
+
+def _flops(about: dict[str, Any]) -> str:
+    if "sparse_executed" not in about["flops_per_token"]:
+        return "-"
+    return f"{100 * flops_share(about, 'sparse_executed'):.0f}% ({100 * flops_share(about, 'sparse_pattern'):.0f}%)"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 300
+        else f"{seconds / 60:.1f} min"
+        if seconds < 18000
+        else f"{seconds / 3600:.1f} h"
     )
-    return "\n".join(lines)
+
+
+def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
+    """The sentences under a table of runs: model, data, machine, and how to read the columns."""
+    about = runs[0][1]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    corpus = about["corpus"]
+    documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
+    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    model, seed = about["config"]["model"]["flavor"], about["config"]["debug"]["seed"]
+    tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
+    devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
+    dates = _range([one["date"][:10] for _, one in runs], "{}")
+    commits = sorted({one["commit"][:10] for _, one in runs if one.get("commit")})
+    text = (
+        f"{model}, {about['parameters'] / 1e6:.0f} M parameters, {tokens} M tokens of {documents}"
+        + (f", seed {seed}" if one_seed else "")
+        + f"; {devices}, {versions}, {dates}"
+        + (f", commit {', '.join(commits)}" if commits else "")
+        + ". Sparse: share of the steps."
+    )
+    meanings = {
+        "energy kept": "Energy kept: of h, by the pattern, at the last validation of the sparse phase.",
+        "seeds": "±: the standard deviation over the seeds.",
+        "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
+        "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
+        "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
+        "graphs are compiled, count at its median speed.",
+    }
+    text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
+    return text
+
+
+def _range(values: Sequence[Any], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def probes_table(folder: Path, pad: bool = False) -> str:
+    """What scripts/probe.py measured of the runs in a folder as a Markdown table, a row a checkpoint and way to run it.
+
+    Args:
+        folder: holds a folder a run, with probe.json.
+        pad: as in `runs_table`.
+    """
+    rows, about = [], []
+    for file in sorted(folder.glob("*/probe.json")):
+        for step, result in json.loads(file.read_bytes()).items():
+            about.append(result)
+            for way, got in result["ways"].items():
+                cloze = result["cloze"]
+                rows.append(
+                    {
+                        "run": (file.parent.name if pad else f"`{file.parent.name}`"),
+                        "step": step,
+                        "FFN": way,
+                        "loss": f"{got['loss']:.4f}",
+                        "bits/byte": f"{got['bits_per_byte']:.4f}",
+                        "accuracy": f"{100 * got['accuracy']:.1f}%",
+                        "ECE": f"{100 * got['ece']:.2f}%",
+                        "cloze": "-"
+                        if cloze["accuracy"] is None or way != "dense"
+                        else "{:.1f} ± {:.1f}%".format(100 * cloze["accuracy"], 100 * cloze["standard_error"]),
+                        "energy kept": _percent(got["health"].get("energy_kept")),
+                        "leak KL": _small(got["leak_kl"]),
+                        "arg max": _percent(got["leak_argmax"]),
+                        "gain": _small(got["leak_gain"]),
+                        "own KL": _small(got["own_kl"]),
+                        "own gain": _small(got["own_gain"]),
+                    }
+                )
+                if pad:
+                    for column in ("bits/byte", "accuracy"):
+                        del rows[-1][column]  # for a terminal's width
+    one, cloze = about[0], about[0]["cloze"]
+    dates = _range([each["date"][:10] for each in about], "{}")
+    devices = " and ".join(sorted({each["hardware"] for each in about}))
+    text = (
+        f"{one['sequences']} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
+        f"{cloze['choices']} choices, ± the standard error. Leak: the later half of all sequences replaced, own: of "
+        "one alone; KL in nats a token, arg max: share of the likeliest tokens that changed, gain: how much lower the "
+        f"loss was with the true future. {devices}, torch {one['torch']}, {dates}."
+    )
+    return _table(rows, pad, lambda _: text)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
 
 
 def kernels_table(file: Path) -> str:
@@ -87,7 +249,7 @@ def kernels_table(file: Path) -> str:
             lines.append(
                 f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} "
                 f"| {min(entry['rounds']):.2f} to {max(entry['rounds']):.2f} | {entry['speedup']:.2f}x "
-                f"| {alone} | {memory} | {_span(rates) if sparse else '-'} |"
+                f"| {alone} | {memory} | {_range(rates, '{:.0f}') if sparse else '-'} |"
             )
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
     lines.append(
@@ -101,11 +263,6 @@ def kernels_table(file: Path) -> str:
     if untimed:
         lines[-1] += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
     return "\n".join(lines)
-
-
-def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def stages_table(file: Path) -> str:
@@ -128,7 +285,12 @@ def stages_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"runs": runs_table, "kernels": kernels_table, "stages": stages_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "runs": runs_table,
+    "probes": probes_table,
+    "kernels": kernels_table,
+    "stages": stages_table,
+}
 
 
 def fill(text: str) -> str:

@@ -190,6 +190,24 @@ def test_held_out_documents_are_not_trained_on(tmp_path, hub, streamed):
     assert 0.12 < len(held_out) / len(everything) < 0.28
 
 
+def test_copies_are_left_out(tmp_path):
+    folder, other = write_files(tmp_path / "a", 60), write_files(tmp_path / "b", 80)  # of b, 60 are a's
+    for index in range(20):
+        (folder / f"copy{index}.txt").write_text(document("doc", index))
+    sources = [Source(type="text", path=str(path)) for path in (folder, other)]
+    corpus = data.load_corpus(make_config(*sources, share=0.2))
+    assert [part.copies for part in corpus.parts] == [20, 60]
+    found = [text for part in corpus.parts for side in (part.train, part.held_out) for text in side["text"]]
+    assert sorted(found) == sorted(document("doc", index) for index in range(80))
+    assert all(data.is_held_out(text, 0.2) for part in corpus.parts for text in part.held_out["text"])
+
+
+def test_a_source_of_copies_alone_is_refused(tmp_path):
+    sources = [Source(type="text", path=str(write_files(tmp_path / name, 30))) for name in "ab"]
+    with pytest.raises(ConfigError, match=r"data\.sources\[1\].*30 copies of others"):
+        data.load_corpus(make_config(*sources))
+
+
 def test_validation_split_of_the_hub(hub):
     hub["org/set"] = {"train": stream("train", 40, 2), "validation": stream("valid", 10, 1)}
     config = make_config(hub_source(validation_split="validation"))

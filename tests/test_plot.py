@@ -147,6 +147,33 @@ def test_smoothing_stops_at_a_change_of_phase():
     np.testing.assert_allclose(plot.smooth(values, index, 1), values)
 
 
+def test_training_time_leaves_compilation_out(tmp_path):
+    run = plot.load_run(write_run(tmp_path / "run", steps=200))
+    # Two steps of 4096 tokens a line at 1e6 tokens a second; the first line, at 1e4, compiles.
+    assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
+    assert run.rate("dense") == run.rate("sparse") == 1e6
+    picture = plot.Picture([run], None, "time")
+    assert picture.x_label == "training time, seconds" and picture.spans[0][1] == ("sparse", *run.seconds[[19, 79]])
+    out = plot.plot([tmp_path / "run"], tmp_path / "time.png", against="time")
+    pixels(out)
+    del run.lines[3]["tokens_per_second"], run.seconds
+    with pytest.raises(ConfigError, match=r"--against time: .*run lacks tokens_per_second"):
+        plot.Picture([run], None, "time")
+
+
+def test_the_front_is_what_nobody_beats_in_both(tmp_path):
+    points = {"dense": (1.0, 2.0), "good": (0.7, 2.01), "fast": (0.5, 2.1), "slow": (0.9, 2.05), "equal": (0.7, 2.02)}
+    figure = plot.draw_front(points, "dense", 0.01, "time")
+    (axes,) = figure.axes
+    (steps,) = (line for line in axes.lines if line.get_drawstyle() == "steps-post")
+    assert list(zip(*steps.get_data(), strict=True)) == [points[name] for name in ("fast", "good", "dense")]
+    labels = {text.get_text(): text.get_position() for text in axes.texts}
+    assert set(labels) == set(points)
+    assert labels["equal"][1] - labels["good"][1] >= 0.034, "labels of near points do not cover each other"
+    figure.savefig(tmp_path / "front.png")
+    pixels(tmp_path / "front.png")
+
+
 def test_a_phase_without_values_breaks_the_line(tmp_path):
     phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
     run = plot.load_run(write_run(tmp_path / "run", phases))

@@ -81,6 +81,11 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
     assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
 
 
+def test_a_row_of_several_steps_says_the_time_of_one(train, tmp_path):
+    run = train(tmp_path / "run", "--metrics.log_freq", "5", "--checkpoint.enable", "false")
+    assert all(run[step]["step_seconds"] * run[step]["tokens_per_second"] == pytest.approx(4 * 32) for step in (1, 5))
+
+
 def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path):
     run = train(tmp_path / "run", "--metrics.enable_tensorboard", "true", "--checkpoint.enable", "false")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -1,0 +1,429 @@
+"""Run a study: a list of runs in one TOML file, with what came of them beside it.
+
+    python -m scripts.study docs/studies/smoke/study.toml
+    python -m scripts.study docs/studies/recipes_160m/study.toml --jobs 2 --limit-minutes 50 --only dense groups_quarter
+
+A study asks one question, and its file and its results answer it together, so both stand in one folder of docs/, where
+the pages take their tables from (scripts/report.py). The file names what all runs share and then each run. Every key is
+one of train.py's command line, and the run's own goes over the shared one:
+
+    config = "configs/160m.toml"
+    training.steps = 1000
+    plot = ["dense", "tail_40"]           # of which runs loss.png shows the curves; all of them by default
+
+    [[runs]]
+    name = "dense"
+    recipe = "recipes/dense.toml"
+    seeds = [0, 1, 2]                     # debug.seed, a run each; [0] by default
+
+    [[runs]]
+    name = "tail_40"
+    recipe = "recipes/groups_quarter.toml"
+    schedule.phases = [{ mode = "dense", end = 0.1 }, { mode = "sparse", end = 0.6 }, { mode = "dense", end = 1.0 }]
+
+All runs and their data are checked before the first one starts. A run is a process of train.py in its own folder of
+`outputs/studies/NAME`, where its log is too. The same command again skips what is complete and resumes what was
+interrupted (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it
+saves checkpoints, saved that one; its metrics.jsonl and run.json are then copied into the study's folder, where they
+count as complete on any machine.
+
+The seed draws the initial weights. The documents and their order are those of data.seed in every run: another order
+would train another tokenizer, whose losses could not be compared.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+if not __package__:  # started as `python scripts/study.py`: look imports up from the repository, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from matplotlib import rc_context
+
+from configs.errors import ConfigError, exit_with
+from configs.loader import ROOT, load_config, resolved
+from configs.schema import JobConfig
+from recipes.check import check_config
+from recipes.data import check_data
+from scripts.plot import STYLE, draw_front, plot, read_lines
+from scripts.report import flops_share, load_groups, runs_table
+
+# What a run writes and where does not change what it computes.
+INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.")
+PROGRESS_SECONDS = 30.0
+# A run is a job of its own, whatever started the study.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class StudyRun:
+    """One run of a study."""
+
+    name: str
+    """The run's name in the file and its seed: dense_s0."""
+
+    config: JobConfig
+    command: list[str]
+    outputs: Path
+    """The run's dump folder."""
+
+    results: Path
+    """Its folder beside the study's file."""
+
+
+@dataclass
+class Study:
+    file: Path
+    runs: list[StudyRun]
+    plot: list[str]
+    """Names of runs, as in the file."""
+
+
+def read_study(file: Path, outputs: Path | None = None) -> Study:
+    """Read a study and check each of its runs as train.py would.
+
+    Args:
+        file: the study's TOML file.
+        outputs: holds the runs' dump folders; None: `outputs/studies/NAME`, by the name of the study's folder.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key or a wrong value, with the run it stands in.
+    """
+    if file.is_dir():
+        file = file / "study.toml"
+    try:
+        shared = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        found = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/studies/*/study.toml")))
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); there are {found}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    tables, shown = shared.pop("runs", []), shared.pop("plot", None)
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{file}: runs = {json.dumps(tables, default=str)}: give at least one [[runs]] table")
+    outputs = outputs or Path("outputs/studies") / file.resolve().parent.name
+    names: list[str] = []
+    runs: list[StudyRun] = []
+    for place, table in enumerate(tables):
+        name, seeds = table.pop("name", None), table.pop("seeds", [0])
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*[\w-]", name) or re.search(r"_s\d+$", name):
+            raise ConfigError(
+                f"{file}: runs[{place}].name = {json.dumps(name, default=str)}: give letters, digits, _, - and ., "
+                "without an ending such as _s0, which says the seed"
+            )
+        if name in names:
+            raise ConfigError(f'{file}: runs[{place}].name = "{name}" is the name of another run: give it its own')
+        if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+            raise ConfigError(
+                f"{file}: seeds = {json.dumps(seeds, default=str)} of run {name}: give a list such as [0]"
+            )
+        names.append(name)
+        options = _options(shared) | _options(table)
+        for key, instead in (("debug.seed", "seeds"), ("job.dump_folder", "--outputs")):
+            if key in options:
+                raise ConfigError(f"{file}: run {name}: {key} is the study's to set: use {instead} instead")
+        for seed in sorted(set(seeds)):
+            full = f"{name}_s{seed}"
+            options |= {"debug.seed": str(seed), "job.dump_folder": str(outputs / full)}
+            command = [f"--{key}={word}" for key, word in options.items()]
+            try:
+                config, _ = load_config(command)
+                check_config(config)
+                check_data(config)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: run {name}: {error}") from None
+            if not config.validation.enable:
+                raise ConfigError(
+                    f"{file}: run {name}: a study compares validation losses: set validation.enable = true"
+                )
+            runs.append(StudyRun(full, config, command, outputs / full, file.parent / full))
+    if unknown := set(shown or []) - set(names):
+        raise ConfigError(
+            f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
+        )
+    return Study(file, runs, shown or names)
+
+
+def _options(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested tables to the words of a command line: {"training": {"steps": 10}} to {"training.steps": "10"}."""
+    options: dict[str, str] = {}
+    for key, value in table.items():
+        options |= _options(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _word(value)}
+    return options
+
+
+def _word(value: Any, inside: bool = False) -> str:
+    """A TOML value as TOML; a string that is not inside a list or table as it is."""
+    match value:
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(key)} = {_word(item, True)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(_word(item, True) for item in value) + "]"
+        case str() if not inside:
+            return value
+        case bool() | str():
+            return json.dumps(value)
+    return str(value)
+
+
+def is_complete(run: StudyRun, folder: Path) -> bool:
+    """Whether a folder, the run's outputs or its results, holds the whole of it.
+
+    Raises:
+        ConfigError: it holds a run of another configuration.
+    """
+    try:
+        about = json.loads((folder / "run.json").read_bytes())
+        lines = read_lines(folder / "metrics.jsonl")
+    except (OSError, ValueError, ConfigError):
+        return False
+    new, default, old = (_options(values) for values in (resolved(run.config), resolved(JobConfig()), about["config"]))
+    for key, word in new.items():
+        if not key.startswith(INDIFFERENT) and old.get(key, default[key]) != word:
+            raise ConfigError(
+                f"{folder} holds a run with {key} = {old.get(key, default[key])}, and the study says {word}: give the "
+                "run another name, or move that folder away to run it anew"
+            )
+    steps, checkpoint = run.config.training.steps, run.config.checkpoint
+    if folder == run.outputs and checkpoint.enable:
+        pointer = folder / checkpoint.folder / "latest"
+        if not pointer.exists() or pointer.read_text().strip() != f"step-{steps}":
+            return False
+    return lines[-1]["step"] == steps
+
+
+def collect(run: StudyRun) -> None:
+    """Copy what is kept of a complete run beside the study's file, if it is not there yet."""
+    run.results.mkdir(parents=True, exist_ok=True)
+    about = json.loads((run.outputs / "run.json").read_bytes())
+    launch = run.outputs / "launch.json"
+    if launch.exists():
+        about |= json.loads(launch.read_bytes())
+    (run.results / "metrics.jsonl").write_bytes((run.outputs / "metrics.jsonl").read_bytes())
+    (run.results / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+class Launcher:
+    """Runs processes of train.py, so many at once.
+
+    Args:
+        jobs: runs at once, at least 1.
+        gpus: their GPUs, taken in turn; empty on a machine without one.
+        deadline: when runs are stopped and no other starts, by time.monotonic().
+    """
+
+    def __init__(self, jobs: int, gpus: list[str], deadline: float):
+        self.free = [gpus[job % len(gpus)] if gpus else "" for job in range(jobs)]
+        self.runs_per_gpu = math.ceil(jobs / max(1, len(gpus)))
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.deadline = deadline
+        self.signalled = self.stopped = False
+        self.running: dict[str, tuple[StudyRun, subprocess.Popen, str, float]] = {}
+        self.failed: list[StudyRun] = []
+        self.interrupted: list[StudyRun] = []
+
+    def run(self, todo: list[StudyRun]) -> None:
+        """Run them all, or as many as time allows."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        handlers = [signal.signal(number, self._take_note) for number in numbers]
+        total, todo, spoke = len(todo), list(todo), time.monotonic()
+        while (todo and not self.stopped) or self.running:
+            while todo and self.free and not self.stopped:
+                self._start(todo.pop(0))
+            time.sleep(0.2)
+            for run, process, gpu, began in list(self.running.values()):
+                if process.poll() is not None:
+                    del self.running[run.name]
+                    self.free.append(gpu)
+                    self._end(run, process.returncode, time.monotonic() - began)
+            if self.signalled or time.monotonic() > self.deadline:
+                self._stop("a signal" if self.signalled else "the time limit")
+            if self.running and time.monotonic() - spoke >= PROGRESS_SECONDS:
+                spoke = time.monotonic()
+                where = "; ".join(_progress(run) for run, *_ in self.running.values())
+                say(f"{total - len(todo) - len(self.running)} of {total} ended, {len(self.running)} running: {where}")
+        self.interrupted += todo
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+    def _take_note(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def _stop(self, reason: str) -> None:
+        """Start nothing more, and let what runs save and end; what has not taken a step ends at once."""
+        if self.stopped:
+            return
+        self.stopped = True
+        say(f"{reason}: {len(self.running)} running are told to save and end, nothing more starts")
+        for run, process, _, began in self.running.values():
+            metrics = run.outputs / "metrics.jsonl"
+            stepped = metrics.exists() and metrics.stat().st_mtime > time.time() - (time.monotonic() - began)
+            process.send_signal(signal.SIGTERM if stepped else signal.SIGKILL)
+
+    def _start(self, run: StudyRun) -> None:
+        run.outputs.mkdir(parents=True, exist_ok=True)
+        launch = run.outputs / "launch.json"
+        before = json.loads(launch.read_bytes())["runs_per_gpu"] if launch.exists() else 1
+        launch.write_text(json.dumps({"runs_per_gpu": max(before, self.runs_per_gpu)}) + "\n")
+        own = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        environment = {"OMP_NUM_THREADS": str(self.threads)} | own
+        if gpu := self.free.pop(0):
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with (run.outputs / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "train.py", *run.command],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+            )
+        say(f"{run.name} starts" + (f" on GPU {gpu}" if gpu else ""))
+        self.running[run.name] = (run, process, gpu, time.monotonic())
+
+    def _end(self, run: StudyRun, status: int, seconds: float) -> None:
+        if status == 0 and is_complete(run, run.outputs):
+            collect(run)
+            say(f"{run.name} is complete, {seconds / 60:.1f} min, {_progress(run)}")
+        elif status == 0 or (self.stopped and status in (-signal.SIGTERM, -signal.SIGKILL)):
+            self.interrupted.append(run)
+            say(f"{run.name} is interrupted: {_progress(run)}")
+        else:
+            self.failed.append(run)
+            say(f"{run.name} failed with status {status}, log in {run.outputs / 'log.txt'}:")
+            for line in (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-3:]:
+                print(f"    {line}", flush=True)
+
+
+def _progress(run: StudyRun) -> str:
+    """Where a run is, by the last step that it logged."""
+    try:
+        line = read_lines(run.outputs / "metrics.jsonl")[-1]
+    except ConfigError:
+        return f"{run.name} before its first step"
+    loss = f"validation {line['val_loss']:.4f}" if "val_loss" in line else f"loss {line['loss']:.4f}"
+    return f"{run.name} step {line['step']}/{run.config.training.steps} {loss}"
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def draw(study: Study) -> None:
+    """The table of what is complete, and the curves of the runs that the study names, against tokens and time."""
+    folder = study.file.parent
+    there = [run for run in study.runs if (run.results / "run.json").exists()]
+    if not there:
+        return
+    print("\n" + runs_table(folder, pad=True) + "\n")
+    firsts: dict[str, Path] = {}
+    for run in there:
+        firsts.setdefault(re.sub(r"_s\d+$", "", run.name), run.results)
+    shown = [firsts[name] for name in study.plot if name in firsts]
+    alone = [path for path in shown if json.loads((path / "run.json").read_bytes()).get("runs_per_gpu") == 1]
+    if shown:
+        print(plot(shown, folder / "loss.png"))
+    if alone:
+        print(plot(alone, folder / "loss_time.png", against="time"))
+    else:
+        print("loss against time is not drawn: the runs shared a GPU (--jobs)")
+    front(folder)
+
+
+def front(folder: Path) -> None:
+    """Draw the final losses against what they cost over dense: training time or, of runs that shared a GPU, FLOPs."""
+    groups, baseline = load_groups(folder)
+    if baseline is None or len(groups) < 2:
+        return
+    abouts = [about for group in groups.values() for _, about in group]
+    timed = all(about.get("runs_per_gpu") == 1 for about in abouts)
+    costs = {
+        name: mean(float(run.seconds[-1]) if timed else flops_share(about, "sparse_pattern") for run, about in group)
+        for name, group in groups.items()
+    }
+    losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
+    points = {name: (cost / costs[baseline], mean(losses[name])) for name, cost in costs.items()}
+    deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
+    label = "training time" if timed else "FLOPs that the pattern leaves"
+    with rc_context(STYLE):
+        figure = draw_front(points, baseline, deviation, f"{label}, over that of {baseline}")
+        figure.savefig(folder / "front.png")
+    print(folder / "front.png")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.study", description="Run a study, collect its results, print its table, draw it."
+    )
+    parser.add_argument("study", metavar="STUDY.toml", type=Path, help="the study's file, or its folder")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="of the study these runs: dense, or dense_s0")
+    parser.add_argument(
+        "--gpus", metavar="I,J", help="GPUs to use, in turn; default: all that are visible, a run takes one"
+    )
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once; default: one a GPU")
+    parser.add_argument(
+        "--limit-minutes", metavar="M", type=float, help="then runs are told to save and end, and no other starts"
+    )
+    parser.add_argument("--outputs", metavar="FOLDER", type=Path, help="default: outputs/studies/NAME")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    visible = (
+        options.gpus or os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    )
+    gpus = [gpu for gpu in visible.split(",") if gpu]
+    jobs = options.jobs if options.jobs is not None else max(1, len(gpus))
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: give 1 or more runs at once")
+
+    study = read_study(options.study, options.outputs)
+    chosen = study.runs
+    if options.only:
+        names = {run.name: {run.name, re.sub(r"_s\d+$", "", run.name)} for run in study.runs}
+        if unknown := set(options.only) - set().union(*names.values()):
+            raise ConfigError(
+                f"--only {' '.join(sorted(unknown))}: no such run in {study.file}; there are {', '.join(names)}"
+            )
+        chosen = [run for run in study.runs if names[run.name] & set(options.only)]
+    todo = []
+    for run in chosen:
+        if is_complete(run, run.results):
+            continue
+        if is_complete(run, run.outputs):
+            collect(run)
+        else:
+            todo.append(run)
+    say(
+        f"{study.file}: {len(chosen)} run{'s' * (len(chosen) != 1)}, {len(chosen) - len(todo)} complete, "
+        f"{len(todo)} to run, {jobs} at once on {'GPU ' + ', '.join(gpus) if gpus else 'the CPU'}"
+    )
+    launcher = Launcher(
+        min(jobs, max(1, len(todo))), gpus, began + (60 * options.limit_minutes if options.limit_minutes else math.inf)
+    )
+    launcher.run(todo)
+    draw(study)
+    if launcher.interrupted:
+        left = ", ".join(run.name for run in launcher.interrupted)
+        say(f"not complete: {left}; the same command goes on")
+    for run in launcher.failed:
+        print(f"error: {run.name} failed, see {run.outputs / 'log.txt'}", file=sys.stderr, flush=True)
+    return int(bool(launcher.failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        exit_with(error)

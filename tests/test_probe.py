@@ -1,0 +1,207 @@
+"""Probes of checkpoints: leaks, causal choices, calibration, cloze items, and a model loaded without its trainer."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from matplotlib import image
+
+from configs.errors import ConfigError
+from configs.schema import JobConfig, Source
+from kernels import Groups, Venom
+from recipes.checkpoint import find_checkpoint, load_model
+from recipes.sparsity import Sparsity
+from scripts import probe
+from scripts.report import probes_table
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """A job of sequences of 64 tokens in blocks of 16, of whole micro-batches, on a corpus whose lines end in words."""
+    folder = tmp_path_factory.mktemp("words")
+    for index in range(240):
+        lines = [f"def f{index}_{line}(first):\n    return first * {line} + total{line % 7}\n" for line in range(12)]
+        (folder / f"{index:03}.py").write_text("\n".join(lines))
+    keys = {
+        "data.sources": f'[{{type = "text", path = "{folder}/*.py"}}]',
+        "training.seq_len": "64",
+        "validation.sequences": "8",
+        "activations.v": "16",
+        "checkpoint.interval": "4",
+    }
+    return [word for key, value in keys.items() for word in (f"--{key}", value)]
+
+
+@pytest.mark.parametrize("recipe", ["venom_2of16", "groups_quarter"])
+def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_path, recipe):
+    rows = train(tmp_path / "run", *words, recipe=recipe)
+    result = probe.Probe(tmp_path / "run" / "checkpoint" / "step-8").measure(items=20)
+    assert list(result["ways"]) == ["dense", "pattern", "past", "token"]
+    dense, pattern, past, token = result["ways"].values()
+    for way in (dense, past, token):
+        assert all(way[f"{prefix}_{name}"] == 0 for prefix in ("leak", "own") for name in ("kl", "logprob", "argmax"))
+    assert pattern["leak_kl"] > 0 and pattern["leak_logprob"] > 0 and pattern["own_kl"] > 0
+    # The model is the trainer's: the same losses, in both of its ways.
+    assert dense["loss"] == pytest.approx(rows[8]["val_loss"], abs=1e-6)
+    assert dense["bits_per_byte"] == pytest.approx(rows[8]["val_bpb"], abs=1e-6)
+    assert pattern["loss"] == pytest.approx(rows[8]["val_loss_sparse"], abs=1e-6)
+    for name in ("nonzero_share", "energy_kept", "router_balance", "layers/1/energy_kept"):
+        assert pattern["health"][name] == pytest.approx(rows[8][name], abs=1e-6)
+    assert len({way["loss"] for way in (dense, pattern, past, token)}) == 4
+    # The freer the choice, the more is kept.
+    assert 0 < past["health"]["energy_kept"] < token["health"]["energy_kept"] < 1
+    assert "energy_kept" not in dense["health"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ways"), [("activations_2of4", ["dense", "pattern"]), ("weights_2of4", ["dense", "pattern"])]
+)
+def test_patterns_of_one_token_and_of_weights_leak_nothing(train, words, tmp_path, recipe, ways):
+    train(tmp_path / "run", *words, recipe=recipe)
+    result = probe.Probe(tmp_path / "run" / "checkpoint" / "step-8").measure(items=4)
+    assert list(result["ways"]) == ways
+    assert all(way["leak_kl"] == way["own_kl"] == 0 for way in result["ways"].values())
+    assert result["ways"]["pattern"]["loss"] != result["ways"]["dense"]["loss"]
+
+
+def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path, capsys):
+    train(tmp_path / "runs" / "venom", *words)
+    shutil.copytree(tmp_path / "runs" / "venom", tmp_path / "runs" / "again")
+    for words in (["venom/checkpoint/step-12"], ["venom/checkpoint/step-8", "again"]):
+        paths = [str(tmp_path / "runs" / word) for word in words]
+        probe.main([*paths, "--items", "5", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    steps = json.loads((tmp_path / "out" / "venom" / "probe.json").read_text())
+    assert list(steps) == ["8", "12"]
+    assert list(json.loads((tmp_path / "out" / "again" / "probe.json").read_text())) == ["12"]
+    assert steps["12"]["recipe"] == "venom_2of16" and steps["12"]["cloze"]["items"] == 5
+    assert "8 held-out sequences; ECE over 15 bins; cloze: 5 items of 4 choices" in " ".join(printed.split())
+    assert max(map(len, printed.splitlines()[-25:])) <= 120
+    assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 3 * 4 + 2
+    picture = image.imread(tmp_path / "out" / "reliability.png")
+    assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
+
+
+def test_a_model_of_eight_ranks_of_the_last_save_and_of_bad_files(train, words, tmp_path):
+    run = tmp_path / "run"
+    train(run, *words, "--checkpoint.last_save_model_only", "true")
+    file = run / "run.json"
+    about = json.loads(file.read_text())
+    about["config"]["parallelism"]["data_parallel_shard_degree"] = 8
+    file.write_text(json.dumps(about))
+    kept, _ = load_model(run / "checkpoint" / "step-8")
+    model, config = load_model(run)
+    assert find_checkpoint(run).name == "step-12"
+    assert config.job.dump_folder == str(run)
+    # The final save has no centroids: they are those of its weights.
+    for ffn, old in zip(model.feed_forwards(), kept.feed_forwards(), strict=True):
+        assert not ffn.sparse and not model.training
+        assert torch.allclose(ffn.centroids.norm(dim=1), torch.ones(len(ffn.centroids)))
+        assert not torch.equal(ffn.centroids, old.centroids)
+    assert len(probe.Probe(run).batches) == 2
+
+    about["vocabulary"] = 500
+    file.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"step-12 does not fit .*run.json .*restore the run's own"):
+        load_model(run)
+    about["config"]["model"]["dims"] = 3
+    file.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"run.json: unknown key model.dims"):
+        load_model(run)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"run.json: not the run.json of a run"):
+        load_model(run)
+    with pytest.raises(ConfigError, match=r"no manifest.json.*name a run's folder"):
+        load_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("pattern", [Venom(4, 2, 8), Venom(4, 4, 8), Groups(4, 8, 0.25)])
+def test_causal_masks_are_what_they_say(pattern):
+    torch.manual_seed(0)
+    h = torch.randn(2, 14, 32).relu() ** 2
+    past = probe.causal_mask(h, pattern, "past")
+    token = probe.causal_mask(h, pattern, "token")
+    for sequence in range(2):
+        for place in range(14):
+            row = h[sequence, place]
+            for window in range(0, 32, 32 if isinstance(pattern, Groups) else 8):
+                size, unit = (32, 8) if isinstance(pattern, Groups) else (8, 1)
+                columns = slice(window, window + size)
+                units = 1 if isinstance(pattern, Groups) else 4
+                block = place // 4 * 4
+                before = h[sequence, block - 4 : block, columns].sum(0) if block else row[columns]
+                for mask, by in ((past, before), (token, row[columns])):
+                    kept = by.view(-1, unit).sum(1).topk(units).indices
+                    expected = torch.zeros(size // unit, unit, dtype=torch.bool)
+                    expected[kept] = True
+                    expected = expected.flatten() & (row[columns] > 0)
+                    if isinstance(pattern, Venom) and expected.sum() > pattern.n:
+                        best = (row[columns] * expected).topk(pattern.n).indices
+                        expected = torch.zeros_like(expected).scatter(0, best, True)
+                    assert torch.equal(mask[sequence, place, columns], expected)
+
+
+def stand_in(model, tokens: torch.Tensor) -> probe.Probe:
+    """A probe of a function from tokens to logits."""
+    made = object.__new__(probe.Probe)
+    made.model, made.config, made.batches = model, JobConfig(), [tokens]
+    made.bytes = torch.ones(8, dtype=torch.int64)
+    made.sparsity = Sparsity(made.config, [], [], [])
+    return made
+
+
+def test_calibration():
+    """Half of the tokens predicted with 0.9, a third of these wrongly; the other half with 0.5, all rightly."""
+    tokens = torch.tensor([[0, 1, 1, 2, 1, 1, 1]])
+
+    def model(inputs):
+        probabilities = torch.full((1, 6, 8), 0.1 / 7)
+        probabilities[:, :3, 1] = 0.9
+        probabilities[:, 3:] = 0.5 / 7
+        probabilities[:, 3:, 1] = 0.5
+        return probabilities.log()
+
+    score = stand_in(model, tokens).score("dense")
+    assert score["accuracy"] == pytest.approx(5 / 6)
+    assert score["ece"] == pytest.approx(0.5 * abs(2 / 3 - 0.9) + 0.5 * (1 - 0.5), abs=1e-6)
+    assert sum(score["reliability"]["tokens"]) == 6
+    loss = -(2 * torch.tensor(0.9).log() + torch.tensor(0.1 / 7).log() + 3 * torch.tensor(0.5).log()) / 6
+    assert score["loss"] == pytest.approx(loss.item())
+
+
+class Characters:
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
+        return [0] * add_bos + list(text.encode())
+
+
+def test_cloze_items_and_a_model_that_knows_the_text(tmp_path):
+    for index in range(60):
+        lines = [f"word{index} = call_{line}(alpha{line}, beta) + gamma_{line % 7}  # !" for line in range(12)]
+        (tmp_path / f"{index}.py").write_text("\n".join(lines))
+    made = stand_in(None, torch.zeros(1, 1))
+    made.config.data.sources = [Source(type="text", path=str(tmp_path))]
+    made.config.data.validation_share, made.config.training.seq_len = 0.3, 256
+    made.tokenizer = Characters()
+    items = list(probe.cloze_items(made.config, 10))
+    assert items == list(probe.cloze_items(made.config, 10)) and len(items) == 10
+    for context, words in items:
+        assert context.endswith("+") and words[0].startswith(" gamma_")
+        assert len(set(words)) == 4 and all(word[0] == " " for word in words)
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+
+    def knows(rows):
+        logits = torch.zeros(*rows.shape, 128)
+        for place, row in enumerate(rows.tolist()):
+            for end in range(40, len(row)):
+                at = text.find(bytes(row[end - 39 : end + 1]).decode())
+                if at >= 0 and at + 40 < len(text):
+                    logits[place, end, ord(text[at + 40])] = 9
+        return logits
+
+    made.model = knows
+    assert made.cloze(10)["accuracy"] == 1.0
+    made.model = lambda rows: -knows(rows)
+    assert made.cloze(10)["accuracy"] == 0.0
+    made.config.data.validation_share = 0.0
+    assert made.cloze(10) == {"items": 0, "choices": 4, "accuracy": None, "standard_error": None}

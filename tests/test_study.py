@@ -1,0 +1,246 @@
+"""Studies: refused before anything runs, run, interrupted, resumed, collected, tabled and drawn."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from scripts import study
+from scripts.report import runs_table
+from tests.conftest import ROOT, rows
+
+RUNS = """
+[[runs]]
+name = "dense"
+recipe = "recipes/dense.toml"
+seeds = [0, 1]
+
+[[runs]]
+name = "groups"
+recipe = "recipes/groups_quarter.toml"
+"""
+
+
+@pytest.fixture
+def write(tiny, tmp_path):
+    """Write a study of tiny runs: `write(runs, **shared)` returns its file."""
+
+    def toml(word: str) -> str:
+        try:
+            tomllib.loads(f"x = {word}")
+        except tomllib.TOMLDecodeError:
+            return json.dumps(word)
+        return word
+
+    def write(runs: str, shared: str = "") -> Path:
+        keys = dict(zip((word[2:] for word in tiny[::2]), map(toml, tiny[1::2]), strict=True))
+        del keys["schedule.phases"]
+        folder = tmp_path / "question"
+        folder.mkdir(exist_ok=True)
+        file = folder / "study.toml"
+        lines = ['config = "configs/debug.toml"', *(f"{key} = {value}" for key, value in keys.items()), shared]
+        file.write_text("\n".join(lines) + "\n" + runs)
+        return file
+
+    return write
+
+
+def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as left by another job, and none of a run's business
+    failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\n'
+    file = write(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
+    words = [str(file), "--outputs", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "scripts.study", *words, "--only", "dense"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "dense_s0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "not complete: dense_s0; the same command goes on" in text
+    assert not (file.parent / "dense_s0").exists()
+
+    assert study.main([*words, "--jobs", "3"]) == 1
+    out, error = capfd.readouterr()
+    assert "3 to run, 3 at once" in out
+    assert f"error: failing_s0 failed, see {tmp_path}/out/failing_s0/log.txt" in error
+    assert "the run has diverged" in out
+    assert "resumed after step" in (tmp_path / "out" / "dense_s0" / "log.txt").read_text()
+    assert list(rows(file.parent / "dense_s0")) == list(range(1, 61))
+    assert not (file.parent / "failing_s0").exists()
+    assert json.loads((file.parent / "groups_s0" / "run.json").read_text())["runs_per_gpu"] == 3
+    assert "+0.0000 (+0.0%)" in out and "groups" in out
+    assert (file.parent / "loss.png").exists() and (file.parent / "front.png").exists()
+    assert not (file.parent / "loss_time.png").exists(), "the runs shared a machine"
+
+    assert study.main([*words, "--only", "dense", "groups_s0"]) == 0
+    assert "2 complete, 0 to run" in capfd.readouterr().out
+
+
+def test_complete_means_the_last_step_and_its_checkpoint(write, tmp_path):
+    file = write(RUNS)
+    run = study.read_study(file, tmp_path / "out").runs[0]
+    assert not study.is_complete(run, run.outputs)
+    run.outputs.mkdir(exist_ok=True)
+    config = study.resolved(run.config)
+    (run.outputs / "run.json").write_text(json.dumps({"config": config}))
+    line = {"step": 11, "loss": 1.0}
+    (run.outputs / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert not study.is_complete(run, run.outputs)
+    (run.outputs / "metrics.jsonl").write_text(json.dumps(line | {"step": 12}) + "\n")
+    assert not study.is_complete(run, run.outputs)
+    (run.outputs / "checkpoint").mkdir()
+    (run.outputs / "checkpoint" / "latest").write_text("step-12")
+    assert study.is_complete(run, run.outputs)
+    (run.outputs / "checkpoint" / "latest").unlink()
+    run.config.checkpoint.enable = False
+    assert study.is_complete(run, run.outputs)
+
+    # What changes nothing may differ, such as where it ran; a key that the run did not know counts as its default.
+    config["job"]["dump_folder"], config["metrics"]["log_freq"] = "elsewhere", 7
+    del config["router"]["spread"]
+    (run.outputs / "run.json").write_text(json.dumps({"config": config}))
+    assert study.is_complete(run, run.outputs)
+    config["optimizer"]["lr"] = 0.5
+    (run.outputs / "run.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 0.5, and the study says 0.003: give the run another name"):
+        study.is_complete(run, run.outputs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", "seed = 1", "run dense: the command line: unknown key seed"),
+        ("seeds = [0, 1]", "training.stepz = 1", "run dense: .*training.stepz; did you mean training.steps"),
+        ("seeds = [0, 1]", "seeds = []", "seeds = .* of run dense: give a list"),
+        ("seeds = [0, 1]", "debug.seed = 1", "run dense: debug.seed is the study's to set: use seeds"),
+        ("seeds = [0, 1]", 'job.dump_folder = "x"', "use --outputs instead"),
+        ("seeds = [0, 1]", "validation.enable = false", "set validation.enable = true"),
+        ("recipes/groups_quarter", "recipes/groups_third", "run groups: recipe = .*no such file"),
+        ('name = "groups"', 'name = "dense"', r"runs\[1\].name = \"dense\" is the name of another run"),
+        ('name = "groups"', 'name = "groups_s1"', r"runs\[1\].name = \"groups_s1\": .*which says the seed"),
+        ('name = "groups"', "", r"runs\[1\].name = null"),
+        ("[[runs]]", "[[run]]", "runs = .*give at least one"),
+        ("seeds = [0, 1]", "seeds = [0, 1", "is not valid TOML"),
+    ],
+)
+def test_refused_studies(write, tmp_path, old, new, message):
+    file = write(RUNS.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        study.read_study(file, tmp_path / "out")
+    assert not any(path.is_file() for path in tmp_path.glob("out/**/*"))
+
+
+def test_refused_arguments(write, tmp_path):
+    file = write(RUNS, 'plot = ["sense"]')
+    with pytest.raises(ConfigError, match="plot names no run sense: there are dense, groups"):
+        study.read_study(file, tmp_path / "out")
+    words = [str(write(RUNS)), "--outputs", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match=r"--only sense: no such run .* there are dense_s0, dense_s1, groups_s0"):
+        study.main([*words, "--only", "sense"])
+    with pytest.raises(ConfigError, match="--jobs 0"):
+        study.main([*words, "--jobs", "0"])
+    with pytest.raises(ConfigError, match=r"cannot be read .*there are docs/studies/recipes_160m/study.toml"):
+        study.read_study(tmp_path / "nothing.toml")
+
+
+def test_a_run_goes_over_what_all_share(write, tmp_path):
+    file = write(RUNS + "training.steps = 7\n", 'model.converters = []\ndebug.deterministic = true\nplot = ["groups"]')
+    found = study.read_study(file, tmp_path / "out")
+    assert [run.name for run in found.runs] == ["dense_s0", "dense_s1", "groups_s0"]
+    assert [run.config.training.steps for run in found.runs] == [12, 12, 7]
+    assert [run.config.debug.seed for run in found.runs] == [0, 1, 0]
+    assert all(run.config.debug.deterministic for run in found.runs)
+    assert found.plot == ["groups"]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docs/studies/*/study.toml")), ids=lambda file: file.parent.name)
+def test_committed_studies_are_valid(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "check_data", lambda config: None)  # the corpus is not here
+    found = study.read_study(file, tmp_path)
+    assert {run.config.training.steps for run in found.runs} <= {40, 1000}
+    assert any(run.name == "dense_s0" for run in found.runs)
+
+
+def test_gpus_are_taken_in_turn(write, tmp_path, monkeypatch):
+    """Eight runs on two GPUs, three at once: a stand-in for train.py writes down what it was given."""
+    runs = [f'[[runs]]\nname = "r{index}"\nrecipe = "recipes/dense.toml"\n' for index in range(5)]
+    found = study.read_study(write("\n".join(runs)), tmp_path / "out").runs
+    for run in found:
+        run.command = [str(run.outputs / "gpu")]
+    (tmp_path / "train.py").write_text(
+        "import os, sys, time\n"
+        "open(sys.argv[1], 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', ''))\n"
+        "time.sleep(0.3)\n"
+    )
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    launcher = study.Launcher(3, ["4", "6"], time.monotonic() + 60)
+    launcher.run(found)
+    assert launcher.runs_per_gpu == 2
+    assert len(launcher.interrupted) == 5, "ended well but logged nothing"
+    gpus = [(run.outputs / "gpu").read_text() for run in found]
+    assert gpus[:3] == ["4", "6", "4"]
+    assert set(gpus) == {"4", "6"}
+    late = study.Launcher(1, [], time.monotonic())
+    late.run(found[:2])
+    assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def write_result(folder: Path, loss: float, seed: int, sparse: bool, runs_per_gpu: int | None = 1) -> None:
+    folder.mkdir()
+    phases = [["dense", 1, 20], ["sparse", 21, 80], ["dense", 81, 100]] if sparse else [["dense", 1, 100]]
+    about = {
+        "config": {"model": {"name": "llama", "flavor": "160m"}, "debug": {"seed": seed}},
+        "corpus": {"documents": 10, "copies": 3, "file_bytes": 2_000_000},
+        "parameters": 1_000_000,
+        "phases": phases,
+        "flops_per_token": {"dense": 100.0, "sparse_pattern": 50.0, "sparse_executed": 75.0},
+        "versions": {"torch": "2", "torchtitan": "0.2.2", "triton": "3"},
+        "hardware": {"device": "GPU", "ranks": 1},
+        "commit": "abcdefabcdef",
+        "date": "2026-01-02T03:04:05",
+    }
+    if runs_per_gpu is not None:
+        about["runs_per_gpu"] = runs_per_gpu
+    (folder / "run.json").write_text(json.dumps(about))
+    before = None
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in (1, *range(10, 101, 10)):
+            phase = next(mode for mode, start, stop in phases if start <= step <= stop)
+            # The first logged line of a phase compiles, and so is slow; sparse steps are twice as fast.
+            speed = 1000.0 * (1 + (phase == "sparse")) / (100 if phase != before else 1)
+            before = phase
+            line = {"step": step, "phase": phase, "loss": loss, "tokens": step * 100, "tokens_per_second": speed}
+            if step % 50 == 0:
+                line |= {"val_loss": loss + (100 - step), "val_bpb": loss / 2}
+            file.write(json.dumps(line) + "\n")
+
+
+def test_table_of_seeds(tmp_path):
+    for seed, loss in ((0, 2.0), (1, 2.2)):
+        write_result(tmp_path / f"dense_s{seed}", loss, seed, sparse=False)
+    write_result(tmp_path / "groups_s0", 2.121, 0, sparse=True)
+    write_result(tmp_path / "shared_s0", 2.0, 0, sparse=True, runs_per_gpu=2)
+    lines = runs_table(tmp_path).splitlines()
+    assert lines[0] == "| run | seeds | sparse | validation loss | minus dense | bits/byte | FLOPs | tokens/s | time |"
+    assert lines[2] == "| `shared` | 1 | 60% | 2.0000 | -0.1000 (-4.8%) | 1.0000 | 85% (70%) | -, - | - |"
+    # Dense: 100 tokens a step, 1000 a second. Groups: 60 of the 100 steps at twice that.
+    assert lines[3] == (
+        "| `dense` | 2 | 0% | 2.1000 ± 0.1414 | +0.0000 (+0.0%) | 1.0500 | 100% (100%) | 1k, - | 10 s |"
+    )
+    assert lines[4] == "| `groups` | 1 | 60% | 2.1210 | +0.0210 (+1.0%) | 1.0605 | 85% (70%) | 1k, 2k | 7 s |"
+    assert "10 documents (2 MB, 3 copies left out); 1 x GPU" in lines[6]
+    assert "commit abcdefabcd" in lines[6]
+    padded = runs_table(tmp_path, pad=True).splitlines()
+    assert " ".join(padded[0].split()) == lines[0].strip("| ").replace(" |", "")
+    assert all(len(line) <= 120 for line in padded)
