@@ -4,6 +4,8 @@ Columns (a row has those that apply):
 
     step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
     tokens_per_second (all ranks), step_seconds, peak_memory_gib
+    switch_seconds    entering the phase since the row before: clustering, fitting the scales
+    graphs_compiled   graphs that torch.compile made since the row before: in the first step of either mode, then none
     mfu           model FLOPs utilisation in percent, dense-equivalent: FLOPs of the dense model over time and peak
     mfu_executed  the same with the FLOPs that the backend executed, recomputation for checkpointing not counted
     val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
@@ -45,6 +47,8 @@ class Metrics(MetricsProcessor):
         self.writes = dist.get_rank() == 0
         self.steps_since_last_log = 0
         self.log_next = False
+        self.switch_seconds = 0.0
+        self.graphs_compiled = 0
         self.row: dict[str, Any] = {}
         # FLOPs executed over those of the dense model, a phase; the trainer knows what its backend executes.
         self.executed_share = {"dense": 1.0, "sparse": 1.0}
@@ -95,6 +99,8 @@ class Metrics(MetricsProcessor):
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
             "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
             "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+            "switch_seconds": self.switch_seconds,
+            "graphs_compiled": self.graphs_compiled,
         }
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops
@@ -117,6 +123,8 @@ class Metrics(MetricsProcessor):
         logger.info(self._line(row))
         self.ntokens_since_last_log = 0
         self.steps_since_last_log = 0
+        self.switch_seconds = 0.0
+        self.graphs_compiled = 0
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
@@ -137,6 +145,8 @@ class Metrics(MetricsProcessor):
         if "val_loss" in row:
             sparse = f" ({row['val_loss_sparse']:.4f} sparse)" if "val_loss_sparse" in row else ""
             parts.append(f"{color.yellow}val {row['val_loss']:.4f}{sparse} {row['val_bpb']:.3f} bpb{color.reset}")
+        if row["graphs_compiled"]:
+            parts.append(f"{row['graphs_compiled']} graphs compiled")
         parts.append(f"{_duration((steps - row['step']) * row['step_seconds'])} left")
         return "  ".join(parts)
 

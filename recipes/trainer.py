@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
@@ -58,7 +59,7 @@ class SparseTrainer(titan.Trainer):
     checkpointer: SafeCheckpointManager
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
-        _set_up_process(config)
+        set_up_process(config)
         self.lock = _lock(config)
         self.interrupted = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -123,8 +124,10 @@ class SparseTrainer(titan.Trainer):
 
     def _enter_phase(self) -> None:
         began = time.perf_counter()
-        if self.sparsity.enter(self.step):
-            seconds = time.perf_counter() - began
+        changed = self.sparsity.enter(self.step)
+        seconds = time.perf_counter() - began
+        self.metrics_processor.switch_seconds += seconds
+        if changed:
             logger.info(f"step {self.step}: {self.sparsity.phase} phase begins (switched in {seconds:.1f} s)")
 
     def _train_validate_log(self, batches) -> None:
@@ -135,7 +138,9 @@ class SparseTrainer(titan.Trainer):
         sparse = self.sparsity.phase == "sparse"
         flips = metrics.should_log(self.step) and sparse and config.weights.pattern == "2:4"
         masks = self.sparsity.weight_masks() if flips else None
+        graphs = _graphs_compiled()
         self.train_step(batches)
+        metrics.graphs_compiled += _graphs_compiled() - graphs
         metrics.steps_since_last_log += 1
         if not metrics.should_log(self.step):
             return
@@ -253,6 +258,11 @@ def commit() -> str | None:
         return None
 
 
+def _graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def _lock(config: JobConfig) -> FileLock:
     """Hold the dump folder for as long as this process lives: two runs in one would spoil each other's files."""
     lock = FileLock(Path(config.job.dump_folder) / ".lock")
@@ -267,7 +277,7 @@ def _lock(config: JobConfig) -> FileLock:
     return lock
 
 
-def _set_up_process(config: JobConfig) -> None:
+def set_up_process(config: JobConfig) -> None:
     """Run as one process where torchrun did not start this, and let rank 0 alone speak."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:

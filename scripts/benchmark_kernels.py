@@ -13,10 +13,10 @@ Right comes first (`scripts/check_kernels.py`), and a contender that is not gets
 
 Then fast. Contenders take turns, round by round, so that all of them see the same clocks and temperatures; a
 contender's time is its median over the rounds, its speed-up that of dense over its own. Each turn starts with a step
-that is not timed. Python's garbage collector is off, as torchtitan's trainer has it: with the compiler's objects around,
-one collection costs tens of milliseconds. cuBLAS's dense products take their turns in the same rounds. Our products' rates come from the short
-profile that follows, when the GPU is a little cooler: there cuBLAS itself reaches 100 to 112% of its rate in the
-rounds. Memory is the peak of forward and backward beyond inputs and weights, results included.
+that is not timed. Python's garbage collector is off, as torchtitan's trainer has it. cuBLAS's dense products take their
+turns in the same rounds. Our products' rates come from the short profile that follows, when the GPU is a little cooler:
+there cuBLAS itself reaches 100 to 112% of its rate in the rounds. Memory is the peak of forward and backward beyond
+inputs and weights, results included.
 
 Where the time goes is read off the profiler's kernels. Ours are known by the operator that launched them and its
 thread (the backward pass has its own), a 2:4 product by its shapes as well, a cuBLAS kernel by the shapes of its

@@ -1,0 +1,438 @@
+"""Measure whole training steps: what a sparse step costs beside a dense one, and beside what else a user could run.
+
+    python -m scripts.benchmark --config configs/7b_slice.toml --out docs/training/7b_slice
+    python -m scripts.benchmark --config configs/1b.toml --contenders dense groups_quarter --training.local_batch_size 2
+
+A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
+all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
+dense for 10 steps, sparse for 20 and dense for 10 again, so that its sparse steps are compared with dense steps of the
+same process, seconds apart; what is dense throughout takes 25 steps. Contenders take turns, `--rounds` times.
+
+A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
+graphs were compiled, allocations were new (the first five steps) or the profiler was on are left out. A contender whose
+loss does not fall by 0.2 gets no time.
+
+The whole run is reckoned from that: the recipe's own dense and sparse steps at these times, over all of them dense. The
+one trace of a step in each mode says where its time goes: kernels by the operator that launched them, a matrix product
+by its shapes, `idle` being what is left of the step.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from configs.errors import ConfigError, exit_with
+from configs.loader import ROOT, load_config
+from configs.schema import JobConfig
+from models.llama import LlamaArgs
+from recipes.check import check_config
+from recipes.data import check_data
+from scripts.plot import GREY, PALETTE, STYLE, read_lines
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
+
+
+@dataclass(frozen=True)
+class Contender:
+    about: str
+    words: tuple[str, ...]
+    """Its own keys of train.py."""
+
+    program: tuple[str, ...] = ("train.py",)
+
+
+def _recipe(name: str, about: str, *words: str) -> Contender:
+    return Contender(about, ("--recipe", f"recipes/{name}.toml", *words))
+
+
+def _torchtitan(model: str, about: str) -> Contender:
+    words = ("--recipe", "recipes/dense.toml", "--model.name", model)
+    return Contender(about, words, ("-m", "scripts.titan_baseline"))
+
+
+FIRST_2OF4 = ("--weights.pattern", "2:4", "--weights.products", "[1]")
+TOKENS = ("--activations.cut_along_tokens", "true")
+FLOAT8 = ("--model.converters", '["quantize.linear.float8"]', "--quantize.linear.float8.recipe_name", "rowwise")
+
+CONTENDERS = {
+    "torchtitan_swiglu": _torchtitan("llama_swiglu", "torchtitan's trainer and Llama, SwiGLU"),
+    "torchtitan_relu2": _torchtitan("llama_relu2", "torchtitan's trainer, squared ReLU"),
+    "dense": _recipe("dense", "squared ReLU, dense"),
+    "float8": _recipe("dense", "the same in torchao's row-wise float8", *FLOAT8),
+    "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
+    "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too", *TOKENS),
+    "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", *TOKENS),
+    "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", *TOKENS),
+    "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
+    "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
+    "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", *FIRST_2OF4),
+    "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", *FIRST_2OF4),
+    "groups_eighth_float8": _recipe("groups_eighth", "an eighth, and row-wise float8 elsewhere", *FLOAT8),
+}
+
+WINDOW = 5  # steps between two rows
+PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 40}]'
+PROFILED = 20  # step 20 is traced and, of a run with a sparse phase, step 40; the profiler warms up in the 3 before
+STEPS = {"sparse": 40, "dense": 25}
+FALLS = 0.2  # nats that the loss has to fall by
+
+# Where a step's time goes, and the colours of the parts.
+PARTS = {
+    "FFN": VERMILION,
+    "attention": BLUE,
+    "projections": SKY,
+    "head and loss": GREEN,
+    "optimizer": PURPLE,
+    "communication": ORANGE,
+    "other": "#C4C4C4",
+    "idle": "#EEEEEE",
+}
+
+
+def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: LlamaArgs) -> str:
+    """Which of PARTS a kernel belongs to.
+
+    Args:
+        op: the operator that launched it, or the name of a compiled graph's kernel.
+        shapes: of the operator's tensors.
+        kernel: its own name.
+        tokens: in a micro-batch.
+        args: the model's arguments, with its vocabulary.
+    """
+    if "nccl" in kernel or op.startswith(("c10d::", "fsdp::")):
+        return "communication"
+    if "mm" in op and len(shapes) > 1:
+        sizes = [*shapes[0], shapes[1][1]]
+        if tokens in sizes:
+            sizes.remove(tokens)  # what is left are the weight's; the FFN may be as wide as there are tokens
+        if args.vocab_size in sizes:
+            return "head and loss"
+        # torchtitan's SwiGLU takes two thirds of the width, rounded up.
+        swiglu = -(-int(2 * args.hidden_dim / 3) // args.multiple_of) * args.multiple_of
+        return "FFN" if {args.hidden_dim, swiglu} & set(sizes) else "projections"
+    for part, pattern in (
+        ("FFN", r"sparsetitan::|relu|silu|sigmoid|groups_|venom_|two_four|argmax|sort"),
+        ("attention", r"attention|flash|fmha|sdpa"),
+        ("head and loss", r"softmax|nll|cross_entropy"),
+        ("optimizer", r"adam|_foreach|multi_tensor"),
+    ):
+        if re.search(pattern, op) or re.search(pattern, kernel):
+            return part
+    return "other"
+
+
+def parts_of(trace: list[dict[str, Any]], tokens: int, args: LlamaArgs) -> dict[str, float]:
+    """Milliseconds of a step by part, from the events of a Chrome trace of one step with shapes; see `part_of`."""
+    ops = {event["args"].get("External id"): event for event in trace if event.get("cat") == "cpu_op"}
+    kernels = [event for event in trace if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    parts: Counter[str] = Counter()
+    busy = end = 0.0
+    for kernel in sorted(kernels, key=lambda event: event["ts"]):
+        op = ops.get(kernel["args"].get("External id"), {"name": "", "args": {}})
+        shapes = [shape for shape in op["args"].get("Input Dims", []) if shape and isinstance(shape[0], int)]
+        parts[part_of(op["name"], shapes, kernel["name"], tokens, args)] += kernel["dur"] / 1e3
+        # Kernels on other streams overlap: what two share is busy once.
+        busy += max(0.0, kernel["ts"] + kernel["dur"] - max(end, kernel["ts"])) / 1e3
+        end = max(end, kernel["ts"] + kernel["dur"])
+    if kernels:
+        parts["idle"] = (end - min(kernel["ts"] for kernel in kernels)) / 1e3 - busy
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def titan_rows(log: str, tokens: int) -> list[dict[str, Any]]:
+    """torchtitan's console lines as rows of metrics.jsonl."""
+    line = re.compile(r"step: *(\d+) .*loss: *([\d.]+|nan) .*memory: *([\d.]+)GiB.*tps: *([\d,]+)")
+    rows = []
+    for match in line.finditer(re.sub(r"\x1b\[[\d;]*m", "", log)):
+        step, loss, memory, rate = match.groups()
+        seconds = tokens / float(rate.replace(",", ""))
+        row = {"step": int(step), "phase": "dense", "loss": float(loss), "step_seconds": seconds}
+        rows.append(row | {"peak_memory_gib": float(memory), "switch_seconds": 0.0, "graphs_compiled": 0})
+    return rows
+
+
+def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one run's rows say: see the module docstring for which of them count.
+
+    Returns:
+        seconds: by mode, those of a step, a window each. peak_gib: by mode. switch_seconds: entering the sparse phase.
+        graphs: steps at which graphs were compiled, and how many. losses: first and last.
+    """
+    seconds: dict[str, list[float]] = {}
+    peak: dict[str, float] = {}
+    for row in rows:
+        mode, step = row["phase"], row["step"]
+        peak[mode] = max(peak.get(mode, 0.0), row["peak_memory_gib"])
+        profiled = -(-step // PROFILED) * PROFILED - 3 <= step
+        if step > WINDOW and not profiled and not row["graphs_compiled"]:
+            seconds.setdefault(mode, []).append(row["step_seconds"])
+    return {
+        "seconds": seconds,
+        "peak_gib": peak,
+        "switch_seconds": max(row["switch_seconds"] for row in rows),
+        "graphs": {row["step"]: row["graphs_compiled"] for row in rows if row["graphs_compiled"]},
+        "losses": [rows[0]["loss"], rows[-1]["loss"]],
+    }
+
+
+class Turn:
+    """One run of a contender.
+
+    Args:
+        name: of the contender.
+        common: keys of train.py for all contenders.
+        folder: where it runs.
+        gpus: processes, a GPU each.
+    """
+
+    def __init__(self, name: str, common: list[str], folder: Path, gpus: int) -> None:
+        self.name, self.folder, self.gpus = name, folder, gpus
+        self.program = CONTENDERS[name].program
+        words = [*common, *CONTENDERS[name].words]
+        config, _ = load_config(words)
+        self.args, spans = check_config(config)
+        self.sparse_share = sum(span.stop - span.start for span in spans if span.mode == "sparse") / spans[-1].stop
+        self.mode = "sparse" if self.sparse_share else "dense"
+        words += ["--training.steps", str(STEPS[self.mode]), "--metrics.log_freq", str(WINDOW)]
+        words += [
+            "--validation.enable",
+            "false",
+            "--checkpoint.enable",
+            "false",
+            "--metrics.enable_tensorboard",
+            "false",
+        ]
+        words += ["--lr_scheduler.warmup_steps", "10", "--job.dump_folder", str(folder)]
+        if self.mode == "sparse":
+            words += ["--schedule.phases", PHASES]
+        if torch.cuda.is_available():
+            words += ["--profiling.enable_profiling", "true", "--profiling.profile_freq", str(PROFILED)]
+        self.words = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
+        self.config: JobConfig = load_config(self.words)[0]
+        check_config(self.config)
+        check_data(self.config)
+
+    def run(self) -> dict[str, Any]:
+        """Run it.
+
+        Returns:
+            what `measured` does, tokens (a step's), parts (by mode, of the traced steps), about (of run.json), and
+            failed: why its times do not count, empty if they do.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable]
+        if self.gpus > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
+        log = self.folder / "log.txt"
+        with log.open("w") as file:
+            process = subprocess.run(
+                [*command, *self.program, *self.words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+        if process.returncode:
+            tail = log.read_text(errors="replace").splitlines()[-1:]
+            return {"failed": f"status {process.returncode}, see {log}: {' '.join(tail)[:200]}"}
+        training = self.config.training
+        batch = training.global_batch_size
+        tokens = training.seq_len * (batch if batch > 0 else training.local_batch_size * self.gpus)
+        about: dict[str, Any] = {}
+        if self.program == ("train.py",):
+            rows = read_lines(self.folder / "metrics.jsonl")
+            run = json.loads((self.folder / "run.json").read_bytes())
+            about = {key: run[key] for key in ("parameters", "vocabulary", "backend", "flops_per_token", "peak_flops")}
+            self.args.vocab_size = run["vocabulary"]
+        else:
+            rows = titan_rows(log.read_text(), tokens // self.gpus)
+            self.args.vocab_size = self.config.tokenizer.vocab_size
+        result = measured(rows) | {"tokens": tokens, "about": about, "parts": {}, "failed": ""}
+        for step in range(PROFILED, STEPS[self.mode] + 1, PROFILED):
+            for trace in self.folder.glob(f"profile_traces/iteration_{step}/rank0_trace.json"):
+                mode = self.mode if step == PROFILED else "dense"
+                micro = training.seq_len * training.local_batch_size
+                result["parts"][mode] = parts_of(json.loads(trace.read_bytes())["traceEvents"], micro, self.args)
+        first, last = result["losses"]
+        if not last < first - FALLS:
+            result["failed"] = f"the loss does not fall: {first:.3f}, then {last:.3f}"
+        return result
+
+
+def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]:
+    """A contender's rounds as one entry.
+
+    Args:
+        turns: of `Turn.run`.
+        sparse_share: share of the recipe's steps that are sparse.
+
+    Returns:
+        failed; and where nothing did: ms and tokens_per_second by mode (medians), rounds (all windows, ms), speedup
+        (own dense step over sparse step), whole (all steps dense over the recipe's), and what the last turn says of
+        memory, parts, switch, graphs and losses.
+    """
+    failed = "; ".join(dict.fromkeys(turn["failed"] for turn in turns if turn["failed"]))
+    if failed:
+        return {"failed": failed}
+    last = turns[-1]
+    windows = {mode: [1e3 * s for turn in turns for s in turn["seconds"][mode]] for mode in last["seconds"]}
+    ms = {mode: statistics.median(times) for mode, times in windows.items()}
+    entry: dict[str, Any] = {
+        "failed": "",
+        "ms": ms,
+        "rounds": windows,
+        "tokens_per_second": {mode: 1e3 * last["tokens"] / time for mode, time in ms.items()},
+    }
+    if "sparse" in ms:
+        speedup = ms["dense"] / ms["sparse"]
+        whole = 1 / (1 - sparse_share + sparse_share / speedup)
+        entry |= {"speedup": speedup, "sparse_share": sparse_share, "whole": whole}
+    kept = ("peak_gib", "parts", "switch_seconds", "graphs", "losses", "tokens", "about")
+    return entry | {key: last[key] for key in kept}
+
+
+def text_table(result: dict[str, Any]) -> str:
+    """The result for a terminal."""
+    lines = [
+        f"{'':<22}{'dense ms':>10}{'sparse ms':>11}{'tokens/s':>10}{'sparse/dense':>14}{'whole run':>11}"
+        f"{'peak GiB':>10}  backend"
+    ]
+    for name, entry in result["contenders"].items():
+        if entry["failed"]:
+            lines.append(f"{name:<22}{entry['failed']}"[:120])
+            continue
+        mode = "sparse" if "sparse" in entry["ms"] else "dense"
+        line = f"{name:<22}{entry['ms']['dense']:>10.1f}"
+        line += f"{entry['ms']['sparse']:>11.1f}" if mode == "sparse" else f"{'-':>11}"
+        line += f"{entry['tokens_per_second'][mode]:>10,.0f}"
+        line += f"{entry['speedup']:>13.2f}x{entry['whole']:>10.2f}x" if mode == "sparse" else f"{'-':>14}{'-':>11}"
+        lines.append(line + f"{entry['peak_gib'][mode]:>10.1f}  {entry['about'].get('backend', {}).get('name', '')}")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """A bar a contender and mode: a step's milliseconds by part, or in one colour where no trace tells them apart."""
+    bars = []
+    for name, entry in result["contenders"].items():
+        if not entry["failed"]:
+            bars += [(name, mode, entry) for mode in ("dense", "sparse") if mode in entry["ms"] and _shown(name, mode)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.2 + 0.36 * len(bars)), layout="constrained", dpi=150)
+        axes = figure.subplots()
+        for place, (_, mode, entry) in enumerate(bars):
+            left, parts = 0.0, entry["parts"].get(mode, {})
+            # Of one traced step; scaled, since what is measured is the step's time without the profiler.
+            scale = entry["ms"][mode] / sum(parts.values()) if parts else 1.0
+            for part, time in (parts or {"other": entry["ms"][mode]}).items():
+                axes.barh(place, scale * time, 0.72, left, color=PARTS[part], label=part)
+                left += scale * time
+            note = f"{left:.0f} ms" + (f", {entry['speedup']:.2f}x" if mode == "sparse" else "")
+            axes.annotate(note, (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color=GREY)
+        labels = [f"{name}, {mode}" if "speedup" in entry else name for name, mode, entry in bars]
+        axes.set_yticks(range(len(bars)), labels)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("milliseconds of a training step; x: over a dense step of the same run")
+        handles, names = axes.get_legend_handles_labels()
+        unique = dict(zip(names, handles, strict=True))
+        figure.legend(
+            [unique[part] for part in PARTS if part in unique],
+            [part for part in PARTS if part in unique],
+            loc="outside upper center",
+            ncols=len(PARTS),
+            fontsize=9,
+        )
+        figure.savefig(file)
+
+
+def _shown(name: str, mode: str) -> bool:
+    """Every sparse run has the same dense steps: one bar of them is enough."""
+    return mode == "sparse" or name in ("torchtitan_swiglu", "torchtitan_relu2", "dense", "float8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark", description="Measure training steps. Other keys are train.py's, for all."
+    )
+    parser.add_argument("--config", required=True, help="the job, such as configs/7b_slice.toml")
+    parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], metavar="NAME", help="default: all")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each; default: 2")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of a run, a GPU each; default: 1")
+    parser.add_argument("--out", type=Path, help="folder for training.json and .png; default: docs/training/CONFIG")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, keys = parser.parse_known_args(arguments)
+    for name in options.contenders:
+        if name not in CONTENDERS:
+            raise ConfigError(f"--contenders {name}: no such contender; there are {', '.join(CONTENDERS)}")
+    if options.rounds < 1 or options.gpus < 1:
+        raise ConfigError(f"--rounds {options.rounds} --gpus {options.gpus}: give 1 or more")
+    if torch.cuda.is_available() and torch.cuda.device_count() < options.gpus:
+        raise ConfigError(f"--gpus {options.gpus}: this machine has {torch.cuda.device_count()}")
+    words = [word for key in keys for word in (key.split("=", 1) if key.startswith("--") and "=" in key else [key])]
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise ConfigError(f"{shlex.join(keys)}: give keys of train.py as --key value")
+    stem = Path(options.config).stem
+    out = options.out or ROOT / "docs" / "training" / stem
+    common = ["--config", options.config, *words]
+    names = list(dict.fromkeys(options.contenders))
+    turns = [
+        [Turn(name, common, Path("outputs/benchmark") / stem / f"{name}-{turn}", options.gpus) for name in names]
+        for turn in range(options.rounds)
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    summary = describe(turns[0][0], ["python", "-m", "scripts.benchmark", *arguments], options.gpus)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number, row in enumerate(turns, 1):
+        for turn in row:
+            began = time.monotonic()
+            result = turn.run()
+            results.setdefault(turn.name, []).append(result)
+            times = {mode: f"{1e3 * statistics.median(s):.1f} ms" for mode, s in result.get("seconds", {}).items()}
+            said = result["failed"] or ", ".join(f"{mode} {time}" for mode, time in times.items())
+            print(f"round {number}, {turn.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+            about = {"what": CONTENDERS[turn.name].about}
+            summary["contenders"][turn.name] = about | combined(results[turn.name], turn.sparse_share)
+            (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"\n{text_table(summary)}\n\n{out / 'training.json'}")
+    failed = [name for name, entry in summary["contenders"].items() if entry["failed"]]
+    if len(failed) < len(names):
+        draw(summary, out / "training.png")
+        print(out / "training.png")
+    return int(bool(failed))
+
+
+def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
+    """What the figures stand beside: command, commit, date, machine, versions and job; contenders, empty."""
+    git = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    config, packages = turn.config, ("torch", "torchtitan", "torchao", "triton")
+    return {
+        "command": shlex.join(command),
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "gpus": gpus},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "model": config.model.flavor,
+        "sequence": config.training.seq_len,
+        "batch": config.training.local_batch_size,
+        "activation_checkpoint": config.activation_checkpoint.mode,
+        "compile": config.compile.enable,
+        "contenders": {},
+    }
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        exit_with(error)

@@ -1,0 +1,62 @@
+"""torchtitan's own trainer, as it is, on a job of this project: what `scripts/benchmark.py` compares with.
+
+    python -m scripts.titan_baseline --config configs/7b_slice.toml --model.name llama_swiglu
+
+takes the keys of train.py. Trainer, metrics, loss, optimizer and parallelism are torchtitan's; so is the model where
+model.name = "llama_swiglu". Only the tokenizer and the batches are those that train.py would read, so that both see the
+same tokens. Dense from the first step to the last, whatever the recipe says, and nothing is saved or validated.
+"""
+
+import sys
+
+import torch.distributed as dist
+
+import configs.titan as titan
+from configs.errors import ConfigError, exit_with
+from configs.loader import load_config
+from models.llama import Llama
+from recipes.check import check_config
+from recipes.data import build_dataloader, check_data
+from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
+from recipes.trainer import set_up_process
+
+
+def main(words: list[str]) -> None:
+    config, _ = load_config(words)
+    args, _ = check_config(config)
+    check_data(config)
+    config.metrics.verbose = True
+    config.validation.enable = config.checkpoint.enable = False
+    set_up_process(config)
+    config.model.hf_assets_path = prepare_tokenizer(config)
+    args.vocab_size = len(token_bytes(config.model.hf_assets_path))
+    model: type = Llama
+    if args.swiglu:
+        # torchtitan takes two thirds of 4 d times this factor, rounded up to a multiple of 64, as we do of hidden_dim.
+        args.ffn_dim_multiplier = args.hidden_dim / (4 * args.dim)
+        model = titan.Transformer
+    spec = titan.TrainSpec(
+        model_cls=model,
+        model_args={config.model.flavor: args},
+        parallelize_fn=titan.parallelize_llama,
+        pipelining_fn=None,
+        build_optimizers_fn=titan.build_optimizers,
+        build_lr_schedulers_fn=titan.build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=titan.build_cross_entropy_loss,
+    )
+    titan.use_train_spec(config.model.name, spec, titan.CheckpointManager)
+    trainer = titan.Trainer(config)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        exit_with(error)
