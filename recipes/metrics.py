@@ -99,8 +99,6 @@ class Metrics(MetricsProcessor):
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
             "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
             "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
-            "switch_seconds": self.switch_seconds,
-            "graphs_compiled": self.graphs_compiled,
         }
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops
@@ -108,6 +106,7 @@ class Metrics(MetricsProcessor):
     def finish(self, phase: str, extra: dict[str, float]) -> None:
         """Complete the row with what was measured after the training step, and write it everywhere."""
         row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
+        row |= {"switch_seconds": self.switch_seconds, "graphs_compiled": self.graphs_compiled}
         if "mfu" in row:
             row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
         if self.writes:

@@ -5,11 +5,11 @@
 
 A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
 all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
-dense for 10 steps, sparse for 20 and dense for 10 again, so that its sparse steps are compared with dense steps of the
-same process, seconds apart; what is dense throughout takes 25 steps. Contenders take turns, `--rounds` times.
+dense for 10 steps, sparse for 20 and dense for 30 again, so that its sparse steps are compared with dense steps of the
+same process, seconds apart; what is dense throughout takes 30 steps. Contenders take turns, `--rounds` times.
 
 A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
-graphs were compiled, allocations were new (the first five steps) or the profiler was on are left out. A contender whose
+graphs were compiled or memory was new, the profiler was on or its trace was written are left out. A contender whose
 loss does not fall by 0.2 gets no time.
 
 The whole run is reckoned from that: the recipe's own dense and sparse steps at these times, over all of them dense. The
@@ -86,9 +86,9 @@ CONTENDERS = {
 }
 
 WINDOW = 5  # steps between two rows
-PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 40}]'
-PROFILED = 20  # step 20 is traced and, of a run with a sparse phase, step 40; the profiler warms up in the 3 before
-STEPS = {"sparse": 40, "dense": 25}
+PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 60}]'
+PROFILED = 30  # step 30 is traced, the last of the sparse ones, and of such a run step 60, a dense one
+STEPS = {"sparse": 60, "dense": 30}
 FALLS = 0.2  # nats that the loss has to fall by
 
 # Where a step's time goes, and the colours of the parts.
@@ -178,8 +178,9 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         mode, step = row["phase"], row["step"]
         peak[mode] = max(peak.get(mode, 0.0), row["peak_memory_gib"])
-        profiled = -(-step // PROFILED) * PROFILED - 3 <= step
-        if step > WINDOW and not profiled and not row["graphs_compiled"]:
+        # Its last steps warm the profiler up, or its first ones wait for the trace of the step before to be written.
+        traced = step % PROFILED in (0, WINDOW) and step > WINDOW
+        if step > WINDOW and not traced and not row["graphs_compiled"]:
             seconds.setdefault(mode, []).append(row["step_seconds"])
     return {
         "seconds": seconds,
