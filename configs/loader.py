@@ -291,6 +291,25 @@ def resolved(config: JobConfig) -> dict[str, Any]:
     return values
 
 
+def restored(values: dict[str, Any], source: str) -> JobConfig:
+    """The configuration that `resolved` made a run.json's of.
+
+    Args:
+        values: nested dictionaries; keys that they lack keep their defaults.
+        source: the file, for messages.
+
+    Raises:
+        ConfigError: a key that the schema does not have any more, or a value that does not fit it.
+    """
+    kept = dict(values)
+    for key in REPLACED:  # a run of an older release may still name them
+        section, _, name = key.partition(".")
+        if isinstance(kept.get(section), dict):
+            kept[section] = {other: value for other, value in kept[section].items() if other != name}
+    _check(JobConfig, kept, "", source)
+    return _build(JobConfig, kept)
+
+
 def _describe(cls: type, prefix: str = "") -> list[str]:
     """A line a key: its name, default and the first sentence of what the schema says of it."""
     lines = []
