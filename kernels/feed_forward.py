@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import groups, hopper, venom
+from kernels.causal import Preceding
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups
 from kernels.two_four.pack import soft_threshold_pack
@@ -147,7 +148,7 @@ def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) ->
 
 
 def backend(
-    pattern: Pattern | None,
+    pattern: Pattern | Preceding | None,
     weight_products: tuple[int, ...],
     cut_along_tokens: bool,
     width: int,
@@ -178,6 +179,8 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
+        case Preceding():
+            return "reference", "no kernels for a choice made from the block before"
         case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
@@ -195,7 +198,7 @@ def sparse_feed_forward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Preceding | None = None,
     w1_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     cut_along_tokens: bool = False,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, Venom, hidden_activations, route_tokens, sparse_feed_forward
+from kernels import Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
 from kernels.venom.reference import COLUMNS
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
@@ -28,7 +28,7 @@ torch._dynamo.config.specialize_float = True
 class FeedForwardSparsity:
     """What a sparse phase does to an FFN."""
 
-    pattern: Pattern | None = None
+    pattern: Pattern | Preceding | None = None
     """What h is cut to."""
 
     weight_products: tuple[int, ...] = ()

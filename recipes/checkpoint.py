@@ -433,6 +433,7 @@ def _first_of_all_ranks(reason: str | None) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
+    """What went wrong, on one line; of a torch.distributed.checkpoint failure the first rank's."""
     if isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     lines = str(error).splitlines() or [""]

@@ -13,46 +13,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from configs.errors import ConfigError, exit_with
 from models.hugging_face import import_transformers
-from recipes.restore import find_checkpoint
+from recipes.restore import Checkpoint, find_checkpoint
 from scripts.export_hf import export_assets, export_weights
 
 
-def load_model(path: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """transformers' model and tokenizer of a checkpoint or of an exported folder.
+def find_model(path: str) -> Checkpoint | Path:
+    """What a path names: a Hugging Face folder, or a checkpoint as `find_checkpoint` says."""
+    return Path(path) if (Path(path) / "config.json").is_file() else find_checkpoint(path)
+
+
+def load_model(source: Checkpoint | Path, dtype: str | None, device: torch.device) -> tuple[Any, Any]:
+    """transformers' model, in evaluation mode, and tokenizer.
 
     Args:
-        path: a run's folder, a checkpoint in it, or a Hugging Face folder.
+        source: as `find_model` returns it.
         dtype: "float32" or "bfloat16"; None: what the run computed in, of a Hugging Face folder what it holds.
-        device: None: a GPU if there is one.
+        device: where the model is to run.
 
     Raises:
-        ConfigError: transformers is not installed, nothing usable at the path, or no such device.
+        ConfigError: transformers is not installed, or the folder cannot be loaded.
     """
     transformers = import_transformers()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this machine has no CUDA device; use --device cpu")
-    folder = Path(path)
-    if (folder / "config.json").is_file():
+    if isinstance(source, Path):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be loaded ({str(error).splitlines()[0]}): export it anew") from error
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{source} cannot be loaded ({str(error).splitlines()[0]}): export it anew") from error
     else:
-        checkpoint = find_checkpoint(path)
-        weights = export_weights(checkpoint, dtype)
+        weights = export_weights(source, dtype)
         with tempfile.TemporaryDirectory() as assets:
-            export_assets(checkpoint, Path(assets), weights)
+            export_assets(source, Path(assets), weights)
             tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
             config = transformers.AutoConfig.from_pretrained(assets)
             cls = getattr(transformers, config.architectures[0])
             model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)
             model.generation_config = transformers.GenerationConfig.from_pretrained(assets)
     return model.to(device).eval(), tokenizer
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from None
+    return device
 
 
 def main() -> None:
@@ -69,7 +84,7 @@ def main() -> None:
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if (value := getattr(options, name)) < low:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least {low}")
-    model, tokenizer = load_model(options.checkpoint, options.dtype, options.device)
+    model, tokenizer = load_model(find_model(options.checkpoint), options.dtype, choose_device(options.device))
     transformers = import_transformers()
     prompt = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     if prompt.input_ids.shape[1] == 0:
