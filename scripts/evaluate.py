@@ -23,6 +23,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import random
 import sys
@@ -51,7 +52,7 @@ PAPER_TASKS = (
     *("arc_easy", "arc_challenge", "boolq", "hellaswag", "lambada_openai"),
     *("piqa", "race", "sciq", "record", "openbookqa"),
 )
-CONTEXT_LINES, CHOICES = 8, 4
+CONTEXT_LINES, CHOICES = 4, 4
 
 
 class Text:
@@ -142,6 +143,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for every context that is cut to the model's length
     manager = TaskManager()
     unknown = [name for name in names if name != "local" and name not in manager.all_tasks]
     if unknown:
@@ -255,9 +257,7 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
     width = max(map(len, scores), default=0)
     lines = ["  ".join([" " * width, *(f"{column:>{max(10, len(column))}}" for column in columns)])]
     for name, values in scores.items():
-        cells = [
-            f"{values[key]:>{max(10, len(key))}.4f}" if key in values else " " * max(10, len(key)) for key in columns
-        ]
+        cells = [f"{values[key]:.4f}".rjust(max(10, len(key))) if key in values else "" for key in columns]
         lines.append("  ".join([f"{name:<{width}}", *cells]))
     return "\n".join(lines)
 
@@ -270,7 +270,7 @@ def _arguments() -> argparse.Namespace:
         "--tasks",
         nargs="+",
         metavar="NAME",
-        help="lm-evaluation-harness's, or local; default without --text: the paper's",
+        help="lm-evaluation-harness's, or local; without --text the paper's",
     )
     parser.add_argument("--limit", type=int, help="items of a task at most")
     parser.add_argument("--quantize", choices=("int8", "float8"), help="quantise the weights; tasks run on the result")
