@@ -68,9 +68,9 @@ class Text:
         encoder, self.ids = load_tokenizer(str(tokenizer)), []
         for document in self.documents:
             self.ids += encoder.encode(document, add_bos=True, add_eos=True)
-        if len(self.ids) < 2:
-            raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
         self.bytes = int(token_bytes(str(tokenizer))[self.ids[1:]].sum())
+        if not self.bytes:
+            raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
 
     @torch.no_grad()
     def score(self, logits: Callable[[Tensor], Tensor], length: int, batch_size: int, name: str) -> dict[str, float]:
