@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -72,6 +73,15 @@ class Text:
         if not self.bytes:
             raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
 
+    def batches(self, length: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and labels, both `[batch_size, length]` int64; what is left is in a last one or two."""
+        inputs, labels = torch.tensor(self.ids[:-1]), torch.tensor(self.ids[1:])
+        whole = len(inputs) // length * length
+        batches = list(zip(*(ids[:whole].view(-1, length).split(batch_size) for ids in (inputs, labels)), strict=True))
+        if whole < len(inputs):
+            batches.append((inputs[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)))
+        return batches
+
     @torch.no_grad()
     def score(self, logits: Callable[[Tensor], Tensor], length: int, batch_size: int, name: str) -> dict[str, float]:
         """Loss (nats a token), perplexity and bits per byte of a model.
@@ -82,16 +92,11 @@ class Text:
             batch_size: sequences in a batch.
             name: what is scored, for the progress bar.
         """
-        inputs, labels = torch.tensor(self.ids[:-1]), torch.tensor(self.ids[1:])
-        whole = len(inputs) // length * length
-        batches = list(zip(*(ids[:whole].view(-1, length).split(batch_size) for ids in (inputs, labels)), strict=True))
-        if whole < len(inputs):
-            batches.append((inputs[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)))
         total = 0.0
-        for ids, targets in tqdm(batches, desc=name, leave=False, disable=None):
+        for ids, targets in tqdm(self.batches(length, batch_size), desc=name, leave=False, disable=None):
             out = logits(ids).float()
             total += float(F.cross_entropy(out.flatten(0, 1), targets.flatten().to(out.device), reduction="sum"))
-        loss = total / len(labels)
+        loss = total / (len(self.ids) - 1)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": total / (math.log(2) * self.bytes)}
 
@@ -222,7 +227,9 @@ def inference_modes(sparsity: FeedForwardSparsity, length: int) -> dict[str, Fee
 
 
 def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> dict[str, dict[str, float]]:
-    """The checkpoint's scores on a text, dense and in every inference mode, with the share of h's energy kept.
+    """The checkpoint's scores on a text, dense and in every inference mode.
+
+    With them the share of h's energy that is kept, and the tokens a second of a prompt of one micro-batch.
 
     Raises:
         ConfigError: a run without activation sparsity, or a checkpoint from before it began.
@@ -235,6 +242,10 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
     if (sparsity.clusters and not first.centroids.any()) or (1 in sparsity.weight_products and not first.w1_scale):
         raise ConfigError(f"--pattern: {checkpoint.folder} is from before the first sparse phase: name a later step")
     dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    length, batch_size = training.seq_len, training.local_batch_size
+    if device.type == "cuda":
+        for block in model.layers.values():
+            block.compile(fullgraph=True)  # as the trainer does
 
     def logits(ids: Tensor) -> Tensor:
         # Weights stay float32 and products are the run's, as in training.
@@ -242,14 +253,37 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
             return model(ids.to(device))
 
     scores = {}
-    for name, mode in {"dense": None, **inference_modes(sparsity, training.seq_len)}.items():
+    for name, mode in {"dense": None, **inference_modes(sparsity, length)}.items():
         for ffn in model.feed_forwards():
             ffn.sparse, ffn.sparsity = mode is not None, mode or sparsity
             ffn.activity.zero_()
-        scores[name] = text.score(logits, training.seq_len, training.local_batch_size, name)
+        scores[name] = text.score(logits, length, batch_size, name)
         _, _, energy, kept = torch.stack([ffn.activity.double() for ffn in model.feed_forwards()]).sum(0).tolist()
         scores[name]["energy_kept"] = kept / energy
+        # Only in evaluation do the FFNs measure the energy, which takes time.
+        model.train()
+        scores[name]["prefill_tokens/s"] = _speed(logits, text.batches(length, batch_size)[0][0], device)
+        model.eval()
     return scores
+
+
+@torch.no_grad()
+def _speed(logits: Callable[[Tensor], Tensor], ids: Tensor, device: torch.device) -> float:
+    """Tokens a second of a forward pass, the median of five after one that compiles."""
+    seconds = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        logits(ids)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return ids.numel() / statistics.median(seconds[1:])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _table(scores: dict[str, dict[str, float]]) -> str:
@@ -257,7 +291,7 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
     width = max(map(len, scores), default=0)
     lines = ["  ".join([" " * width, *(f"{column:>{max(10, len(column))}}" for column in columns)])]
     for name, values in scores.items():
-        cells = [f"{values[key]:.4f}".rjust(max(10, len(key))) if key in values else "" for key in columns]
+        cells = [_number(values[key]).rjust(max(10, len(key))) if key in values else "" for key in columns]
         lines.append("  ".join([f"{name:<{width}}", *cells]))
     return "\n".join(lines)
 

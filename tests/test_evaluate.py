@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
+import kernels.feed_forward
 from configs.errors import ConfigError
 from kernels import Groups, Preceding, Venom
 from models.feed_forward import FeedForwardSparsity
@@ -182,3 +184,41 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--tasks needs lm-evaluation-harness"):
         evaluated(run, "--tasks", "arc_easy")
+
+
+@pytest.mark.parametrize("tokens", [640, 600, 128, 100])
+def test_groups_chosen_by_the_block_before_run_on_the_kernels_operators(tokens, monkeypatch):
+    """Sequences of 320 tokens, so a last block of 64; compiled, the tiles of 128 x 128 and the mask are one FFN."""
+    torch.manual_seed(0)
+    pattern = Preceding(Groups(128, 128, 0.25), 320)
+    x, w1, w2 = torch.randn(tokens, 64), torch.randn(1024, 64), torch.randn(64, 1024)
+    expected = kernels.sparse_feed_forward(x, w1, w2, pattern)
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *args: ("groups", "asked for"))
+    assert torch.allclose(kernels.sparse_feed_forward(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
+    compiled = torch.compile(kernels.sparse_feed_forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_which_patterns_for_inference_have_kernels(monkeypatch):
+    cuda = torch.device("cuda")
+
+    def backend(pattern, weight_products=()):
+        return kernels.backend(pattern, weight_products, False, 64, 1024, cuda, torch.bfloat16)[0]
+
+    assert backend(Preceding(Groups(128, 128, 0.25), 4096)) == "groups"
+    assert backend(Preceding(Groups(64, 128, 0.25), 4096)) == backend(Preceding(Venom(128, 2, 16), 4096)) == "reference"
+    assert backend(Groups(1, 128, 0.25)) == backend(Venom(1, 2, 16)) == "reference"
+
+
+@pytest.mark.gpu
+def test_groups_chosen_by_the_block_before_on_a_gpu():
+    torch.manual_seed(0)
+    pattern = Preceding(Groups(128, 128, 0.25), 1024)
+    x, w1, w2 = (torch.randn(*shape).cuda().bfloat16() for shape in ((2000, 256), (2048, 256), (256, 2048)))
+    h = (x @ w1.T).relu()
+    h = h * h
+    expected = torch.where(pattern.mask(h), h, 0).double() @ w2.T.double()
+    with torch.no_grad():
+        y = kernels.sparse_feed_forward(x, w1, w2, pattern)
+    assert (y.double() - expected).norm() < 1e-2 * expected.norm()

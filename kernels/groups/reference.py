@@ -85,21 +85,27 @@ class Groups:
         return group_mask(h, self.v, self.g, self.keep, sums)
 
 
-def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, TileLists]:
     """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
 
     Args:
         y1: `[T, f]`, f a multiple of TILE.
         kept: groups that a block of TILE tokens keeps.
+        by: `[T', f]`, T' at least T: a block chooses by the sums of relu(by)^2 over the same block; None: by its own.
 
     Returns:
         tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
     """
     tokens, hidden_dim = y1.shape
     blocks, groups = -(-tokens // TILE), hidden_dim // TILE
-    active = F.pad(y1, (0, 0, 0, blocks * TILE - tokens)).relu()
-    h = (active * active).view(blocks, TILE, groups, TILE)
-    sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+
+    def squared_relu(matrix: Tensor) -> Tensor:
+        matrix = matrix[: blocks * TILE]
+        active = F.pad(matrix, (0, 0, 0, blocks * TILE - matrix.shape[0])).relu()
+        return (active * active).view(blocks, TILE, groups, TILE)
+
+    h = squared_relu(y1)
+    sums = (h if by is None else squared_relu(by)).to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
     chosen = torch.zeros_like(sums, dtype=torch.bool)
     chosen.scatter_(1, sums.sort(dim=1, descending=True, stable=True).indices[:, :kept], True)
     capacity = blocks * kept
