@@ -125,7 +125,7 @@ class FeedForward(nn.Module):
         if self.sparsity.clusters:
             clusters, order = route_tokens(x, self.centroids)
             if not self.training:
-                self.routed += F.one_hot(clusters, self.sparsity.clusters).sum(0)
+                self.routed.add_(F.one_hot(clusters, self.sparsity.clusters).sum(0))
         if not self.training:
             self._count(hidden_activations(x if order is None else x[order], self.w1.weight, w1_scale))
         return sparse_feed_forward(
@@ -145,4 +145,5 @@ class FeedForward(nn.Module):
         if self.sparse and self.sparsity.pattern is not None:
             kept = (energy * self.sparsity.pattern.mask(h)).sum()
         counts = torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
-        self.activity += counts
+        # Not +=, which also assigns to the module: under activation checkpointing the compiler refuses that.
+        self.activity.add_(counts)

@@ -159,9 +159,12 @@ def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None
     if not names:
         raise ConfigError(f"{source} holds no tokenizer: put the tokenizer.json there that the model was trained with")
     os.makedirs(target, exist_ok=True)
+    if os.path.samefile(source, target):
+        return
+    for name in TOKENIZER_FILES:
+        (Path(target) / name).unlink(missing_ok=True)  # of another tokenizer
     for name in names:
-        if not os.path.exists(Path(target) / name) or not os.path.samefile(Path(source) / name, Path(target) / name):
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+        shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def model_facts(args: LlamaArgs) -> dict[str, Any]:

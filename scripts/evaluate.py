@@ -108,13 +108,21 @@ def _read(file: str) -> str:
         raise ConfigError(f"--text {file} cannot be read ({error}): name a text file in UTF-8") from None
 
 
-def local_items(documents: list[str], count: int) -> list[dict[str, Any]]:
-    """Items of the local task, the same ones for the same documents: `context`, `choices` (4) and `answer` (index)."""
+def local_items(documents: list[str], count: int, longest: int) -> list[dict[str, Any]]:
+    """Items of the local task, the same ones for the same documents: `context`, `choices` (4) and `answer` (index).
+
+    Args:
+        documents: what they are made of.
+        count: items at most.
+        longest: bytes of a choice at most; as many tokens it has at most.
+    """
     chance = random.Random(0)
     items = []
     for document in documents:
         lines = document.splitlines()
-        telling = [index for index, line in enumerate(lines) if len(line.strip()) >= 12]
+        telling = [
+            index for index, line in enumerate(lines) if len(line.strip()) >= 12 and len(line.encode()) <= longest
+        ]
         for index in telling:
             # Not among the neighbours, where another line may follow as well.
             others = sorted({lines[other] for other in telling if abs(other - index) > CONTEXT_LINES} - {lines[index]})
@@ -156,7 +164,7 @@ def evaluate_tasks(
     with tempfile.TemporaryDirectory() as folder:
         tasks: list[Any] = [name for name in names if name != "local"]
         if "local" in names:
-            items = local_items(documents, limit or 500)
+            items = local_items(documents, limit or 500, model.config.max_position_embeddings - 1)
             if not items:
                 raise ConfigError("--tasks local finds no items in --text: give a longer text, of many lines")
             file = Path(folder) / "local.jsonl"

@@ -153,10 +153,10 @@ def test_a_block_takes_the_choice_of_the_block_before(pattern):
 
 def test_the_local_task_runs_in_the_harness(run, text, evaluated, corpus):
     documents = [Path(file).read_text() for file in text]
-    items = local_items(documents, 30)
-    assert len(items) == 30 and items == local_items(documents, 30)
+    items = local_items(documents, 30, 25)
+    assert len(items) == 30 and items == local_items(documents, 30, 25)
     for item in items:
-        assert len(set(item["choices"])) == 4
+        assert len(set(item["choices"])) == 4 and max(map(len, item["choices"])) <= 25
         assert any(item["context"] + item["choices"][item["answer"]] in document for document in documents)
     row = evaluated(run, "--text", *text, "--tasks", "local", "--limit", "30")
     assert 0 <= row["tasks"]["local"]["acc"] <= 1 and row["tasks"]["local"]["sample_len"] == 30
