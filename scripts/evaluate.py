@@ -221,6 +221,20 @@ def quantize(model: nn.Module, kind: str) -> None:
     quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
 
 
+def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> dict[str, dict[str, float]]:
+    """The scores of transformers' model on a text, and once more after its weights are quantised to `kind`."""
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids.to(model.device), use_cache=False).logits
+
+    length, dtype = model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
+    scores = {f"exported, {dtype}": text.score(logits, length, batch_size, dtype)}
+    if kind is not None:
+        quantize(model, kind)
+        scores[f"exported, {kind} weights"] = text.score(logits, length, batch_size, kind)
+    return scores
+
+
 def inference_modes(sparsity: FeedForwardSparsity, length: int) -> dict[str, FeedForwardSparsity]:
     """What an FFN may be cut to at inference, by name, of what the run's sparse phases do to it."""
     modes = {"as in a sparse phase": sparsity}
@@ -251,9 +265,12 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
         raise ConfigError(f"--pattern: {checkpoint.folder} is from before the first sparse phase: name a later step")
     dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
     length, batch_size = training.seq_len, training.local_batch_size
-    if device.type == "cuda":
-        for block in model.layers.values():
-            block.compile(fullgraph=True)  # as the trainer does
+    modes = {"dense": None, **inference_modes(sparsity, length)}
+
+    def enter(mode: FeedForwardSparsity | None) -> None:
+        for ffn in model.feed_forwards():
+            ffn.sparse, ffn.sparsity = mode is not None, mode or sparsity
+            ffn.activity.zero_()
 
     def logits(ids: Tensor) -> Tensor:
         # Weights stay float32 and products are the run's, as in training.
@@ -261,17 +278,21 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
             return model(ids.to(device))
 
     scores = {}
-    for name, mode in {"dense": None, **inference_modes(sparsity, length)}.items():
-        for ffn in model.feed_forwards():
-            ffn.sparse, ffn.sparsity = mode is not None, mode or sparsity
-            ffn.activity.zero_()
+    for name, mode in modes.items():
+        enter(mode)
         scores[name] = text.score(logits, length, batch_size, name)
         _, _, energy, kept = torch.stack([ffn.activity.double() for ffn in model.feed_forwards()]).sum(0).tolist()
         scores[name]["energy_kept"] = kept / energy
-        # Only in evaluation do the FFNs measure the energy, which takes time.
-        model.train()
-        scores[name]["prefill_tokens/s"] = _speed(logits, text.batches(length, batch_size)[0][0], device)
-        model.eval()
+
+    ids, _ = text.batches(length, batch_size)[0]
+    model.train()  # in evaluation the FFNs measure the energy, which takes time
+    if device.type == "cuda":
+        for block in model.layers.values():
+            block.compile(fullgraph=True)  # as the trainer does
+    for name, mode in modes.items():
+        enter(mode)
+        torch._dynamo.reset()  # or the modes' graphs would add up to more than the compiler keeps of a block
+        scores[name]["prefill_tokens/s"] = _speed(logits, ids, device)
     return scores
 
 
@@ -337,39 +358,32 @@ def main() -> None:
     device, source = choose_device(options.device), find_model(options.checkpoint)
     text = Text(options.text, source.tokenizer if isinstance(source, Checkpoint) else source) if options.text else None
     scores: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    packages = ["torch", "torchao"]
     if options.pattern and text is not None:
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"--pattern: {source} is an export, which has no pattern: name the run's checkpoint")
         scores |= score_patterns(source, text, device)
-    model, tokenizer = load_model(source, options.dtype, device)
-    dtype = str(model.dtype).removeprefix("torch.")
-
-    def logits(ids: Tensor) -> Tensor:
-        return model(ids.to(device), use_cache=False).logits
-
+    if not options.pattern or options.quantize or options.tasks:
+        packages += ["transformers"]
+        model, tokenizer = load_model(source, options.dtype, device)
+        if text is not None:
+            scores |= score_export(model, text, options.batch_size, options.quantize)
     if text is not None:
-        length = model.config.max_position_embeddings
-        scores[f"exported, {dtype}"] = text.score(logits, length, options.batch_size, dtype)
-        if options.quantize:
-            quantize(model, options.quantize)
-            scores[f"exported, {options.quantize} weights"] = text.score(
-                logits, length, options.batch_size, options.quantize
-            )
         print(f"{len(text.ids):,} tokens, {text.bytes:,} bytes, {options.checkpoint} on {device}\n{_table(scores)}")
-    tasks = {}
     if options.tasks:
+        packages += ["lm_eval"]
         documents = text.documents if text is not None else []
         tasks = evaluate_tasks(model, tokenizer, options.tasks, documents, options.batch_size, options.limit)
         print(_table(tasks))
 
-    packages = ("torch", "transformers", "torchao") + (("lm_eval",) if options.tasks else ())
     row = {
         "checkpoint": str(source.folder if isinstance(source, Checkpoint) else source),
         "text": {"files": options.text, "tokens": len(text.ids), "bytes": text.bytes} if text is not None else None,
         "scores": scores,
         "tasks": tasks,
         "quantize": options.quantize,
-        "dtype": dtype,
+        "dtype": options.dtype,
         "limit": options.limit,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {name: importlib.metadata.version(name) for name in packages},
