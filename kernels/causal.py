@@ -2,14 +2,17 @@
 
 In a sparse phase a block of V tokens shares a pattern that is chosen from all of them, and the router puts later tokens
 of a sequence into the same block: what a token computes depends a little on tokens after it. At inference those do not
-exist yet (decoding) or must not count (a prompt's loss). Two choices are free of that:
+exist yet (decoding) or must not count (a prompt's loss). Three choices are free of that:
 
     v = 1        every token chooses for itself. Groups(1, g, keep) and Venom(1, n, m) are that; nothing is shared, so a
                  product gathers for each token, which suits decoding and is slow for a prompt
+    by cluster   every token keeps what the centroid of its cluster would (`models.feed_forward`). The choice is known
+                 before product (1), and tokens of a cluster share it: sorted by cluster, each cluster's last block
+                 filled up, a prompt's products are dense tiles. There is no kernel for that yet
     Preceding    a block of V consecutive tokens takes the choice of the V tokens before it. Tiles stay dense, so a
                  prompt runs on the kernels' products; a sequence's first block, with nothing before it, stays whole
 
-Neither sorts tokens: an order over a whole prompt would again be chosen from its end.
+The last needs no router, and fits worst: a token is less like its neighbours than like those of its cluster.
 
 Source: this project; that activation sparsity may serve the prompt as well is arXiv 2503.16672's.
 """

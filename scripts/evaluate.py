@@ -14,7 +14,7 @@ The local task asks which of four lines comes next in a document; the three wron
 same document. Chance is 25%.
 
 With --pattern the checkpoint runs in the trainer's own model: dense; as in a sparse phase, whose choice sees later
-tokens; and with the two choices of kernels/causal.py that do not, dense weights and no router.
+tokens; and with the three choices of kernels/causal.py that do not, with dense weights.
 
 Every evaluation is a line of evaluations.jsonl, in the run's folder or in the export.
 """
@@ -243,6 +243,8 @@ def inference_modes(sparsity: FeedForwardSparsity, length: int) -> dict[str, Fee
     if sparsity.pattern is not None and not isinstance(sparsity.pattern, Preceding):
         alone = FeedForwardSparsity(replace(sparsity.pattern, v=1))
         modes["chosen token by token"] = alone
+        if sparsity.clusters:
+            modes["chosen by the token's cluster"] = replace(alone, clusters=sparsity.clusters, by_cluster=True)
         if sparsity.pattern.v > 1:
             modes["chosen by the block before"] = replace(alone, pattern=Preceding(sparsity.pattern, length))
     return modes

@@ -14,7 +14,7 @@ import kernels
 import kernels.feed_forward
 from configs.errors import ConfigError
 from kernels import Groups, Preceding, Venom
-from models.feed_forward import FeedForwardSparsity
+from models.feed_forward import FeedForward, FeedForwardSparsity
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from scripts import evaluate
@@ -97,7 +97,8 @@ def test_inference_modes(run, text, evaluated, folders, train):
     scores = evaluated(run, "--text", *text, "--pattern")["scores"]
     dense, exported = scores.pop("dense"), evaluated(run, "--text", *text)["scores"]["exported, float32"]
     assert dense["loss"] == pytest.approx(exported["loss"], rel=1e-5) and dense["energy_kept"] == 1
-    assert sorted(scores) == ["as in a sparse phase", "chosen by the block before", "chosen token by token"]
+    by_cluster = "chosen by the token's cluster"
+    assert sorted(scores) == ["as in a sparse phase", "chosen by the block before", by_cluster, "chosen token by token"]
     assert all(score["loss"] != dense["loss"] and score["energy_kept"] < 1 for score in scores.values())
     kept = {name: score["energy_kept"] for name, score in scores.items()}
     assert kept["chosen token by token"] > max(kept["as in a sparse phase"], kept["chosen by the block before"])
@@ -107,6 +108,7 @@ def test_inference_modes(run, text, evaluated, folders, train):
         shared,
         replace(shared, weight_products=()),
         FeedForwardSparsity(Venom(1, 2, 16)),
+        FeedForwardSparsity(Venom(1, 2, 16), clusters=4, by_cluster=True),
         FeedForwardSparsity(Preceding(Venom(64, 2, 16), 128)),
     ]
     # A pattern that no tokens share is causal as it is.
@@ -122,7 +124,7 @@ def test_inference_modes(run, text, evaluated, folders, train):
 
 def test_only_the_choices_of_a_sparse_phase_see_later_tokens(run):
     checkpoint = find_checkpoint(str(run))
-    model, (sparse, token, before) = checkpoint.model(), inference_modes(checkpoint.args.sparsity, 32).values()
+    model, (sparse, *causal) = checkpoint.model(), inference_modes(checkpoint.args.sparsity, 32).values()
     ids = torch.arange(64).view(2, 32) + 300
     other = ids.clone()
     other[:, 20:] -= 100
@@ -133,7 +135,23 @@ def test_only_the_choices_of_a_sparse_phase_see_later_tokens(run):
         with torch.no_grad():
             return (model(ids) - model(other))[:, :20].abs().max().item()
 
-    assert change_of_earlier(token) < 1e-5 and change_of_earlier(before) < 1e-5 < change_of_earlier(sparse)
+    assert len(causal) == 3 and max(map(change_of_earlier, causal)) < 1e-5 < change_of_earlier(sparse)
+
+
+@pytest.mark.parametrize("pattern", [Groups(1, 8, 0.25), Venom(1, 2, 8)])
+def test_a_token_takes_the_choice_of_its_clusters_centroid(pattern):
+    torch.manual_seed(0)
+    ffn = FeedForward(16, 32, FeedForwardSparsity(pattern, clusters=4, by_cluster=True)).eval()
+    ffn.centroids.copy_(F.normalize(torch.randn(4, 16), dim=1))
+    ffn.sparse = True
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        y = ffn(x)
+        for token, out in zip(x.view(-1, 16), y.view(-1, 16), strict=True):
+            centroid = ffn.centroids[(ffn.centroids @ token).argmax()]
+            h, wanted = ((ffn.w1.weight @ each).relu().square()[None] for each in (token, centroid))
+            assert torch.allclose(out, (torch.where(pattern.mask(h, wanted), h, 0) @ ffn.w2.weight.T)[0], atol=1e-6)
+    assert 0 < ffn.activity[3] < ffn.activity[2]
 
 
 @pytest.mark.parametrize("pattern", [Groups(4, 8, 0.25), Venom(4, 2, 8), Venom(4, 4, 8)])
