@@ -291,14 +291,23 @@ def resolved(config: JobConfig) -> dict[str, Any]:
     return values
 
 
-def rebuild(values: dict[str, Any], source: str) -> JobConfig:
-    """The configuration that `resolved` took apart.
+def restored(values: dict[str, Any], source: str) -> JobConfig:
+    """The configuration that `resolved` made a run.json's of.
+
+    Args:
+        values: nested dictionaries; keys that they lack keep their defaults.
+        source: the file, for messages.
 
     Raises:
-        ConfigError: values of another schema, said of `source`.
+        ConfigError: a key that the schema does not have any more, or a value that does not fit it.
     """
-    _check(JobConfig, values, "", source)
-    return _build(JobConfig, values)
+    kept = dict(values)
+    for key in REPLACED:  # a run of an older release may still name them
+        section, _, name = key.partition(".")
+        if isinstance(kept.get(section), dict):
+            kept[section] = {other: value for other, value in kept[section].items() if other != name}
+    _check(JobConfig, kept, "", source)
+    return _build(JobConfig, kept)
 
 
 def _describe(cls: type, prefix: str = "") -> list[str]:

@@ -179,6 +179,12 @@ class Model(titan_config.Model):
     hidden_dim: int | None = _in(None, 1)
     """FFN width of the squared-ReLU model, instead of the flavor's; the SwiGLU takes two thirds of it."""
 
+    rope_theta: float | None = _in(None, 1.0)
+    """Base of the rotary embedding's wavelengths, instead of the flavor's."""
+
+    norm_eps: float | None = _in(None, 0.0, 1.0)
+    """What RMSNorm adds to the mean square, instead of the flavor's."""
+
 
 @dataclass
 class Metrics(titan_config.Metrics):
@@ -252,6 +258,9 @@ REPLACED = {
     "job.print_config": "--check",
     "job.save_config_file": "the run's run.json",
     "checkpoint.create_seed_checkpoint": "checkpoint.initial_load_path",
+    "checkpoint.initial_load_in_hf": "python -m scripts.import_hf",
+    "checkpoint.initial_load_in_hf_quantized": "python -m scripts.import_hf",
+    "checkpoint.last_save_in_hf": "python -m scripts.export_hf",
     "comm.mode": "torchrun",
     "experimental": "the code",
     "fault_tolerance": "checkpoint",

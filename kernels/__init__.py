@@ -7,9 +7,11 @@ the six matrix products of a squared-ReLU FFN:
     venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
     clustering       neurons into clusters, once; tokens to clusters, every step
+    causal           patterns for inference, chosen from tokens before
     feed_forward     products (1) to (6), forward and backward
 """
 
+from kernels.causal import Preceding
 from kernels.clustering import balanced_clusters, permute_rows, route_tokens
 from kernels.feed_forward import Pattern, backend, hidden_activations, sparse_feed_forward
 from kernels.groups import Groups, group_mask
@@ -23,6 +25,7 @@ __version__ = "0.0.0"
 __all__ = [
     "Groups",
     "Pattern",
+    "Preceding",
     "Venom",
     "backend",
     "balanced_clusters",

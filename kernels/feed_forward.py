@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import groups, hopper, two_four, venom
+from kernels.causal import Preceding
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups
 from kernels.two_four import soft_threshold_2_4, soft_threshold_pack, sparse_linear
@@ -107,6 +108,19 @@ class _Groups(torch.autograd.Function):
         dx = groups.reduce_neurons(dy1, lists, _thresholded(w1, w1_scale), order, x.shape[0])  # (5)
         dw1 = groups.reduce_tokens(dy1, lists, x, w1.shape[0], False)  # (6)
         return dx, dw1, dw2, None, None, None, None
+
+
+def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
+    """Column groups chosen by the block before, `kernels.causal`: for inference, without gradients."""
+    assert isinstance(pattern.pattern, Groups)
+    kept, parts = pattern.pattern.kept_groups(w1.shape[0]), []
+    for y1 in (x @ w1.T).split(pattern.seq_len):
+        active = y1[:TILE].relu()
+        parts.append((active * active) @ w2.T)
+        if y1.shape[0] > TILE:
+            tiles, lists = groups.select_tiles(y1[TILE:], kept, y1)
+            parts.append(groups.reduce_neurons(tiles, lists, w2.T, None, y1.shape[0] - TILE))
+    return torch.cat(parts)
 
 
 class _Venom(torch.autograd.Function):
@@ -191,7 +205,7 @@ def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) ->
 
 
 def backend(
-    pattern: Pattern | None,
+    pattern: Pattern | Preceding | None,
     weight_products: tuple[int, ...],
     cut_along_tokens: bool,
     width: int,
@@ -223,6 +237,10 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
+        case Preceding(Groups(v, g, _)) if v == g == TILE and not width % 64 and not weight_products:
+            return "groups", "column groups chosen by the block before"
+        case Preceding():
+            return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
         case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
@@ -242,7 +260,7 @@ def sparse_feed_forward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Preceding | None = None,
     w1_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     cut_along_tokens: bool = False,
@@ -286,6 +304,8 @@ def sparse_feed_forward(
     weight_products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)
     chosen, _ = backend(pattern, weight_products, cut_along_tokens, width, hidden_dim, x.device, x.dtype)
     if chosen == "groups":
+        if isinstance(pattern, Preceding):
+            return _preceding_groups(x, w1, w2, pattern)
         return _Groups.apply(x, w1, w2, pattern, w1_scale, w2_scale, order)
     if chosen == "venom":
         return _Venom.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, Venom, hidden_activations, route_tokens, sparse_feed_forward
+from kernels import Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
 from kernels.venom.reference import COLUMNS, DENSE_FEATURES
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
@@ -28,7 +28,7 @@ torch._dynamo.config.specialize_float = True
 class FeedForwardSparsity:
     """What a sparse phase does to an FFN."""
 
-    pattern: Pattern | None = None
+    pattern: Pattern | Preceding | None = None
     """What h is cut to."""
 
     weight_products: tuple[int, ...] = ()
@@ -39,6 +39,9 @@ class FeedForwardSparsity:
 
     clusters: int = 0
     """Clusters that the router sorts tokens by; 0: no router."""
+
+    by_cluster: bool = False
+    """For inference: a token keeps what its cluster's centroid would, so nothing depends on its block (v = 1)."""
 
     def flops_share(self, hidden_dim: int) -> float:
         """FLOPs left of the six products', forward and backward, without those that multiply by a dropped entry.
@@ -128,7 +131,9 @@ class FeedForward(nn.Module):
         if self.sparsity.clusters:
             clusters, order = route_tokens(x, self.centroids)
             if not self.training:
-                self.routed += F.one_hot(clusters, self.sparsity.clusters).sum(0)
+                self.routed.add_(F.one_hot(clusters, self.sparsity.clusters).sum(0))
+            if self.sparsity.by_cluster:
+                return self._forward_by_cluster(x, clusters)
         if not self.training:
             self._count(hidden_activations(x if order is None else x[order], self.w1.weight, w1_scale))
         return sparse_feed_forward(
@@ -142,10 +147,22 @@ class FeedForward(nn.Module):
             order,
         )
 
-    def _count(self, h: Tensor) -> None:
+    def _forward_by_cluster(self, x: Tensor, clusters: Tensor) -> Tensor:
+        """What h is cut to depends on a token's cluster and the weights alone: causal, and known before product (1)."""
+        pattern = self.sparsity.pattern
+        assert pattern is not None and not isinstance(pattern, Preceding)
+        centroids = hidden_activations(self.centroids.to(x.dtype), self.w1.weight).float()
+        h = hidden_activations(x, self.w1.weight)
+        mask = pattern.mask(h, centroids[clusters])
+        if not self.training:
+            self._count(h, mask)
+        return torch.where(mask, h, 0) @ self.w2.weight.T
+
+    def _count(self, h: Tensor, mask: Tensor | None = None) -> None:
         energy = h.float() ** 2
         kept = energy.sum()
         if self.sparse and self.sparsity.pattern is not None:
-            kept = (energy * self.sparsity.pattern.mask(h)).sum()
+            kept = (energy * (self.sparsity.pattern.mask(h) if mask is None else mask)).sum()
         counts = torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
-        self.activity += counts
+        # Not +=, which also assigns to the module: under activation checkpointing the compiler refuses that.
+        self.activity.add_(counts)

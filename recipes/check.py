@@ -26,7 +26,7 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
         ConfigError: keys that do not go together, with each other or with the machine.
     """
     spans = resolve_phases(config.schedule.phases, config.training.steps)
-    args = _check_model(config)
+    args = model_args(config)
     _check_schedule(config)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
@@ -36,7 +36,12 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     return args, spans
 
 
-def _check_model(config: JobConfig) -> LlamaArgs:
+def model_args(config: JobConfig) -> LlamaArgs:
+    """The arguments of the model that the section [model] names, but for its vocabulary and its sparsity.
+
+    Raises:
+        ConfigError: an unknown flavor, or heads that do not cut the width.
+    """
     model = config.model
     if model.flavor not in FLAVORS:
         close = difflib.get_close_matches(model.flavor, FLAVORS, n=1)
@@ -49,6 +54,8 @@ def _check_model(config: JobConfig) -> LlamaArgs:
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads,
         hidden_dim=model.hidden_dim,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
         swiglu=model.name == "llama_swiglu",
         max_seq_len=config.training.seq_len,
     )

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from configs.errors import ConfigError
-from configs.loader import rebuild
+from configs.loader import restored
 from configs.schema import JobConfig
 from configs.titan import AsyncMode, CheckpointManager, device_type, titan_config
 from models.llama import Llama
@@ -69,9 +69,6 @@ class SafeCheckpointManager(CheckpointManager):
             raise ConfigError(
                 "checkpoint.keep_latest_k = 1 would leave nothing to fall back to; set 2 or more, or 0 to keep all"
             )
-        if config.enable and config.last_save_in_hf and not config.last_save_model_only:
-            # torchtitan asserts this at the last save, when the run is over.
-            raise ConfigError("checkpoint.last_save_in_hf = true needs checkpoint.last_save_model_only = true")
         self._saving = ""  # folder of the latest save that was started
         self._resumable = ""  # folder of the latest save, if it holds more than the model
         super().__init__(*args, **kwargs)
@@ -93,8 +90,8 @@ class SafeCheckpointManager(CheckpointManager):
                 _on_rank0(lambda: self._commit(checkpoint_id))
         except (OSError, CheckpointException) as error:
             if dist.get_rank() == 0:
-                logger.error("saving %s failed: %s", checkpoint_id, _first_line(error))
-            raise self._save_error(_first_line(error)) from error
+                logger.error("saving %s failed: %s", checkpoint_id, first_line(error))
+            raise self._save_error(first_line(error)) from error
         if "optimizer" in state_dict:
             self._resumable = checkpoint_id
         if isinstance(saved, AsyncSaveResponse):
@@ -124,7 +121,7 @@ class SafeCheckpointManager(CheckpointManager):
         except (torch.OutOfMemoryError, dist.DistError):
             raise
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            reason, cause = _first_line(error), error
+            reason, cause = first_line(error), error
         finally:
             self.folder = folder
         reason = _first_of_all_ranks(reason)
@@ -133,7 +130,7 @@ class SafeCheckpointManager(CheckpointManager):
         if loaded and dist.get_rank() == 0:
             logger.info(
                 "loaded %s",
-                self._create_checkpoint_id(step) if step >= 0 else self.initial_load_path or "Hugging Face weights",
+                self._create_checkpoint_id(step) if step >= 0 else self.initial_load_path,
             )
         return loaded
 
@@ -166,7 +163,7 @@ class SafeCheckpointManager(CheckpointManager):
             return
         error = self.save_future.exception()
         self.save_future = None
-        reason = _first_of_all_ranks(_first_line(error) if error else None)
+        reason = _first_of_all_ranks(first_line(error) if error else None)
         if reason:
             self._resumable = ""
             raise self._save_error(reason) from error
@@ -213,7 +210,7 @@ class SafeCheckpointManager(CheckpointManager):
                     self._commit(checkpoint_id)
             except BaseException as error:  # runs in DCP's thread, where nobody else would see it
                 if is_rank0:
-                    logger.error("saving %s failed: %s", checkpoint_id, _first_line(error))
+                    logger.error("saving %s failed: %s", checkpoint_id, first_line(error))
                 committed.set_exception(error)
             else:
                 committed.set_result(None)
@@ -285,8 +282,6 @@ class SafeCheckpointManager(CheckpointManager):
             return
         if not os.path.isdir(path):
             raise ConfigError(f"checkpoint.initial_load_path = {path}: no such folder; name a checkpoint's own folder")
-        if self.initial_load_in_hf:
-            return
         if os.path.exists(os.path.join(path, MANIFEST)):
             fault = find_fault(path)
         else:  # not saved here, so there is nothing to verify it against
@@ -311,7 +306,7 @@ class SafeCheckpointManager(CheckpointManager):
             )
         return ConfigError(
             f"checkpoint.initial_load_path = {self.initial_load_path} does not fit this configuration: {reason}. Name "
-            "a checkpoint of the same model, or set the model's configuration to the checkpoint's"
+            "a checkpoint of the same model, or set [model] and [tokenizer] to the checkpoint's"
         )
 
     # The folder's parts.
@@ -383,9 +378,9 @@ def load_model(checkpoint: Path) -> tuple[Llama, JobConfig]:
     file = step.parent.parent / "run.json"
     try:
         run = json.loads(file.read_bytes())
-        config, vocabulary = rebuild(run["config"], str(file)), run["vocabulary"]
+        config, vocabulary = restored(run["config"], str(file)), run["vocabulary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not the run.json of a run ({_first_line(error)}); restore the run's own") from None
+        raise ConfigError(f"{file}: not the run.json of a run ({first_line(error)}); restore the run's own") from None
     # This is one process, whatever the run was.
     config.job.dump_folder, config.parallelism, config.model.converters = (
         str(file.parent),
@@ -406,7 +401,7 @@ def load_model(checkpoint: Path) -> tuple[Llama, JobConfig]:
             warnings.simplefilter("ignore", UserWarning)  # that this is a single process
             dcp.load(states, checkpoint_id=step, no_dist=True)
     except (RuntimeError, ValueError, CheckpointException) as error:
-        raise ConfigError(f"{step} does not fit {file} ({_first_line(error)}); restore the run's own") from error
+        raise ConfigError(f"{step} does not fit {file} ({first_line(error)}); restore the run's own") from error
     sparse = [span for span in spans if span.mode == "sparse"]
     if sparse and not sparsity.prepared:
         sparsity.enter(sparse[0].start + 1)
@@ -441,7 +436,7 @@ def find_fault(folder: str) -> str | None:
     except FileNotFoundError:
         return INCOMPLETE
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {_first_line(error)}"
+        return f"{MANIFEST} cannot be read: {first_line(error)}"
     try:
         for name, (size, _) in expected.items():  # the cheap look first
             path = os.path.join(folder, name)
@@ -507,7 +502,8 @@ def _first_of_all_ranks(reason: str | None) -> str | None:
     return next((r for r in reasons if r), None)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What went wrong, on one line; of a torch.distributed.checkpoint failure the first rank's."""
     if isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     lines = str(error).splitlines() or [""]

@@ -148,11 +148,16 @@ def _train(config: JobConfig, folder: Path) -> None:
 
 
 def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
-    """The prepared tokenizer, as torchtitan's TrainSpec asks for it.
+    """The prepared tokenizer, as torchtitan's TrainSpec asks for it."""
+    return load_tokenizer(job_config.model.hf_assets_path)
+
+
+def load_tokenizer(folder: str) -> HuggingFaceTokenizer:
+    """A folder's tokenizer, for documents.
 
     A document that spells out the name of a special token, as the source of a tokenizer does, means the text.
     """
-    tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
+    tokenizer = HuggingFaceTokenizer(folder)
     tokenizer.tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -37,6 +37,7 @@ from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SafeCheckpointManager
 from recipes.data import build_dataloader, load_corpus
 from recipes.metrics import Metrics, build_metrics
+from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity
 from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
@@ -66,6 +67,7 @@ class SparseTrainer(titan.Trainer):
             signal.signal(number, self._interrupt)
         config.model.hf_assets_path = prepare_tokenizer(config)
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
+        check_initial_model(config, args)
         _register(config, args)
         super().__init__(config)
         self.signals = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
@@ -205,7 +207,7 @@ class SparseTrainer(titan.Trainer):
         }
 
     def _describe_run(self, backend: tuple[str, str], flops: dict[str, float]) -> None:
-        """Say what is about to run, and write `run.json` beside the metrics."""
+        """Say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
         (model,) = self.model_parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -231,6 +233,7 @@ class SparseTrainer(titan.Trainer):
             "commit": commit(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
+        copy_tokenizer(config.model.hf_assets_path, Path(config.job.dump_folder) / "tokenizer")
         file = Path(config.job.dump_folder) / "run.json"
         file.write_text(json.dumps(run, indent=2) + "\n")
         logger.info(

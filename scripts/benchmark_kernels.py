@@ -315,7 +315,7 @@ def executed(sparsity: FeedForwardSparsity, product: str, hidden_dim: int) -> fl
     pattern = sparsity.pattern
     if pattern is None or product == "(1)":
         return 1.0
-    if isinstance(pattern, Groups):
+    if not isinstance(pattern, Venom):
         return pattern.density(hidden_dim)
     return 1.0 if product in ("(4)", "(6)") and not sparsity.cut_along_tokens else COLUMNS / pattern.m
 

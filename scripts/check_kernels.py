@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import (
+    Pattern,
     Venom,
     balanced_clusters,
     hidden_activations,
@@ -78,7 +79,7 @@ def planted_inputs(dim: int, hidden_dim: int, tokens: int, device: torch.device)
 def build(sparsity: FeedForwardSparsity, weights: Weights, compiled: bool = True) -> Any:
     """The FFN: sparse if anything in it is, with a router if tokens share a pattern."""
     hidden_dim, dim = weights.w1.shape
-    routed = sparsity.pattern is not None and sparsity.pattern.v > 1
+    routed = isinstance(sparsity.pattern, Pattern) and sparsity.pattern.v > 1
     sparsity = replace(sparsity, clusters=hidden_dim // CLUSTER if routed else 0)
     with torch.device(weights.w1.device):
         module = FeedForward(dim, hidden_dim, sparsity)

@@ -426,8 +426,6 @@ def test_purge_spares_what_latest_names(folder):
 def test_settings_that_cannot_work(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint.keep_latest_k"):
         Run(tmp_path, keep_latest_k=1)
-    with pytest.raises(ConfigError, match=r"checkpoint.last_save_in_hf"):
-        Run(tmp_path, last_save_in_hf=True)
 
 
 def test_load_step(folder, log):

@@ -82,6 +82,20 @@ def test_selection_is_group_mask(kind, tokens, hidden, kept):
         assert torch.equal(getattr(lists, name), getattr(expected, name)), name
 
 
+def test_selection_by_another_matrix():
+    """The choice is that of the longer one's blocks, the tiles are those of y1."""
+    y1, by = pre_activations("floats", 300, 384), pre_activations("sparse", 400, 384)
+    h = y1.relu() * y1.relu()
+    # Of `by` whole blocks count, though the last one of y1 is cut.
+    sums = by.relu().float().square().to(DTYPE).float()[:384].view(3, TILE, 384).sum(1)
+    mask = group_mask(h, TILE, TILE, 1 / 3, sums)
+    assert not torch.equal(mask, group_mask(h, TILE, TILE, 1 / 3))
+    for selection in (reference, select):
+        tiles, lists = selection.select_tiles(y1, 1, by)
+        assert torch.equal(dense(tiles, lists)[:300], torch.where(mask, h, 0))
+        check_lists(lists, 1)
+
+
 def check_lists(lists: TileLists, kept: int):
     block, group = lists.tile_block.tolist(), lists.tile_group.tolist()
     assert lists.start.tolist() == [b * kept for b in range(lists.blocks + 1)]

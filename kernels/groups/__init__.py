@@ -61,12 +61,14 @@ def _check(width: int, **operands: Tensor) -> None:
 
 
 @torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
-def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
     Args:
         y1: `[T, f]`, contiguous, f a multiple of TILE; T need not be one. On a GPU bf16.
         kept: groups of TILE neurons that a block of TILE tokens keeps.
+        by: `[T', f]`, T' at least T, same dtype and contiguous: a block chooses by the sums of the same block of `by`
+            instead of its own.
 
     Returns:
         tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
@@ -74,14 +76,14 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: on a GPU, y1 of another dtype or not contiguous. So do the products below, and where d does not fit.
     """
-    _check(0, y1=y1)
+    _check(0, y1=y1, by=y1 if by is None else by)
     with torch.cuda.device_of(y1):
-        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept)
+        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by)
     return tiles, lists.buffer
 
 
 @select_tiles.register_fake
-def _(y1, kept):
+def _(y1, kept, by=None):
     blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
     buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
     return y1.new_empty(blocks * kept, TILE, TILE), buffer

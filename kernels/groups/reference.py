@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.groups.tiles import TILE, TileLists
 
 
-def group_mask(h: Tensor, v: int, g: int, keep: float) -> Tensor:
+def group_mask(h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = None) -> Tensor:
     """Which entries of h lie in a kept group.
 
     A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one. Among equal sums the
@@ -29,6 +29,8 @@ def group_mask(h: Tensor, v: int, g: int, keep: float) -> Tensor:
         v: tokens in a block, at least 1.
         g: neurons in a group, a divisor of f.
         keep: share of the groups to keep, in (0, 1].
+        sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks makes its choice by instead of its own sums over
+            the v tokens.
 
     Returns:
         bool mask `[T, f]`.
@@ -42,9 +44,12 @@ def group_mask(h: Tensor, v: int, g: int, keep: float) -> Tensor:
     h = h.detach()
     blocks, groups = -(-tokens // v), hidden_dim // g
     tiles = F.pad(h, (0, 0, 0, blocks * v - tokens)).view(blocks, v, groups, g)
-    sums = tiles.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
-    kept = sums.sort(dim=-1, descending=True, stable=True).indices[:, : pattern.kept_groups(hidden_dim)]
-    chosen = torch.zeros_like(sums, dtype=torch.bool).scatter(-1, kept, True)
+    if sums is None:
+        energies = tiles.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+    else:
+        energies = sums.view(blocks, groups, g).sum(2)
+    kept = energies.sort(dim=-1, descending=True, stable=True).indices[:, : pattern.kept_groups(hidden_dim)]
+    chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, kept, True)
     mask = chosen[:, None, :, None] & (tiles != 0)
     return mask.reshape(blocks * v, hidden_dim)[:tokens]
 
@@ -76,25 +81,31 @@ class Groups:
         if hidden_dim % self.g:
             raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
 
-    def mask(self, h: Tensor) -> Tensor:
-        return group_mask(h, self.v, self.g, self.keep)
+    def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
+        return group_mask(h, self.v, self.g, self.keep, sums)
 
 
-def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, TileLists]:
     """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
 
     Args:
         y1: `[T, f]`, f a multiple of TILE.
         kept: groups that a block of TILE tokens keeps.
+        by: `[T', f]`, T' at least T: a block chooses by the sums of relu(by)^2 over the same block; None: by its own.
 
     Returns:
         tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
     """
     tokens, hidden_dim = y1.shape
     blocks, groups = -(-tokens // TILE), hidden_dim // TILE
-    active = F.pad(y1, (0, 0, 0, blocks * TILE - tokens)).relu()
-    h = (active * active).view(blocks, TILE, groups, TILE)
-    sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+
+    def squared_relu(matrix: Tensor) -> Tensor:
+        matrix = matrix[: blocks * TILE]
+        active = F.pad(matrix, (0, 0, 0, blocks * TILE - matrix.shape[0])).relu()
+        return (active * active).view(blocks, TILE, groups, TILE)
+
+    h = squared_relu(y1)
+    sums = (h if by is None else squared_relu(by)).to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
     chosen = torch.zeros_like(sums, dtype=torch.bool)
     chosen.scatter_(1, sums.sort(dim=1, descending=True, stable=True).indices[:, :kept], True)
     capacity = blocks * kept

@@ -94,16 +94,18 @@ def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.con
     tl.store(tiles + to, h)
 
 
-def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
-    """Keep the `kept` groups of largest sum of h = relu(y1)^2 of every block of tokens.
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, TileLists]:
+    """Keep the `kept` groups of largest sum of relu(by)^2 of every block of tokens of h = relu(y1)^2.
 
     Args:
         y1: `[T, f]` bf16, contiguous, f a multiple of TILE, on a CUDA device.
         kept: groups that a block keeps.
+        by: `[T', f]`, as y1, T' at least T: whose sums decide; None: y1's own.
 
     Returns:
         tiles of h `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and their lists.
     """
+    by = y1 if by is None else by
     tokens, hidden_dim = y1.shape
     blocks, groups = triton.cdiv(tokens, TILE), hidden_dim // TILE
     capacity = blocks * kept
@@ -112,7 +114,7 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
     sums = y1.new_empty((blocks, groups), dtype=torch.float32)
     slot = y1.new_empty((blocks, groups), dtype=torch.int32)
     tiles = y1.new_empty((capacity, TILE, TILE))
-    _tile_sums[(groups, blocks)](y1, sums, tokens, groups, TILE=TILE)
+    _tile_sums[(groups, blocks)](by, sums, by.shape[0], groups, TILE=TILE)
     width = triton.next_power_of_2(groups)
     _choose[(blocks,)](sums, lists.start, lists.tile_group, lists.tile_block, slot, groups, kept, GROUPS=width)
     height = triton.next_power_of_2(blocks)

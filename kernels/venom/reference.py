@@ -38,7 +38,7 @@ def _kept_columns(windows: Tensor) -> Tensor:
     return sums.sort(dim=-1, descending=True, stable=True).indices[..., :COLUMNS].sort(dim=-1).values
 
 
-def venom_mask(h: Tensor, v: int, n: int, m: int) -> Tensor:
+def venom_mask(h: Tensor, v: int, n: int, m: int, sums: Tensor | None = None) -> Tensor:
     """Which entries of h the V:N:M pattern keeps.
 
     Among equal column sums or equal entries the lower index wins. An exact zero never counts as kept; NaN does,
@@ -49,6 +49,8 @@ def venom_mask(h: Tensor, v: int, n: int, m: int) -> Tensor:
         v: tokens in a block, at least 1.
         n: entries that a row keeps of its block's four columns, 2 or 4.
         m: columns in a block, a multiple of 4 that divides f.
+        sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks chooses its columns by instead of its own sums
+            over the v tokens.
 
     Returns:
         bool mask `[T, f]`.
@@ -60,7 +62,8 @@ def venom_mask(h: Tensor, v: int, n: int, m: int) -> Tensor:
     Venom(v, n, m).check(hidden_dim)
     h = h.detach()
     windows = _blocks(h, v).unflatten(-1, (-1, m))
-    index = _kept_columns(windows).unsqueeze(1).expand(-1, v, -1, -1)
+    kept = _kept_columns(windows if sums is None else sums.view(-1, 1, hidden_dim // m, m))
+    index = kept.unsqueeze(1).expand(-1, v, -1, -1)
     chosen = windows.gather(-1, index)
     keep = chosen != 0
     if n < COLUMNS:
@@ -95,8 +98,8 @@ class Venom:
         if hidden_dim % self.m:
             raise ValueError(f"m = {self.m} does not divide the FFN's hidden_dim = {hidden_dim}")
 
-    def mask(self, h: Tensor) -> Tensor:
-        return venom_mask(h, self.v, self.n, self.m)
+    def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
+        return venom_mask(h, self.v, self.n, self.m, sums)
 
 
 def densest_neurons(h: Tensor) -> Tensor:

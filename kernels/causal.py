@@ -1,0 +1,57 @@
+"""Activation patterns for inference: a block's choice made from tokens before it.
+
+In a sparse phase a block of V tokens shares a pattern that is chosen from all of them, and the router puts later tokens
+of a sequence into the same block: what a token computes depends a little on tokens after it. At inference those do not
+exist yet (decoding) or must not count (a prompt's loss). Three choices are free of that:
+
+    v = 1        every token chooses for itself. Groups(1, g, keep) and Venom(1, n, m) are that; nothing is shared, so a
+                 product gathers for each token, which suits decoding and is slow for a prompt
+    by cluster   every token keeps what the centroid of its cluster would (`models.feed_forward`). The choice is known
+                 before product (1), and tokens of a cluster share it: sorted by cluster, each cluster's last block
+                 filled up, a prompt's products are dense tiles. There is no kernel for that yet
+    Preceding    a block of V consecutive tokens takes the choice of the V tokens before it. Tiles stay dense, so a
+                 prompt runs on the kernels' products; a sequence's first block, with nothing before it, stays whole
+
+The last needs no router, and fits worst: a token is less like its neighbours than like those of its cluster.
+
+Source: this project; that activation sparsity may serve the prompt as well is arXiv 2503.16672's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.groups.reference import Groups
+from kernels.venom.reference import Venom
+
+
+@dataclass(frozen=True)
+class Preceding:
+    """A pattern whose blocks take the choice of the block before them, in sequences of `seq_len` tokens."""
+
+    pattern: Groups | Venom
+    seq_len: int
+
+    def density(self, hidden_dim: int) -> float:
+        """Share of h that is kept at most in an FFN of width `hidden_dim`, the first block included."""
+        first = min(self.pattern.v, self.seq_len) / self.seq_len
+        return first + (1 - first) * self.pattern.density(hidden_dim)
+
+    def check(self, hidden_dim: int) -> None:
+        """Raise ValueError where the pattern does not fit an FFN of width `hidden_dim`."""
+        self.pattern.check(hidden_dim)
+
+    def mask(self, h: Tensor) -> Tensor:
+        """Which entries of `h [T, f]` are kept: bool `[T, f]`. T is whole sequences, but for a shorter last one."""
+        return torch.cat([self._mask(sequence) for sequence in h.detach().split(self.seq_len)])
+
+    def _mask(self, h: Tensor) -> Tensor:
+        v, (tokens, hidden_dim) = self.pattern.v, h.shape
+        blocks = -(-tokens // v)
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        sums = F.pad(wide, (0, 0, 0, blocks * v - tokens)).view(blocks, v, hidden_dim).sum(1)
+        mask = self.pattern.mask(h, sums.roll(1, 0))
+        mask[:v] = h[:v] != 0
+        return mask

@@ -1,0 +1,149 @@
+"""The same model in the names and conventions of Hugging Face transformers, both ways.
+
+A Llama with an ungated squared-ReLU FFN is transformers' `ArceeForCausalLM`, one with SwiGLU its `LlamaForCausalLM`, so
+nothing is approximated and no code travels with the weights. Names apart, one thing differs. RoPE turns pairs of a
+head's entries by an angle a pair: torchtitan's pairs are neighbours (2i, 2i + 1), transformers' are half a head apart
+(i, i + D/2). What a pair is called does not matter as long as queries and keys agree, so the rows of wq and wk
+are permuted head by head; torchtitan's own adapter for Llama does that, and the FFN's names are all it lacks.
+
+Clustering has left the neurons in another order than they began in. That needs no undoing: h is summed over the
+neurons, W1's rows and W2's columns moved together, and no other tensor knows of them.
+"""
+
+import importlib.metadata
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import kernels
+from configs.errors import ConfigError
+from configs.titan import Llama3StateDictAdapter
+from models.llama import LlamaArgs
+
+
+class StateDictAdapter(Llama3StateDictAdapter):
+    """`to_hf` and `from_hf`, between the two models' parameters by name."""
+
+    def __init__(self, args: LlamaArgs) -> None:
+        super().__init__(args, None)
+        if not args.swiglu:
+            del self.from_hf_map["model.layers.{}.mlp.gate_proj.weight"]
+            self.from_hf_map["model.layers.{}.mlp.up_proj.weight"] = "layers.{}.feed_forward.w1.weight"
+
+
+def export_config(
+    args: LlamaArgs, hidden_dim: int, dtype: torch.dtype, bos: int | None, eos: int | None
+) -> dict[str, Any]:
+    """The contents of config.json.
+
+    Args:
+        args: the model's; `max_seq_len` is what it was trained at.
+        hidden_dim: rows of W1; of a SwiGLU two thirds of the arguments'.
+        dtype: of the weights.
+        bos, eos: ids of the tokens that begin and end a document; None if there is none.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM" if args.swiglu else "ArceeForCausalLM"],
+        "model_type": "llama" if args.swiglu else "arcee",
+        "hidden_act": "silu" if args.swiglu else "relu2",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads or args.n_heads,
+        "head_dim": args.dim // args.n_heads,
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        # transformers 5 reads rope_parameters, older releases and other engines rope_theta.
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(args.rope_theta)},
+        "rope_theta": float(args.rope_theta),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 4.56
+    }
+
+
+def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
+    """The arguments of the model that a config.json describes.
+
+    Raises:
+        ConfigError: a model that the trainer does not have.
+    """
+
+    def refuse(key: str, value: Any, remedy: str) -> ConfigError:
+        return ConfigError(f"{source}: {key} = {value} is no model of this trainer: {remedy}")
+
+    kind = config.get("model_type")
+    if kind not in ("arcee", "llama"):
+        raise refuse("model_type", kind, 'give a folder of "arcee" (squared ReLU) or "llama" (SwiGLU)')
+    swiglu = kind == "llama"
+    activation, wanted = config.get("hidden_act"), "silu" if swiglu else "relu2"
+    if activation != wanted:
+        raise refuse("hidden_act", activation, f"its FFN has {wanted}")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise refuse(key, True, "its linear layers have no biases")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise refuse("rope_type", scaling, "its RoPE is not scaled; give the model as it was before that")
+    try:
+        width, heads, hidden_dim = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+        args = LlamaArgs(
+            dim=width,
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            hidden_dim=hidden_dim * 3 // 2 if swiglu else hidden_dim,
+            swiglu=swiglu,
+            vocab_size=config["vocab_size"],
+            max_seq_len=config["max_position_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
+        )
+    except KeyError as error:
+        raise ConfigError(f"{source}: {error} is missing: give the config.json that the model was saved with") from None
+    head_dim = config.get("head_dim") or width // heads
+    if head_dim * heads != width:
+        raise refuse("head_dim", head_dim, f"its {heads} heads make up the hidden_size = {width}")
+    if swiglu and hidden_dim % args.multiple_of:
+        raise refuse("intermediate_size", hidden_dim, f"its SwiGLU's width is a multiple of {args.multiple_of}")
+    return args
+
+
+def import_transformers() -> ModuleType:
+    """transformers, kept from taking this repository's kernels/ for Hugging Face's package of that name.
+
+    It asks whether a `kernels` can be imported, which ours can, and then how new it is: of the installed package where
+    there is one, of ours otherwise. Both answers have to be ours, and it asks once.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    # Said when transformers imports torchao, of extensions that this machine lacks and of torchao's own code.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    version = importlib.metadata.version
+
+    def answer(distribution_name: str) -> str:
+        return kernels.__version__ if distribution_name == "kernels" else version(distribution_name)
+
+    importlib.metadata.version = answer
+    try:
+        import transformers
+        from transformers.utils.import_utils import is_kernels_available
+
+        assert not is_kernels_available()
+    except ImportError:
+        raise ConfigError('transformers is not installed: pip install -e ".[serve]"') from None
+    finally:
+        importlib.metadata.version = version
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

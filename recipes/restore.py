@@ -1,0 +1,200 @@
+"""A trained model from its run's folder, in one process: nothing of the trainer, any number of ranks.
+
+What the model is stands in the run's run.json and in no file name or shape: width, heads, RoPE's base, the tokenizer
+(which the run keeps a copy of) and the recipe. The weights are the checkpoint's, verified against its manifest and read
+by torch.distributed.checkpoint, which puts together what the ranks wrote.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from configs.errors import ConfigError
+from configs.loader import restored
+from configs.schema import JobConfig
+from models.llama import Llama, LlamaArgs
+from recipes.check import model_args
+from recipes.checkpoint import POINTER, find_fault, first_line
+from recipes.sparsity import feed_forward_sparsity
+
+# What torchtitan and transformers read of a tokenizer's folder, which may hold a whole model beside it.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
+
+# What a checkpoint's shapes do not tell, or not in the words of a configuration.
+FACTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "rope_theta", "norm_eps")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint and the run it is of."""
+
+    folder: Path
+    """`checkpoint/step-N`."""
+
+    run: Path
+    """The run's folder, which holds `run.json` and `tokenizer`."""
+
+    config: JobConfig
+    args: LlamaArgs
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name.removeprefix("step-"))
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.run / "tokenizer"
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters by name, float32 on the CPU.
+
+        Raises:
+            ConfigError: the checkpoint holds another model than run.json says.
+        """
+        with torch.device("meta"):
+            model = Llama(self.args)
+        state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
+        self._load(state)
+        return state
+
+    @torch.no_grad()
+    def model(self) -> Llama:
+        """The model on the CPU, dense, in evaluation mode, with what a sparse phase has prepared, if one has begun."""
+        with torch.device("meta"):
+            model = Llama(self.args)
+        model.to_empty(device="cpu").init_weights()
+        model.load_state_dict(self.weights())
+        prepared = {
+            f"sparsity.{index}.{name}": buffer
+            for index, ffn in enumerate(model.feed_forwards())
+            for name in ("w1_scale", "w2_scale", "centroids")
+            if (buffer := ffn.get_buffer(name)).numel()
+        }
+        if prepared.keys() <= dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata.keys():
+            self._load(prepared)
+        return model.eval()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, checkpoint_id=self.folder, no_dist=True)
+        except (CheckpointException, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.folder} does not hold the model that {self.run / 'run.json'} describes "
+                f"({first_line(error)}): give the run's own run.json back to it"
+            ) from error
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint that a path names, verified.
+
+    Args:
+        path: a `checkpoint/step-N` folder, or a run's folder, which means its newest complete checkpoint.
+
+    Raises:
+        ConfigError: nothing there, damaged, or without the run's run.json.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        raise ConfigError(f"{path}: no such folder; name a run's folder or a checkpoint in it, such as step-100")
+    given = given.resolve()
+    run = next((folder for folder in (given, *given.parents[:2]) if (folder / "run.json").is_file()), None)
+    if run is None:
+        raise ConfigError(
+            f"{path}: no run.json here or in the two folders above, so nothing says what model this is: name a run's "
+            "folder or a checkpoint in it"
+        )
+    config, vocab_size = _read_run(run)
+    folder = given if given.name.startswith("step-") else _newest(run / config.checkpoint.folder)
+    fault = find_fault(str(folder))
+    if fault:
+        others = ", ".join(sorted(str(other) for other in folder.parent.glob("step-*") if other != folder))
+        raise ConfigError(f"{folder} is not usable ({fault}); beside it: {others or 'no other checkpoint'}")
+    args = model_args(config)
+    args.vocab_size = vocab_size
+    if not args.swiglu:
+        args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
+    return Checkpoint(folder, run, config, args)
+
+
+def _newest(folder: Path) -> Path:
+    try:
+        return folder / (folder / POINTER).read_text().strip()
+    except FileNotFoundError:
+        raise ConfigError(f"{folder / POINTER}: no such file, so the run has no complete checkpoint") from None
+
+
+def _read_run(run: Path) -> tuple[JobConfig, int]:
+    file = run / "run.json"
+    try:
+        values = json.loads(file.read_text())
+        config, vocab_size = values["config"], int(values["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({type(error).__name__}: {error}): give the run's own back to it"
+        ) from None
+    return restored(config, str(file)), vocab_size
+
+
+def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copy a tokenizer's files, and nothing else that its folder holds.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not names:
+        raise ConfigError(f"{source} holds no tokenizer: put the tokenizer.json there that the model was trained with")
+    os.makedirs(target, exist_ok=True)
+    if os.path.samefile(source, target):
+        return
+    for name in TOKENIZER_FILES:
+        (Path(target) / name).unlink(missing_ok=True)  # of another tokenizer
+    for name in names:
+        shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def model_facts(args: LlamaArgs) -> dict[str, Any]:
+    """The keys of a section [model] that say what the model is, whatever its flavor, and their values here."""
+    name = "llama_swiglu" if args.swiglu else "llama_relu2"
+    return {"name": name} | {key: getattr(args, key) for key in FACTS} | {"n_kv_heads": args.n_kv_heads or args.n_heads}
+
+
+def check_initial_model(config: JobConfig, args: LlamaArgs) -> None:
+    """Refuse to start from a checkpoint of another model, as far as its run.json, if there is one, tells.
+
+    Shapes would tell later and in other words; that heads or RoPE's base differ, they would not.
+
+    Raises:
+        ConfigError: the first key whose value differs.
+    """
+    path = config.checkpoint.initial_load_path
+    if not path or not (Path(path) / ".." / ".." / "run.json").is_file():
+        return
+    run = Path(path).resolve().parent.parent
+    other, vocab_size = _read_run(run)
+    found = model_facts(model_args(other))
+    for key, value in model_facts(args).items():
+        if value != found[key]:
+            raise ConfigError(
+                f"checkpoint.initial_load_path = {path} is a model of {key} = {found[key]}, but model.{key} = {value}: "
+                f"set it to {found[key]}, or name a checkpoint of this model"
+            )
+    if vocab_size != args.vocab_size:
+        raise ConfigError(
+            f"checkpoint.initial_load_path = {path} has a vocabulary of {vocab_size} tokens, but the tokenizer has "
+            f"{args.vocab_size}: set tokenizer.path = {run / 'tokenizer'}"
+        )

@@ -1,0 +1,408 @@
+"""Evaluate a checkpoint or an export: benchmark tasks, the loss on any text, quantised weights, sparse inference.
+
+    python -m scripts.evaluate outputs/debug-hf                               the paper's tasks, from the network
+    python -m scripts.evaluate outputs/debug --text README.md                 loss, perplexity and bits per byte
+    python -m scripts.evaluate outputs/debug --text README.md --tasks local   items made of the text, no network
+    python -m scripts.evaluate outputs/debug --text README.md --quantize int8 the loss before and after
+    python -m scripts.evaluate outputs/debug --text README.md --pattern       the loss with h cut to the run's pattern
+
+Tasks are lm-evaluation-harness's. The text is what the trainer would make of it: documents begun and ended by their
+markers, one after the other, cut to the length the model was trained at; every token but the first is scored, so the
+bytes of bits per byte are the text's own (recipes/validation.py has the formula).
+
+The local task asks which of four lines comes next in a document; the three wrong ones are lines from elsewhere in the
+same document. Chance is 25%.
+
+With --pattern the checkpoint runs in the trainer's own model: dense; as in a sparse phase, whose choice sees later
+tokens; and with the three choices of kernels/causal.py that do not, with dense weights.
+
+Every evaluation is a line of evaluations.jsonl, in the run's folder or in the export.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.errors import ConfigError, exit_with
+from configs.titan import TORCH_DTYPE_MAP
+from kernels import Preceding
+from models.feed_forward import FeedForwardSparsity
+from recipes.restore import Checkpoint
+from recipes.tokenizer import load_tokenizer, token_bytes
+from scripts.generate import choose_device, find_model, load_model
+
+# arXiv 2602.06183's list, in lm-evaluation-harness's names.
+PAPER_TASKS = (
+    *("arc_easy", "arc_challenge", "boolq", "hellaswag", "lambada_openai"),
+    *("piqa", "race", "sciq", "record", "openbookqa"),
+)
+CONTEXT_LINES, CHOICES = 4, 4
+
+
+class Text:
+    """Local text as token ids, ready to be scored.
+
+    Args:
+        files: text files, a document each.
+        tokenizer: the folder of the model's tokenizer.
+    """
+
+    def __init__(self, files: list[str], tokenizer: Path) -> None:
+        self.documents = [_read(file) for file in files]
+        encoder, self.ids = load_tokenizer(str(tokenizer)), []
+        for document in self.documents:
+            self.ids += encoder.encode(document, add_bos=True, add_eos=True)
+        self.bytes = int(token_bytes(str(tokenizer))[self.ids[1:]].sum())
+        if not self.bytes:
+            raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
+
+    def batches(self, length: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and labels, both `[batch_size, length]` int64; what is left is in a last one or two."""
+        inputs, labels = torch.tensor(self.ids[:-1]), torch.tensor(self.ids[1:])
+        whole = len(inputs) // length * length
+        batches = list(zip(*(ids[:whole].view(-1, length).split(batch_size) for ids in (inputs, labels)), strict=True))
+        if whole < len(inputs):
+            batches.append((inputs[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)))
+        return batches
+
+    @torch.no_grad()
+    def score(self, logits: Callable[[Tensor], Tensor], length: int, batch_size: int, name: str) -> dict[str, float]:
+        """Loss (nats a token), perplexity and bits per byte of a model.
+
+        Args:
+            logits: token ids `[B, S]` to logits `[B, S, vocabulary]`, on any device.
+            length: tokens in a sequence, but for a shorter last one.
+            batch_size: sequences in a batch.
+            name: what is scored, for the progress bar.
+        """
+        total = 0.0
+        for ids, targets in tqdm(self.batches(length, batch_size), desc=name, leave=False, disable=None):
+            out = logits(ids).float()
+            total += float(F.cross_entropy(out.flatten(0, 1), targets.flatten().to(out.device), reduction="sum"))
+        loss = total / (len(self.ids) - 1)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": total / (math.log(2) * self.bytes)}
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {file} cannot be read ({error}): name a text file in UTF-8") from None
+
+
+def local_items(documents: list[str], count: int, longest: int) -> list[dict[str, Any]]:
+    """Items of the local task, the same ones for the same documents: `context`, `choices` (4) and `answer` (index).
+
+    Args:
+        documents: what they are made of.
+        count: items at most.
+        longest: bytes of a choice at most; as many tokens it has at most.
+    """
+    chance = random.Random(0)
+    items = []
+    for document in documents:
+        lines = document.splitlines()
+        telling = [
+            index for index, line in enumerate(lines) if len(line.strip()) >= 12 and len(line.encode()) <= longest
+        ]
+        for index in telling:
+            # Not among the neighbours, where another line may follow as well.
+            others = sorted({lines[other] for other in telling if abs(other - index) > CONTEXT_LINES} - {lines[index]})
+            if index == 0 or len(others) < CHOICES - 1:
+                continue
+            choices = [lines[index], *chance.sample(others, CHOICES - 1)]
+            chance.shuffle(choices)
+            context = "\n".join(lines[max(0, index - CONTEXT_LINES) : index]) + "\n"
+            items.append({"context": context, "choices": choices, "answer": choices.index(lines[index])})
+    return chance.sample(items, min(count, len(items)))
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, names: list[str], documents: list[str], batch_size: int, limit: int | None
+) -> dict[str, dict[str, float]]:
+    """lm-evaluation-harness's metrics by task.
+
+    Args:
+        model, tokenizer: transformers'.
+        names: its tasks, and "local".
+        documents: what the local task is made of.
+        batch_size: sequences in a batch.
+        limit: items of a task at most; None: all, of the local one 500.
+
+    Raises:
+        ConfigError: the harness is not installed, a task is unknown, or its data cannot be had.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError('--tasks needs lm-evaluation-harness: pip install -e ".[eval]", or give only --text')
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for every context that is cut to the model's length
+    manager = TaskManager()
+    unknown = [name for name in names if name != "local" and name not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(f'--tasks {unknown[0]} is unknown to lm-evaluation-harness; "lm-eval ls tasks" lists them')
+    with tempfile.TemporaryDirectory() as folder:
+        tasks: list[Any] = [name for name in names if name != "local"]
+        if "local" in names:
+            items = local_items(documents, limit or 500, model.config.max_position_embeddings - 1)
+            if not items:
+                raise ConfigError("--tasks local finds no items in --text: give a longer text, of many lines")
+            file = Path(folder) / "local.jsonl"
+            file.write_text("".join(json.dumps(item) + "\n" for item in items))
+            tasks.append(_local_task(file))
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        try:
+            results = lm_eval.simple_evaluate(
+                harness, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+            )
+        except OSError as error:  # ConnectionError and its kin; what else a task raises is a fault of its own
+            raise ConfigError(
+                f"the tasks' data cannot be had ({str(error).splitlines()[0]}): without a network give "
+                "--tasks local --text FILES"
+            ) from error
+    return {
+        name: {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}
+        for name, metrics in results["results"].items()
+    }
+
+
+def _local_task(file: Path) -> dict[str, Any]:
+    return {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    }
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Quantise the weights of the blocks' linear layers in place, through torchao; the head stays as it is.
+
+    Args:
+        kind: "int8" (a scale a row) or "float8" (e4m3, a scale a row).
+
+    Raises:
+        ConfigError: a GPU that has no float8.
+    """
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    device = next(model.parameters()).device
+    if kind == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"--quantize float8: {torch.cuda.get_device_name(device)} has no float8; use int8")
+    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+    quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+
+
+def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> dict[str, dict[str, float]]:
+    """The scores of transformers' model on a text, and once more after its weights are quantised to `kind`."""
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids.to(model.device), use_cache=False).logits
+
+    length, dtype = model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
+    scores = {f"exported, {dtype}": text.score(logits, length, batch_size, dtype)}
+    if kind is not None:
+        quantize(model, kind)
+        scores[f"exported, {kind} weights"] = text.score(logits, length, batch_size, kind)
+    return scores
+
+
+def inference_modes(sparsity: FeedForwardSparsity, length: int) -> dict[str, FeedForwardSparsity]:
+    """What an FFN may be cut to at inference, by name, of what the run's sparse phases do to it."""
+    modes = {"as in a sparse phase": sparsity}
+    if sparsity.weight_products:
+        modes["  with dense weights"] = replace(sparsity, weight_products=())
+    if sparsity.pattern is not None and not isinstance(sparsity.pattern, Preceding):
+        alone = FeedForwardSparsity(replace(sparsity.pattern, v=1))
+        modes["chosen token by token"] = alone
+        if sparsity.clusters:
+            modes["chosen by the token's cluster"] = replace(alone, clusters=sparsity.clusters, by_cluster=True)
+        if sparsity.pattern.v > 1:
+            modes["chosen by the block before"] = replace(alone, pattern=Preceding(sparsity.pattern, length))
+    return modes
+
+
+def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> dict[str, dict[str, float]]:
+    """The checkpoint's scores on a text, dense and in every inference mode.
+
+    With them the share of h's energy that is kept, and the tokens a second of a prompt of one micro-batch.
+
+    Raises:
+        ConfigError: a run without activation sparsity, or a checkpoint from before it began.
+    """
+    sparsity, training = checkpoint.args.sparsity, checkpoint.config.training
+    if sparsity.pattern is None:
+        raise ConfigError(f"--pattern: {checkpoint.config.recipe} cuts no activations, so there is nothing to compare")
+    model = checkpoint.model().to(device)
+    first = model.feed_forwards()[0]
+    if (sparsity.clusters and not first.centroids.any()) or (1 in sparsity.weight_products and not first.w1_scale):
+        raise ConfigError(f"--pattern: {checkpoint.folder} is from before the first sparse phase: name a later step")
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    length, batch_size = training.seq_len, training.local_batch_size
+    modes = {"dense": None, **inference_modes(sparsity, length)}
+
+    def enter(mode: FeedForwardSparsity | None) -> None:
+        for ffn in model.feed_forwards():
+            ffn.sparse, ffn.sparsity = mode is not None, mode or sparsity
+            ffn.activity.zero_()
+
+    def logits(ids: Tensor) -> Tensor:
+        # Weights stay float32 and products are the run's, as in training.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(ids.to(device))
+
+    scores = {}
+    for name, mode in modes.items():
+        enter(mode)
+        scores[name] = text.score(logits, length, batch_size, name)
+        _, _, energy, kept = torch.stack([ffn.activity.double() for ffn in model.feed_forwards()]).sum(0).tolist()
+        scores[name]["energy_kept"] = kept / energy
+
+    ids, _ = text.batches(length, batch_size)[0]
+    model.train()  # in evaluation the FFNs measure the energy, which takes time
+    if device.type == "cuda":
+        for block in model.layers.values():
+            block.compile(fullgraph=True)  # as the trainer does
+    for name, mode in modes.items():
+        enter(mode)
+        torch._dynamo.reset()  # or the modes' graphs would add up to more than the compiler keeps of a block
+        scores[name]["prefill_tokens/s"] = _speed(logits, ids, device)
+    return scores
+
+
+@torch.no_grad()
+def _speed(logits: Callable[[Tensor], Tensor], ids: Tensor, device: torch.device) -> float:
+    """Tokens a second of a forward pass, the median of five after one that compiles."""
+    seconds = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        logits(ids)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return ids.numel() / statistics.median(seconds[1:])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _table(scores: dict[str, dict[str, float]]) -> str:
+    columns = {key: None for values in scores.values() for key in values}
+    width = max(map(len, scores), default=0)
+    lines = ["  ".join([" " * width, *(f"{column:>{max(10, len(column))}}" for column in columns)])]
+    for name, values in scores.items():
+        cells = [_number(values[key]).rjust(max(10, len(key))) if key in values else "" for key in columns]
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="score these text files")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="lm-evaluation-harness's, or local; without --text the paper's",
+    )
+    parser.add_argument("--limit", type=int, help="items of a task at most")
+    parser.add_argument("--quantize", choices=("int8", "float8"), help="quantise the weights; tasks run on the result")
+    parser.add_argument("--pattern", action="store_true", help="score with h cut to the run's pattern as well")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the run computed in")
+    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    options = parser.parse_args()
+    for name in ("limit", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least 1")
+    needing = [f"--{name}" for name in ("quantize", "pattern") if getattr(options, name)]
+    if not options.text and (needing or "local" in (options.tasks or ())):
+        raise ConfigError(f"{(needing or ['--tasks local'])[0]} needs a text: give --text FILE ...")
+    if not options.text and not options.tasks:
+        options.tasks = list(PAPER_TASKS)
+    return options
+
+
+def main() -> None:
+    options = _arguments()
+    device, source = choose_device(options.device), find_model(options.checkpoint)
+    text = Text(options.text, source.tokenizer if isinstance(source, Checkpoint) else source) if options.text else None
+    scores: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    packages = ["torch", "torchao"]
+    if options.pattern and text is not None:
+        if not isinstance(source, Checkpoint):
+            raise ConfigError(f"--pattern: {source} is an export, which has no pattern: name the run's checkpoint")
+        scores |= score_patterns(source, text, device)
+    if not options.pattern or options.quantize or options.tasks:
+        packages += ["transformers"]
+        model, tokenizer = load_model(source, options.dtype, device)
+        if text is not None:
+            scores |= score_export(model, text, options.batch_size, options.quantize)
+    if text is not None:
+        print(f"{len(text.ids):,} tokens, {text.bytes:,} bytes, {options.checkpoint} on {device}\n{_table(scores)}")
+    if options.tasks:
+        packages += ["lm_eval"]
+        documents = text.documents if text is not None else []
+        tasks = evaluate_tasks(model, tokenizer, options.tasks, documents, options.batch_size, options.limit)
+        print(_table(tasks))
+
+    row = {
+        "checkpoint": str(source.folder if isinstance(source, Checkpoint) else source),
+        "text": {"files": options.text, "tokens": len(text.ids), "bytes": text.bytes} if text is not None else None,
+        "scores": scores,
+        "tasks": tasks,
+        "quantize": options.quantize,
+        "dtype": options.dtype,
+        "limit": options.limit,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "command": sys.argv,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    file = (source.run if isinstance(source, Checkpoint) else source) / "evaluations.jsonl"
+    try:
+        with open(file, "a") as out:
+            out.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}): make its folder writable") from None
+    print(f"added to {file}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        exit_with(error)

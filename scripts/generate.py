@@ -1,0 +1,104 @@
+"""Continue a prompt with a model straight from a training checkpoint, on a GPU if there is one.
+
+    python -m scripts.generate outputs/debug --prompt "def main("
+    python -m scripts.generate outputs/debug/checkpoint/step-100 --prompt "import" --temperature 0 --max-new-tokens 200
+
+The checkpoint becomes transformers' model in memory (models/hugging_face.py), with its cache of keys and values; an
+exported folder does as well as a checkpoint. The FFN is dense, as in any inference.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from configs.errors import ConfigError, exit_with
+from models.hugging_face import import_transformers
+from recipes.restore import Checkpoint, find_checkpoint
+from scripts.export_hf import export_assets, export_weights
+
+
+def find_model(path: str) -> Checkpoint | Path:
+    """What a path names: a Hugging Face folder, or a checkpoint as `find_checkpoint` says."""
+    return Path(path) if (Path(path) / "config.json").is_file() else find_checkpoint(path)
+
+
+def load_model(source: Checkpoint | Path, dtype: str | None, device: torch.device) -> tuple[Any, Any]:
+    """transformers' model, in evaluation mode, and tokenizer.
+
+    Args:
+        source: as `find_model` returns it.
+        dtype: "float32" or "bfloat16"; None: what the run computed in, of a Hugging Face folder what it holds.
+        device: where the model is to run.
+
+    Raises:
+        ConfigError: transformers is not installed, or the folder cannot be loaded.
+    """
+    transformers = import_transformers()
+    if isinstance(source, Path):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{source} cannot be loaded ({str(error).splitlines()[0]}): export it anew") from error
+    else:
+        weights = export_weights(source, dtype)
+        with tempfile.TemporaryDirectory() as assets:
+            export_assets(source, Path(assets), weights)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
+            config = transformers.AutoConfig.from_pretrained(assets)
+            cls = getattr(transformers, config.architectures[0])
+            model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(assets)
+    return model.to(device).eval(), tokenizer
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from None
+    return device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens; 0: among all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the run computed in")
+    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    options = parser.parse_args()
+    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if (value := getattr(options, name)) < low:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least {low}")
+    model, tokenizer = load_model(find_model(options.checkpoint), options.dtype, choose_device(options.device))
+    transformers = import_transformers()
+    prompt = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    if prompt.input_ids.shape[1] == 0:
+        raise ConfigError('--prompt "" is empty, and the tokenizer names no token to begin with: give a text')
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
+    torch.manual_seed(options.seed)
+    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**prompt, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        exit_with(error)

@@ -1,0 +1,242 @@
+"""Evaluation of a tiny run: scores of a text, quantised weights, sparse inference, and a task without a network."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import kernels.feed_forward
+from configs.errors import ConfigError
+from kernels import Groups, Preceding, Venom
+from models.feed_forward import FeedForward, FeedForwardSparsity
+from recipes.restore import find_checkpoint
+from recipes.tokenizer import load_tokenizer
+from scripts import evaluate
+from scripts.evaluate import PAPER_TASKS, inference_modes, local_items
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a tiny run, trained once, by recipe."""
+    known: dict[str, Path] = {}
+
+    def get(train, recipe: str, *words: str) -> Path:
+        if recipe not in known:
+            known[recipe] = tmp_path_factory.mktemp(recipe)
+            train(known[recipe], *words, "--checkpoint.interval", "2", recipe=recipe)
+        return known[recipe]
+
+    return get
+
+
+@pytest.fixture
+def run(folders, train):
+    """A run of column groups in blocks of 16 tokens, half its sequences' length."""
+    return folders(train, "groups_quarter", "--activations.v", "16")
+
+
+@pytest.fixture
+def text(corpus):
+    return sorted(map(str, corpus.glob("00*.py")))
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Run the script in this process and return the row it added: `evaluated(folder, *words)`."""
+
+    def get(folder: Path, *words: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), *words])
+        evaluate.main()
+        return json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+
+    return get
+
+
+def test_scores_are_those_of_every_token_and_byte(run, text, evaluated):
+    row = evaluated(run, "--text", *text, "--batch-size", "3")
+    tokenizer, model = load_tokenizer(str(run / "tokenizer")), find_checkpoint(str(run)).model()
+    ids = [token for file in text for token in tokenizer.encode(Path(file).read_text(), add_bos=True, add_eos=True)]
+    losses = []
+    for start in range(0, len(ids) - 1, 32):
+        piece = torch.tensor(ids[start : start + 33])
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum").item())
+    score = row["scores"]["exported, float32"]
+    assert score["loss"] == pytest.approx(sum(losses) / (len(ids) - 1), rel=1e-5)
+    assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
+    size = sum(Path(file).stat().st_size for file in text)
+    assert row["text"]["bytes"] == size and row["text"]["tokens"] == len(ids)
+    assert score["bits_per_byte"] == pytest.approx(sum(losses) / (math.log(2) * size), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, levels", [("int8", 256), ("float8", 254)])
+def test_quantised_weights_cost_little_and_something(run, text, evaluated, kind, levels):
+    scores = evaluated(run, "--text", *text, "--quantize", kind)["scores"]
+    before, after = scores["exported, float32"]["loss"], scores[f"exported, {kind} weights"]["loss"]
+    assert before != after and after == pytest.approx(before, rel=0.01)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.lm_head = torch.nn.Linear(512, 4), torch.nn.Linear(512, 4)
+
+    model = Model()
+    head = model.lm_head.weight.detach().clone()
+    evaluate.quantize(model, kind)
+    assert torch.equal(model.lm_head.weight, head)
+    assert all(len(row.unique()) <= levels for row in model.inner.weight.dequantize())
+
+
+def test_inference_modes(run, text, evaluated, folders, train):
+    scores = evaluated(run, "--text", *text, "--pattern")["scores"]
+    dense, exported = scores.pop("dense"), evaluated(run, "--text", *text)["scores"]["exported, float32"]
+    assert dense["loss"] == pytest.approx(exported["loss"], rel=1e-5) and dense["energy_kept"] == 1
+    by_cluster = "chosen by the token's cluster"
+    assert sorted(scores) == ["as in a sparse phase", "chosen by the block before", by_cluster, "chosen token by token"]
+    assert all(score["loss"] != dense["loss"] and score["energy_kept"] < 1 for score in scores.values())
+    kept = {name: score["energy_kept"] for name, score in scores.items()}
+    assert kept["chosen token by token"] > max(kept["as in a sparse phase"], kept["chosen by the block before"])
+
+    shared = FeedForwardSparsity(Venom(64, 2, 16), (1,), True, 4)
+    assert list(inference_modes(shared, 128).values()) == [
+        shared,
+        replace(shared, weight_products=()),
+        FeedForwardSparsity(Venom(1, 2, 16)),
+        FeedForwardSparsity(Venom(1, 2, 16), clusters=4, by_cluster=True),
+        FeedForwardSparsity(Preceding(Venom(64, 2, 16), 128)),
+    ]
+    # A pattern that no tokens share is causal as it is.
+    assert len(inference_modes(FeedForwardSparsity(Venom(1, 2, 4)), 128)) == 2
+
+    for folder, message in (
+        (run / "checkpoint" / "step-2", "from before the first sparse phase"),
+        (folders(train, "weights_2of4"), "cuts no activations"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluated(folder, "--text", *text, "--pattern")
+
+
+def test_only_the_choices_of_a_sparse_phase_see_later_tokens(run):
+    checkpoint = find_checkpoint(str(run))
+    model, (sparse, *causal) = checkpoint.model(), inference_modes(checkpoint.args.sparsity, 32).values()
+    ids = torch.arange(64).view(2, 32) + 300
+    other = ids.clone()
+    other[:, 20:] -= 100
+
+    def change_of_earlier(mode: FeedForwardSparsity) -> float:
+        for ffn in model.feed_forwards():
+            ffn.sparse, ffn.sparsity = True, mode
+        with torch.no_grad():
+            return (model(ids) - model(other))[:, :20].abs().max().item()
+
+    assert len(causal) == 3 and max(map(change_of_earlier, causal)) < 1e-5 < change_of_earlier(sparse)
+
+
+@pytest.mark.parametrize("pattern", [Groups(1, 8, 0.25), Venom(1, 2, 8)])
+def test_a_token_takes_the_choice_of_its_clusters_centroid(pattern):
+    torch.manual_seed(0)
+    ffn = FeedForward(16, 32, FeedForwardSparsity(pattern, clusters=4, by_cluster=True)).eval()
+    ffn.centroids.copy_(F.normalize(torch.randn(4, 16), dim=1))
+    ffn.sparse = True
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        y = ffn(x)
+        for token, out in zip(x.view(-1, 16), y.view(-1, 16), strict=True):
+            centroid = ffn.centroids[(ffn.centroids @ token).argmax()]
+            h, wanted = ((ffn.w1.weight @ each).relu().square()[None] for each in (token, centroid))
+            assert torch.allclose(out, (torch.where(pattern.mask(h, wanted), h, 0) @ ffn.w2.weight.T)[0], atol=1e-6)
+    assert 0 < ffn.activity[3] < ffn.activity[2]
+
+
+@pytest.mark.parametrize("pattern", [Groups(4, 8, 0.25), Venom(4, 2, 8), Venom(4, 4, 8)])
+def test_a_block_takes_the_choice_of_the_block_before(pattern):
+    torch.manual_seed(0)
+    h = torch.randn(3 * 10 - 5, 32).relu()  # sequences of 10 tokens, so blocks of 4, 4 and 2; the last sequence is cut
+    mask = Preceding(pattern, 10).mask(h)
+    for sequence, kept in zip(h.split(10), mask.split(10), strict=True):
+        assert torch.equal(kept[:4], sequence[:4] != 0)
+        for start in range(4, len(sequence), 4):
+            block, chosen = sequence[start : start + 4], kept[start : start + 4]
+            sums = sequence[start - 4 : start].sum(0, keepdim=True)
+            assert torch.equal(chosen, pattern.mask(block, sums))
+    assert not torch.equal(mask, pattern.mask(h))
+    assert Preceding(pattern, 10).density(32) == pytest.approx(0.4 + 0.6 * pattern.density(32))
+
+
+def test_the_local_task_runs_in_the_harness(run, text, evaluated, corpus):
+    documents = [Path(file).read_text() for file in text]
+    items = local_items(documents, 30, 25)
+    assert len(items) == 30 and items == local_items(documents, 30, 25)
+    for item in items:
+        assert len(set(item["choices"])) == 4 and max(map(len, item["choices"])) <= 25
+        assert any(item["context"] + item["choices"][item["answer"]] in document for document in documents)
+    row = evaluated(run, "--text", *text, "--tasks", "local", "--limit", "30")
+    assert 0 <= row["tasks"]["local"]["acc"] <= 1 and row["tasks"]["local"]["sample_len"] == 30
+
+    from lm_eval.tasks import TaskManager
+
+    assert set(PAPER_TASKS) <= set(TaskManager().all_tasks)
+    with pytest.raises(ConfigError, match="--tasks no_such_task is unknown"):
+        evaluated(run, "--tasks", "no_such_task")
+
+
+def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for words, message in (
+        (("--quantize", "int8"), "--quantize needs a text"),
+        (("--tasks", "local"), "--tasks local needs a text"),
+        (("--text", str(tmp_path / "none.txt")), "none.txt cannot be read"),
+        (("--text", str(tmp_path / "binary")), "binary cannot be read"),
+        (("--text", str(tmp_path / "empty.txt")), "empty.txt is empty"),
+        (("--text", *text, "--limit", "0"), "--limit 0 is out of bounds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluated(run, *words)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--tasks needs lm-evaluation-harness"):
+        evaluated(run, "--tasks", "arc_easy")
+
+
+@pytest.mark.parametrize("tokens", [640, 600, 128, 100])
+def test_groups_chosen_by_the_block_before_run_on_the_kernels_operators(tokens, monkeypatch):
+    """Sequences of 320 tokens, so a last block of 64; compiled, the tiles of 128 x 128 and the mask are one FFN."""
+    torch.manual_seed(0)
+    pattern = Preceding(Groups(128, 128, 0.25), 320)
+    x, w1, w2 = torch.randn(tokens, 64), torch.randn(1024, 64), torch.randn(64, 1024)
+    expected = kernels.sparse_feed_forward(x, w1, w2, pattern)
+    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *args: ("groups", "asked for"))
+    assert torch.allclose(kernels.sparse_feed_forward(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
+    compiled = torch.compile(kernels.sparse_feed_forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_which_patterns_for_inference_have_kernels(monkeypatch):
+    cuda = torch.device("cuda")
+
+    def backend(pattern, weight_products=()):
+        return kernels.backend(pattern, weight_products, False, 64, 1024, cuda, torch.bfloat16)[0]
+
+    assert backend(Preceding(Groups(128, 128, 0.25), 4096)) == "groups"
+    assert backend(Preceding(Groups(64, 128, 0.25), 4096)) == backend(Preceding(Venom(128, 2, 16), 4096)) == "reference"
+    assert backend(Groups(1, 128, 0.25)) == backend(Venom(1, 2, 16)) == "reference"
+
+
+@pytest.mark.gpu
+def test_groups_chosen_by_the_block_before_on_a_gpu():
+    torch.manual_seed(0)
+    pattern = Preceding(Groups(128, 128, 0.25), 1024)
+    x, w1, w2 = (torch.randn(*shape).cuda().bfloat16() for shape in ((2000, 256), (2048, 256), (256, 2048)))
+    h = (x @ w1.T).relu()
+    h = h * h
+    expected = torch.where(pattern.mask(h), h, 0).double() @ w2.T.double()
+    with torch.no_grad():
+        y = kernels.sparse_feed_forward(x, w1, w2, pattern)
+    assert (y.double() - expected).norm() < 1e-2 * expected.norm()

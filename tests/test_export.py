@@ -1,0 +1,309 @@
+"""From a training checkpoint to Hugging Face and back: the same model in transformers, in generation and in a new run.
+
+The tiny job's models have grouped-query attention, four query heads on two key-value heads.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch, merge, rows
+from packaging.version import Version
+
+import kernels
+from configs.errors import ConfigError
+from models.hugging_face import import_transformers
+from recipes.data import validation_sequences
+from recipes.restore import find_checkpoint
+from recipes.tokenizer import load_tokenizer
+from recipes.trainer import SparseTrainer
+from scripts import export_hf, generate, import_hf
+
+HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2", "--checkpoint.interval", "4")
+DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
+SWIGLU = ("--model.name", "llama_swiglu", *DENSE)
+# As large runs are: blocks wrapped twice, which their parameters' names must not show.
+WRAPPED = (
+    *("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager"),
+    *("--activation_checkpoint.mode", "full"),
+)
+IDS = torch.arange(384).remainder(380).view(12, 32)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished tiny run, which also holds the trainer's own logits of IDS; each is trained once."""
+    known: dict[tuple, Path] = {}
+
+    def get(train, *words: str, recipe: str = "venom_2of16") -> Path:
+        if words not in known:
+            folder = tmp_path_factory.mktemp("trained")
+            close = SparseTrainer.close
+
+            def keep_logits(trainer):
+                (model,) = trainer.model_parts
+                with torch.no_grad():
+                    torch.save(model.eval()(IDS), folder / "logits.pt")
+                close(trainer)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SparseTrainer, "close", keep_logits)
+                train(folder, *HEADS, *words, recipe=recipe)
+            known[words] = folder
+        return known[words]
+
+    return get
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run a script's main in this process: `script(module, *words)`."""
+
+    def run(module, *words) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words, recipe, architecture",
+    [
+        ((), "venom_2of16", "ArceeForCausalLM"),
+        (WRAPPED, "venom_2of16", "ArceeForCausalLM"),
+        (SWIGLU, "dense", "LlamaForCausalLM"),
+    ],
+)
+def test_transformers_computes_the_trainers_logits(train, trained, script, tmp_path, words, recipe, architecture):
+    run = trained(train, *words, recipe=recipe)
+    script(export_hf, run, tmp_path / "hf", "--dtype", "float32")
+    model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=False, output_loading_info=True
+    )
+    assert type(model).__name__ == architecture and model.dtype == torch.float32
+    assert not any(info.values())
+    assert model.config.num_key_value_heads == 2 and model.config.max_position_embeddings == 32
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert (logits - torch.load(run / "logits.pt")).abs().max() < 1e-4
+    # RoPE's permutation is what makes them equal: without it they are not.
+    weights = find_checkpoint(str(run)).weights()
+    for name in ("q", "k"):
+        layer = model.model.layers[0].self_attn.get_parameter(f"{name}_proj.weight")
+        assert not torch.equal(layer, weights[f"layers.0.attention.w{name}.weight"])
+
+
+def test_bfloat16_and_the_tokenizer_of_an_export(train, trained, script, tmp_path):
+    run = trained(train)
+    script(export_hf, run / "checkpoint" / "step-8", tmp_path / "hf", "--dtype", "bfloat16")
+    transformers = import_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.dtype == torch.bfloat16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "def f(x):\n    return x , 3"
+    own = load_tokenizer(str(run / "tokenizer"))
+    ids = tokenizer(text)["input_ids"]
+    assert ids == own.encode(text, add_bos=True) and tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (own.bos_id, own.eos_id)
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        script(export_hf, run, tmp_path / "hf")
+
+
+def test_large_weights_are_sharded(train, trained, script, tmp_path, monkeypatch):
+    save = export_hf.save_torch_state_dict
+    monkeypatch.setattr(export_hf, "save_torch_state_dict", lambda *args: save(*args, max_shard_size="60KB"))
+    run = trained(train)
+    script(export_hf, run, tmp_path / "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert (model(IDS).logits - torch.load(run / "logits.pt")).abs().max() < 1e-4
+
+
+def test_a_round_trip_is_bit_equal_and_a_run_goes_on_from_it(train, trained, script, tmp_path, capsys):
+    run = trained(train)
+    script(export_hf, run, tmp_path / "hf")
+    script(import_hf, tmp_path / "hf", tmp_path / "imported")
+    said = capsys.readouterr().out
+    assert "n_kv_heads = 2" in said and 'name = "llama_relu2"' in said
+    before, after = (find_checkpoint(str(folder)) for folder in (run, tmp_path / "imported"))
+    state = after.weights()
+    assert all(torch.equal(value, state[name]) for name, value in before.weights().items())
+    script(export_hf, tmp_path / "imported", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "hf")
+
+    words = ("--checkpoint.initial_load_path", str(tmp_path / "imported" / "checkpoint" / "step-0"))
+    tokenizer = ("--tokenizer.path", str(tmp_path / "imported" / "tokenizer"))
+    first = train(tmp_path / "on", *HEADS, *DENSE, *words, *tokenizer, "--training.steps", "2", recipe="dense")[1]
+    assert first["loss"] < rows(run)[12]["loss"] + 0.3 < rows(run)[1]["loss"]
+    for key, value in (("n_heads", "2"), ("rope_theta", "10000.0"), ("hidden_dim", "512")):
+        with pytest.raises(ConfigError, match=f"is a model of {key} = .* but model.{key} = "):
+            train(tmp_path / key, *merge([*HEADS, *words, *tokenizer], [f"--model.{key}", value]))
+    with pytest.raises(ConfigError, match=r"has a vocabulary of 384 tokens.*set tokenizer.path"):
+        train(tmp_path / "other", *HEADS, *words, "--tokenizer.vocab_size", "320")
+
+
+def test_a_checkpoint_of_two_ranks_is_put_together(tiny, script, tmp_path):
+    half = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
+    words = merge(tiny, [*HEADS, *half, *DENSE, "--training.steps", "4", "--job.dump_folder", str(tmp_path / "run")])
+    result = launch("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "run" / "checkpoint" / "step-4"
+    assert len({file.name[:3] for file in folder.glob("*.distcp")}) == 2
+    script(export_hf, folder, tmp_path / "hf")
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    config = find_checkpoint(str(folder)).config
+    ids = validation_sequences(load_tokenizer(str(tmp_path / "run" / "tokenizer")), config)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert float(loss) == pytest.approx(rows(tmp_path / "run")[4]["val_loss"], abs=1e-5)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named(train, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained(train), run)
+    newest = run / "checkpoint" / "step-12"
+    (tmp_path / "empty").mkdir()
+    for path, reason in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "empty", "no run.json"),
+        (run / "checkpoint" / "step-7", "no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            find_checkpoint(str(path))
+    assert find_checkpoint(str(run)).folder == find_checkpoint(str(newest)).folder == newest.resolve()
+
+    data = next(newest.glob("*.distcp"))
+    kept = data.read_bytes()
+    data.write_bytes(kept[:-100])
+    with pytest.raises(ConfigError, match=r"step-12 is not usable .* beside it: .*step-4.*step-8"):
+        find_checkpoint(str(run))
+    data.write_bytes(kept)
+    (newest / "manifest.json").rename(newest / "gone")
+    with pytest.raises(ConfigError, match="ended before it was saved entirely"):
+        find_checkpoint(str(run))
+    (newest / "gone").rename(newest / "manifest.json")
+
+    values = json.loads((run / "run.json").read_text())
+    values["config"]["model"]["hidden_dim"] = 512
+    (run / "run.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"does not hold the model that .*run.json describes"):
+        find_checkpoint(str(run)).weights()
+    values["config"]["model"]["hidden_dims"] = 512
+    (run / "run.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"run.json: unknown key model.hidden_dims; did you mean model.hidden_dim\?"):
+        find_checkpoint(str(run))
+    (run / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run.json cannot be read"):
+        find_checkpoint(str(run))
+
+
+def edit(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "mistral"}, "model_type = mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = yarn"),
+        ({"head_dim": 16}, "head_dim = 16"),
+        ({"num_hidden_layers": 1}, "model.layers.1.* is no part of this model"),
+        ({"num_hidden_layers": 3}, "layers.2.* is missing"),
+        ({"intermediate_size": 128}, r"w1.weight is \(256, 32\), but config.json makes it \(128, 32\)"),
+        ({"vocab_size": 300}, "its tokenizer has 384 tokens, its embedding only 300"),
+    ],
+)
+def test_a_folder_that_is_no_model_of_ours_is_refused(train, trained, script, tmp_path, values, message):
+    script(export_hf, trained(train), tmp_path / "hf")
+    edit(tmp_path / "hf", **values)
+    with pytest.raises(ConfigError, match=message):
+        script(import_hf, tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, script):
+    """As other folders have them: the head is the embedding, and both have rows that stand for no token."""
+    transformers = import_transformers()
+    script(export_hf, trained(train), tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    model.resize_token_embeddings(400)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "hf")
+    script(import_hf, tmp_path / "hf", tmp_path / "out")
+    ours = find_checkpoint(str(tmp_path / "out")).model()
+    with torch.no_grad():
+        assert (ours(IDS) - model(IDS).logits[..., :384]).abs().max() < 1e-4
+
+
+def test_generation_from_a_checkpoint_and_from_its_export(train, trained, script, tmp_path, capsys):
+    run = trained(train)
+    script(export_hf, run, tmp_path / "hf")
+    capsys.readouterr()
+
+    def text(*words) -> str:
+        script(generate, *words, "--prompt", "def f", "--max-new-tokens", "8")
+        return capsys.readouterr().out
+
+    greedy = text(run, "--temperature", "0")
+    assert greedy.startswith("def f") and len(greedy) > len("def f\n")
+    assert text(tmp_path / "hf", "--temperature", "0") == greedy
+    drawn = [text(run, "--temperature", "5", "--top-k", "0", "--seed", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # The likeliest tokens of the trainer's own model.
+    model, tokenizer = find_checkpoint(str(run)).model(), load_tokenizer(str(run / "tokenizer"))
+    ids = tokenizer.encode("def f", add_bos=True)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert greedy.rstrip("\n") == tokenizer.decode(ids).rstrip("\n")
+    for words, message in (
+        (("--temperature", "-1"), "--temperature -1"),
+        (("--device", "nothing"), "--device nothing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            text(run, *words)
+
+
+def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):
+    """With Hugging Face's package of that name installed, transformers would import ours for it and fail."""
+    from transformers.utils import import_utils
+
+    assert Version(kernels.__version__) < Version(import_utils.KERNELS_MIN_VERSION)
+    assert not import_utils.is_kernels_available()
+    installed = tmp_path / f"kernels-{import_utils.KERNELS_MIN_VERSION}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Name: kernels\nVersion: {import_utils.KERNELS_MIN_VERSION}\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    unguarded = run("-c", "import transformers.integrations.hub_kernels")
+    assert "cannot import name" in unguarded.stderr and "kernels" in unguarded.stderr
+    guarded = run("-m", "scripts.generate", trained(train), "--prompt", "def f", "--max-new-tokens", 2)
+    assert guarded.returncode == 0 and guarded.stdout.startswith("def f"), guarded.stderr
+    trainer = run("train.py", "--config", "configs/debug.toml", "--check")
+    assert trainer.returncode == 0, trainer.stderr
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "scripts.export_hf", str(tmp_path / "nowhere"), "OUT"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ") and "nowhere" in result.stderr
