@@ -50,45 +50,52 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 @dataclass(frozen=True)
 class Contender:
     about: str
-    words: tuple[str, ...]
+    keys: dict[str, str]
     """Its own keys of train.py."""
 
     program: tuple[str, ...] = ("train.py",)
 
 
-def _recipe(name: str, about: str, *words: str) -> Contender:
-    return Contender(about, ("--recipe", f"recipes/{name}.toml", *words))
+def _recipe(name: str, about: str, keys: dict[str, str] | None = None) -> Contender:
+    return Contender(about, {"recipe": f"recipes/{name}.toml"} | (keys or {}))
 
 
 def _torchtitan(model: str, about: str) -> Contender:
-    words = ("--recipe", "recipes/dense.toml", "--model.name", model)
-    return Contender(about, words, ("-m", "scripts.titan_baseline"))
+    return Contender(about, {"recipe": "recipes/dense.toml", "model.name": model}, ("-m", "scripts.titan_baseline"))
 
 
-FIRST_2OF4 = ("--weights.pattern", "2:4", "--weights.products", "[1]")
-TOKENS = ("--activations.cut_along_tokens", "true")
-FLOAT8 = ("--model.converters", '["quantize.linear.float8"]', "--quantize.linear.float8.recipe_name", "rowwise")
+FIRST_2OF4 = {"weights.pattern": "2:4", "weights.products": "[1]"}
+TOKENS = {"activations.cut_along_tokens": "true"}
+FLOAT8 = {"model.converters": '["quantize.linear.float8"]', "quantize.linear.float8.recipe_name": "rowwise"}
 
 CONTENDERS = {
     "torchtitan_swiglu": _torchtitan("llama_swiglu", "torchtitan's trainer and Llama, SwiGLU"),
     "torchtitan_relu2": _torchtitan("llama_relu2", "torchtitan's trainer, squared ReLU"),
     "dense": _recipe("dense", "squared ReLU, dense"),
-    "float8": _recipe("dense", "the same in torchao's row-wise float8", *FLOAT8),
+    "float8": _recipe("dense", "the same in torchao's row-wise float8", FLOAT8),
     "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
-    "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too", *TOKENS),
-    "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", *TOKENS),
-    "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", *TOKENS),
+    "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too", TOKENS),
+    "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", TOKENS),
+    "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
     "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
     "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
-    "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", *FIRST_2OF4),
-    "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", *FIRST_2OF4),
-    "groups_eighth_float8": _recipe("groups_eighth", "an eighth, and row-wise float8 elsewhere", *FLOAT8),
+    "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),
+    "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", FIRST_2OF4),
+    "groups_eighth_float8": _recipe("groups_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
 }
 
+OUTPUTS = ROOT / "outputs" / "benchmark"  # the runs' folders
 WINDOW = 5  # steps between two rows
 PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 60}]'
 PROFILED = 30  # step 30 is traced, the last of the sparse ones, and of such a run step 60, a dense one
 STEPS = {"sparse": 60, "dense": 30}
+OWN = {  # keys that every run gets
+    "metrics.log_freq": str(WINDOW),
+    "metrics.enable_tensorboard": "false",
+    "validation.enable": "false",
+    "checkpoint.enable": "false",
+    "lr_scheduler.warmup_steps": "10",
+}
 FALLS = 0.2  # nats that the loss has to fall by
 
 # Where a step's time goes, and the colours of the parts.
@@ -191,39 +198,36 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _words(keys: dict[str, str]) -> list[str]:
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
 class Turn:
     """One run of a contender.
 
     Args:
         name: of the contender.
-        common: keys of train.py for all contenders.
+        common: keys of train.py and their values, for all contenders.
         folder: where it runs.
         gpus: processes, a GPU each.
     """
 
-    def __init__(self, name: str, common: list[str], folder: Path, gpus: int) -> None:
+    def __init__(self, name: str, common: dict[str, str], folder: Path, gpus: int) -> None:
         self.name, self.folder, self.gpus = name, folder, gpus
         self.program = CONTENDERS[name].program
-        words = [*common, *CONTENDERS[name].words]
-        config, _ = load_config(words)
+        keys = common | CONTENDERS[name].keys
+        config, _ = load_config(_words(keys))
         self.args, spans = check_config(config)
         self.sparse_share = sum(span.stop - span.start for span in spans if span.mode == "sparse") / spans[-1].stop
         self.mode = "sparse" if self.sparse_share else "dense"
-        words += ["--training.steps", str(STEPS[self.mode]), "--metrics.log_freq", str(WINDOW)]
-        words += [
-            "--validation.enable",
-            "false",
-            "--checkpoint.enable",
-            "false",
-            "--metrics.enable_tensorboard",
-            "false",
-        ]
-        words += ["--lr_scheduler.warmup_steps", "10", "--job.dump_folder", str(folder)]
+        own = OWN | {"training.steps": str(STEPS[self.mode]), "job.dump_folder": str(folder)}
         if self.mode == "sparse":
-            words += ["--schedule.phases", PHASES]
+            own["schedule.phases"] = PHASES
         if torch.cuda.is_available():
-            words += ["--profiling.enable_profiling", "true", "--profiling.profile_freq", str(PROFILED)]
-        self.words = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
+            own |= {"profiling.enable_profiling": "true", "profiling.profile_freq": str(PROFILED)}
+        if twice := sorted(keys.keys() & own.keys()):
+            raise ConfigError(f"--{twice[0]} is the benchmark's to set: leave it out")
+        self.words = _words(keys | own)
         self.config: JobConfig = load_config(self.words)[0]
         check_config(self.config)
         check_data(self.config)
@@ -372,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="processes of a run, a GPU each; default: 1")
     parser.add_argument("--out", type=Path, help="folder for training.json and .png; default: docs/training/CONFIG")
     arguments = sys.argv[1:] if arguments is None else arguments
-    options, keys = parser.parse_known_args(arguments)
+    options, given = parser.parse_known_args(arguments)
     for name in options.contenders:
         if name not in CONTENDERS:
             raise ConfigError(f"--contenders {name}: no such contender; there are {', '.join(CONTENDERS)}")
@@ -380,15 +384,17 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError(f"--rounds {options.rounds} --gpus {options.gpus}: give 1 or more")
     if torch.cuda.is_available() and torch.cuda.device_count() < options.gpus:
         raise ConfigError(f"--gpus {options.gpus}: this machine has {torch.cuda.device_count()}")
-    words = [word for key in keys for word in (key.split("=", 1) if key.startswith("--") and "=" in key else [key])]
+    words = [word for key in given for word in (key.split("=", 1) if key.startswith("--") else [key])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise ConfigError(f"{shlex.join(keys)}: give keys of train.py as --key value")
+        raise ConfigError(f"{shlex.join(given)}: give keys of train.py as --key value")
+    common = {"config": options.config} | {
+        key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)
+    }
     stem = Path(options.config).stem
     out = options.out or ROOT / "docs" / "training" / stem
-    common = ["--config", options.config, *words]
     names = list(dict.fromkeys(options.contenders))
     turns = [
-        [Turn(name, common, Path("outputs/benchmark") / stem / f"{name}-{turn}", options.gpus) for name in names]
+        [Turn(name, common, OUTPUTS / stem / f"{name}-{turn}", options.gpus) for name in names]
         for turn in range(options.rounds)
     ]
     out.mkdir(parents=True, exist_ok=True)

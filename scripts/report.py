@@ -9,6 +9,8 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- probes: FOLDER -->   a row for each probed checkpoint and way to run it: probe.json of scripts/probe.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
+    <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
+    <!-- parts: FILE -->      the same file: where the time of a step goes
 """
 
 import json
@@ -25,7 +27,7 @@ from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/studies/*/README.md"))
-BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
@@ -285,11 +287,77 @@ def stages_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def training_table(file: Path) -> str:
+    """Steps of whole models as a Markdown table, and what they ran on.
+
+    Args:
+        file: training.json.
+    """
+    result = json.loads(file.read_text())
+    contenders: dict[str, dict[str, Any]] = result["contenders"]
+    timed = {name: entry for name, entry in contenders.items() if not entry["failed"]}
+    swiglu = timed.get("torchtitan_swiglu")
+    rows = []
+    for name, entry in timed.items():
+        mode = "sparse" if "sparse" in entry["ms"] else "dense"
+        over = swiglu["ms"]["dense"] / entry["ms"][mode] if swiglu else None
+        share = f"{100 * entry['sparse_share']:.0f}%" if mode == "sparse" else ""
+        rows.append(
+            {
+                "contender": f"`{name}`",
+                "what": entry["what"],
+                "dense step, ms": f"{entry['ms']['dense']:.0f}",
+                "sparse step, ms": f"{entry['ms']['sparse']:.0f}" if mode == "sparse" else "-",
+                "tokens/s": amount(float(f"{entry['tokens_per_second'][mode]:.3g}")),
+                "over its dense": f"{entry['speedup']:.2f}x" if mode == "sparse" else "-",
+                "over SwiGLU": f"{over:.2f}x" if over else "-",
+                "whole run": f"{entry['whole']:.2f}x ({share} sparse)" if mode == "sparse" else "-",
+                "peak memory": f"{entry['peak_gib'][mode]:.1f} GiB",
+            }
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    text = (
+        f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
+        f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
+        "Medians of means of five steps. Whole run: the recipe's share of sparse steps at these times, over all steps "
+        f"dense. {result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
+        f"commit {(result['commit'] or 'unknown')[:10]}, `{result['command']}`."
+    )
+    if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:
+        text += f" Not timed: {'; '.join(failed)}."
+    return _table(rows, False, lambda _: text)
+
+
+def parts_table(file: Path) -> str:
+    """Where the time of one traced step goes, in ms by part, as a Markdown table.
+
+    Args:
+        file: training.json.
+    """
+    result = json.loads(file.read_text())
+    traced = [
+        (f"`{name}`, {mode}", parts)
+        for name, entry in result["contenders"].items()
+        for mode, parts in entry.get("parts", {}).items()
+        if mode == "sparse" or "speedup" not in entry
+    ]
+    columns = dict.fromkeys(part for _, parts in sorted(traced, key=lambda pair: -len(pair[1])) for part in parts)
+    rows = [
+        {"step": step}
+        | {part: f"{parts[part]:.1f}" if part in parts else "" for part in columns}
+        | {"sum": f"{sum(parts.values()):.1f}"}
+        for step, parts in traced
+    ]
+    return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs_table,
     "probes": probes_table,
     "kernels": kernels_table,
     "stages": stages_table,
+    "training": training_table,
+    "parts": parts_table,
 }
 
 

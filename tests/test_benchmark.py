@@ -1,0 +1,141 @@
+"""The training benchmark: what counts of a run's rows, where a trace's time goes, and a whole round on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from models.llama import llama_args
+from scripts import benchmark
+from scripts.report import fill
+
+ARGS = llama_args("7b-slice")
+ARGS.vocab_size = 32768
+TOKENS, D, F = 16384, ARGS.dim, ARGS.hidden_dim
+
+
+@pytest.mark.parametrize(
+    "op, shapes, kernel, part",
+    [
+        ("aten::mm", [[TOKENS, D], [D, F]], "nvjet", "FFN"),
+        ("aten::mm", [[F, TOKENS], [TOKENS, D]], "nvjet", "FFN"),
+        ("aten::mm", [[TOKENS, D], [D, D]], "nvjet", "projections"),  # as many tokens as the FFN is wide
+        ("aten::mm", [[D, TOKENS], [TOKENS, D]], "nvjet", "projections"),
+        ("aten::_scaled_mm", [[TOKENS, D], [D, 10944], [1]], "nvjet", "FFN"),  # SwiGLU's two thirds
+        ("aten::mm", [[TOKENS, D], [D, 32768]], "nvjet", "head and loss"),
+        ("sparsetitan::groups_sample", [[TOKENS, D]], "sample", "FFN"),
+        ("triton_poi_fused_mul_relu_3", [], "triton_poi_fused_mul_relu_3", "FFN"),
+        ("aten::_cudnn_attention_backward", [[4, 32, 4096, 128]], "cudnn_sdpa", "attention"),
+        ("triton_red_fused__log_softmax_0", [], "triton_red_fused__log_softmax_0", "head and loss"),
+        ("aten::_fused_adamw_", [], "multi_tensor_apply_kernel", "optimizer"),
+        ("", [], "ncclDevKernel_AllGather", "communication"),
+        ("triton_per_fused_rms_norm", [], "triton_per_fused_rms_norm", "other"),
+    ],
+)
+def test_part_of(op, shapes, kernel, part):
+    assert benchmark.part_of(op, shapes, kernel, TOKENS, ARGS) == part
+
+
+def test_parts_of_a_trace():
+    def kernel(at, dur, number, name="k"):
+        return {"cat": "kernel", "ts": at, "dur": dur, "name": name, "args": {"External id": number}}
+
+    def op(number, name, shapes):
+        return {"cat": "cpu_op", "ts": 0, "name": name, "args": {"External id": number, "Input Dims": shapes}}
+
+    trace = [
+        op(1, "aten::mm", [[TOKENS, D], [D, F]]),
+        op(2, "aten::_fused_adamw_", [[[D, D], [D]], []]),  # a list of tensors has a list of shapes
+        kernel(1000, 2000, 1),
+        kernel(2000, 500, 3, "ncclDevKernel"),  # beside the product, on another stream
+        kernel(5000, 1000, 2),
+        {"cat": "python_function", "ts": 0, "dur": 9999, "name": "x", "args": {}},
+    ]
+    assert benchmark.parts_of(trace, TOKENS, ARGS) == pytest.approx(
+        {"FFN": 2.0, "optimizer": 1.0, "communication": 0.5, "idle": 2.0}
+    )
+
+
+def row(step, phase, seconds, graphs=0, **more):
+    values = {"step": step, "phase": phase, "loss": 10 - step / 20, "step_seconds": seconds, "peak_memory_gib": 1.0}
+    return values | {"switch_seconds": 0.0, "graphs_compiled": graphs} | more
+
+
+def test_only_undisturbed_steps_count():
+    rows = [
+        row(1, "dense", 9.0, 3),
+        row(5, "dense", 0.9),  # allocates
+        row(10, "dense", 0.30),
+        row(15, "sparse", 3.0, 3, switch_seconds=0.5),  # compiles
+        row(20, "sparse", 0.20, peak_memory_gib=2.0),
+        row(25, "sparse", 0.22),
+        row(30, "sparse", 0.90),  # profiled
+        row(35, "dense", 0.90),  # waits for the trace
+        row(40, "dense", 0.32),
+        row(60, "dense", 0.90),  # profiled
+    ]
+    result = benchmark.measured(rows)
+    assert result["seconds"] == {"dense": [0.30, 0.32], "sparse": [0.20, 0.22]}
+    assert result["peak_gib"] == {"dense": 1.0, "sparse": 2.0}
+    assert result["switch_seconds"] == 0.5 and result["graphs"] == {1: 3, 15: 3}
+    turn = result | {"tokens": 1000, "about": {}, "parts": {}, "failed": ""}
+    entry = benchmark.combined([turn, turn], 0.5)
+    assert entry["ms"] == pytest.approx({"dense": 310, "sparse": 210})
+    assert entry["speedup"] == pytest.approx(310 / 210)
+    assert entry["whole"] == pytest.approx(310 / 260)
+    assert entry["tokens_per_second"]["sparse"] == pytest.approx(1000 / 0.21)
+    assert benchmark.combined([turn, turn | {"failed": "no"}], 0.5) == {"failed": "no"}
+
+
+def test_torchtitan_s_lines_are_read():
+    log = (
+        "12:00 - \x1b[31mstep:  1  \x1b[32mloss: 10.84900  \x1b[38mgrad_norm:  2.5000  \x1b[36mmemory: 21.49GiB(27%)  "
+        "\x1b[34mtps: 2,048  \x1b[36mtflops: 1.0  mfu: 1%\x1b[39m\n"
+        "[rank0]: step: 10  loss:  6.50000  grad_norm:  1.0  memory: 31.40GiB(39%)  tps: 65,536  tflops: 3  mfu: 55%\n"
+    )
+    first, last = benchmark.titan_rows(log, TOKENS)
+    assert first["step"] == 1 and first["loss"] == 10.849 and first["step_seconds"] == 8.0
+    assert last == row(10, "dense", 0.25, loss=6.5, peak_memory_gib=31.4)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--contenders", "dens"], "--contenders dens: no such contender; there are torchtitan_swiglu"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--training.steps"], "--training.steps: give keys of train.py as --key value"),
+        (["--training.stepz", "3"], "training.stepz"),
+        (["--training.steps=3"], "--training.steps is the benchmark's to set"),
+    ],
+)
+def test_refusals(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark.main(["--config", "configs/debug.toml", "--out", str(tmp_path), *words])
+
+
+def test_a_round(tiny, tmp_path, monkeypatch, capsys):
+    """torchtitan's trainer and one of ours with a sparse phase, from processes to tables and picture."""
+    monkeypatch.setattr(benchmark, "OUTPUTS", tmp_path)
+    out = tmp_path / "out"
+    own = {f"--{key}" for key in benchmark.OWN} | {"--training.steps", "--schedule.phases"}
+    keys = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if pair[0] not in own for word in pair]
+    words = ["--config", "configs/debug.toml", "--contenders", "torchtitan_relu2", "groups_quarter", "--rounds", "1"]
+    status = benchmark.main([*words, "--out", str(out), *keys])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    result = json.loads((out / "training.json").read_text())
+    titan, ours = result["contenders"]["torchtitan_relu2"], result["contenders"]["groups_quarter"]
+    assert set(titan["ms"]) == {"dense"} and set(ours["ms"]) == {"dense", "sparse"}
+    # The same model, batches and seed: torchtitan's loss is ours.
+    assert titan["losses"][0] == pytest.approx(ours["losses"][0], rel=1e-4)
+    assert ours["about"]["backend"]["name"] == "reference"
+    assert (out / "training.png").stat().st_size > 10_000
+    if not torch.cuda.is_available():
+        assert ours["parts"] == {}
+    ours["parts"] = {"sparse": {"FFN": 1.0, "idle": 0.5}}
+    (out / "training.json").write_text(json.dumps(result))
+    text = fill(f"<!-- training: {out}/training.json -->\n<!-- end -->")
+    assert "| `groups_quarter` | a quarter of the groups | " in text and "(65% sparse)" in text
+    text = fill(f"<!-- parts: {out}/training.json -->\n<!-- end -->")
+    assert "| `groups_quarter`, sparse | 1.0 | 0.5 | 1.5 |" in text
