@@ -70,6 +70,7 @@ from torchtitan.hf_datasets import DatasetConfig  # noqa: E402
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
+from torchtitan.models.llama3.model.model import Attention  # noqa: E402
 from torchtitan.models.llama3.model.model import FeedForward as SwiGLU  # noqa: E402
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
 from torchtitan.models.utils import trunc_normal_  # noqa: E402
@@ -84,6 +85,7 @@ __all__ = [
     "IGNORE_INDEX",
     "TORCH_DTYPE_MAP",
     "AsyncMode",
+    "Attention",
     "BaseTokenizer",
     "BaseValidator",
     "CheckpointManager",

@@ -1,7 +1,7 @@
 """Llama with a squared-ReLU FFN, and the same Llama with SwiGLU as the baseline people know.
 
-The block is torchtitan's Llama block (RMSNorm, RoPE, grouped-query attention, no biases), so that a comparison
-with it differs in the FFN alone:
+The block is torchtitan's Llama block (RMSNorm, RoPE, grouped-query attention, no biases; RoPE in one pass instead of
+three, `models/attention.py`), so that a comparison with it differs in the FFN alone:
 
     llama_relu2    y = W2 relu(W1 x)^2              2 d f parameters
     llama_swiglu   y = W2 (silu(W1 x) * W3 x)       3 d f' parameters, f' = 2/3 f rounded up to a multiple of 64
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.titan import RoPEScalingArgs, SwiGLU, Transformer, TransformerModelArgs
+from models.attention import Attention
 from models.feed_forward import FeedForward, FeedForwardSparsity
 
 
@@ -56,6 +57,7 @@ class Llama(Transformer):
     def __init__(self, model_args: LlamaArgs) -> None:
         super().__init__(model_args)
         for block in self.layers.values():
+            block.attention = Attention(model_args)
             block.feed_forward = _feed_forward(model_args)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

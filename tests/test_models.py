@@ -8,6 +8,7 @@ from torch import Tensor
 
 from configs.loader import load_config
 from kernels import Groups, Venom
+from models.attention import rotate
 from models.feed_forward import FeedForwardSparsity
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
@@ -172,3 +173,17 @@ def test_flavors_have_the_sizes_they_are_named_for():
             model = Llama(llama_args(flavor, vocab_size=32768))
             assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.15), flavor
     assert set(sizes) | {"debug"} == set(FLAVORS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embedding_is_torchtitan_s(dtype):
+    from torchtitan.models.llama3.model.model import apply_rotary_emb
+
+    x, dy = torch.randn(2, 5, 3, 16).to(dtype).requires_grad_(), torch.randn(2, 5, 3, 16).to(dtype)
+    angles = torch.outer(torch.arange(5.0), torch.rand(8))
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
+    expected, _ = apply_rotary_emb(x, x, freqs_cis)
+    actual = rotate(x, freqs_cis)
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(actual, expected, **close)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (actual, expected)), **close)
