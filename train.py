@@ -47,8 +47,8 @@ if __name__ == "__main__":
     except ConfigError as error:
         exit_with(error)
     sys.stdout.flush()
-    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down. What
-    # the interpreter would have ended are the processes that read the data; whoever reads their output waits for them.
+    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down. It
+    # would have ended the processes that read the data, too; whoever reads this one's output waits for them.
     for process in multiprocessing.active_children():
         process.kill()
     os._exit(0)
