@@ -124,7 +124,13 @@ class Activations:
     """groups: neurons in a group."""
 
     keep: float = _in(0.25, 0.0, 1.0)
-    """groups: share of the groups that a block of tokens keeps."""
+    """groups: share of the groups that is kept."""
+
+    budget: Literal["block", "batch"] = "block"
+    """
+    groups: who keeps that share: every block of tokens, or all blocks of a micro-batch together, where they are most
+    active. There are no kernels for the latter yet.
+    """
 
     cut_along_tokens: bool = False
     """

@@ -237,11 +237,13 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
-        case Preceding(Groups(v, g, _)) if v == g == TILE and not width % 64 and not weight_products:
+        case Preceding(Groups(v, g)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
         case Preceding():
             return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
-        case Groups(v, g, _) if v != TILE or g != TILE or width % 64:
+        case Groups(budget="batch"):
+            return "reference", 'no kernels for groups with budget = "batch"'
+        case Groups(v, g) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
             if not hopper.missing(device):

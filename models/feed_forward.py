@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
+from kernels import Groups, Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
 from kernels.venom.reference import COLUMNS, DENSE_FEATURES
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
@@ -97,6 +97,8 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
         return modes
     if 1 in sparsity.weight_products:
         modes["dense W1"] = replace(sparsity, weight_products=())
+    if isinstance(pattern, Groups):
+        pattern = replace(pattern, budget="block")  # one for the whole batch would be shared with later tokens
     alone = FeedForwardSparsity(replace(pattern, v=1))
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone

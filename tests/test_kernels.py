@@ -43,6 +43,7 @@ PATTERNS = (
     Venom(64, 2, 20),
     Groups(3, 4, 0.4),
     Groups(4, 1, 0.3),
+    Groups(3, 4, 0.4, "batch"),
 )
 TOKENS, WIDTH, HIDDEN = 13, 12, 40
 
@@ -71,16 +72,19 @@ def brute_venom(h, v, n, m):
     return mask
 
 
-def brute_groups(h, v, g, keep):
+def brute_groups(h, v, g, keep, budget="block"):
     value, mask = h.double().tolist(), torch.zeros(h.shape, dtype=torch.bool)
-    groups = h.shape[1] // g
+    groups, blocks = h.shape[1] // g, row_blocks(h.shape[0], v)
     count = max(1, int((Decimal(str(keep)) * groups).quantize(Decimal(1), ROUND_HALF_EVEN)))
-    for rows in row_blocks(h.shape[0], v):
-        sums = [math.fsum(value[r][j * g + c] for r in rows for c in range(g)) for j in range(groups)]
-        for j in largest(sums, count):
-            for r in rows:
-                for c in range(j * g, j * g + g):
-                    mask[r, c] = value[r][c] != 0
+    sums = [[math.fsum(value[r][j * g + c] for r in rows for c in range(g)) for j in range(groups)] for rows in blocks]
+    if budget == "batch":
+        kept = [divmod(place, groups) for place in largest([one for own in sums for one in own], count * len(blocks))]
+    else:
+        kept = [(b, j) for b, own in enumerate(sums) for j in largest(own, count)]
+    for b, j in kept:
+        for r in blocks[b]:
+            for c in range(j * g, j * g + g):
+                mask[r, c] = value[r][c] != 0
     return mask
 
 
@@ -89,7 +93,7 @@ def brute_mask(h, pattern):
         return torch.ones(h.shape, dtype=torch.bool)
     if isinstance(pattern, Venom):
         return brute_venom(h, pattern.v, pattern.n, pattern.m)
-    return brute_groups(h, pattern.v, pattern.g, pattern.keep)
+    return brute_groups(h, pattern.v, pattern.g, pattern.keep, pattern.budget)
 
 
 def brute_token_mask(h, pattern):
@@ -197,6 +201,8 @@ def test_group_mask_is_brute_force(kind, v, tokens):
                 assert mask.dtype == torch.bool
                 assert torch.equal(mask, brute_groups(h, v, g, keep)), (g, groups, keep, dtype)
                 assert torch.equal(mask, Groups(v, g, keep).mask(h))
+                batch = Groups(v, g, keep, "batch").mask(h)
+                assert torch.equal(batch, brute_groups(h, v, g, keep, "batch")), (g, groups, keep, dtype)
 
 
 @KINDS
@@ -217,6 +223,7 @@ def test_density_is_what_a_mask_of_positive_entries_keeps():
         Venom(16, 2, 20),
         Groups(4, 8, 0.3),
         Groups(8, 1, 0.25),
+        Groups(8, 4, 0.3, "batch"),
     ):
         assert pattern.mask(h).double().mean().item() == pytest.approx(pattern.density(h.shape[1]))
 
@@ -452,6 +459,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
     [
         (Groups(128, 128, 0.25), (), False, 192, 512, torch.bfloat16, "groups"),
         (Groups(128, 128, 0.25), (1, 3), False, 192, 512, torch.bfloat16, "groups"),
+        (Groups(128, 128, 0.25, "batch"), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(128, 64, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(64, 128, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(128, 128, 0.25), (), False, 96, 512, torch.bfloat16, "reference"),

@@ -6,10 +6,14 @@ together, and tokens sorted so that a block wants the same groups, little is los
 remains are dense tiles, so that products (2) to (6) are block-sparse, with exact gradients and no second pattern
 along the tokens.
 
+Blocks differ in how many groups their tokens excite. With the budget "batch" the same number of groups is kept in all,
+and those of the largest sums wherever they are: what is computed stays the same, more of h is kept.
+
 Source: this project. With G = 1 and the choice made in every window of M neurons it would be Venom with N = 4.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +22,14 @@ from torch import Tensor
 from kernels.groups.tiles import TILE, TileLists
 
 
-def group_mask(h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = None) -> Tensor:
+def group_mask(
+    h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = None, budget: Literal["block", "batch"] = "block"
+) -> Tensor:
     """Which entries of h lie in a kept group.
 
     A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one. Among equal sums the
-    lower index wins. An exact zero never counts as kept; NaN does, so that it is not hidden.
+    lower index wins, of block and then of group. An exact zero never counts as kept; NaN does, so that it is not
+    hidden.
 
     Args:
         h: `[T, f]`, non-negative. T need not be a multiple of v: the last block is shorter.
@@ -31,6 +38,7 @@ def group_mask(h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = Non
         keep: share of the groups to keep, in (0, 1].
         sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks makes its choice by instead of its own sums over
             the v tokens.
+        budget: "batch": so many groups a block on average, those of largest sum of all blocks.
 
     Returns:
         bool mask `[T, f]`.
@@ -48,8 +56,11 @@ def group_mask(h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = Non
         energies = tiles.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
     else:
         energies = sums.view(blocks, groups, g).sum(2)
-    kept = energies.sort(dim=-1, descending=True, stable=True).indices[:, : pattern.kept_groups(hidden_dim)]
-    chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, kept, True)
+    kept = pattern.kept_groups(hidden_dim)
+    if budget == "batch":
+        energies, kept = energies.view(1, -1), blocks * kept
+    order = energies.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
+    chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, order, True).view(blocks, groups)
     mask = chosen[:, None, :, None] & (tiles != 0)
     return mask.reshape(blocks * v, hidden_dim)[:tokens]
 
@@ -61,13 +72,14 @@ class Groups:
     v: int
     g: int
     keep: float
+    budget: Literal["block", "batch"] = "block"
 
     def density(self, hidden_dim: int) -> float:
         """Share of h that is kept at most in an FFN of width `hidden_dim`."""
         return self.kept_groups(hidden_dim) * self.g / hidden_dim
 
     def kept_groups(self, hidden_dim: int) -> int:
-        """Groups that a block of tokens keeps in an FFN of width `hidden_dim`."""
+        """Groups that a block of tokens keeps, with the budget "batch" on average, in an FFN of width `hidden_dim`."""
         return max(1, round(self.keep * hidden_dim / self.g))
 
     def check(self, hidden_dim: int) -> None:
@@ -82,7 +94,7 @@ class Groups:
             raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
 
     def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
-        return group_mask(h, self.v, self.g, self.keep, sums)
+        return group_mask(h, self.v, self.g, self.keep, sums, self.budget)
 
 
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, TileLists]:
