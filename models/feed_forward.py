@@ -8,7 +8,7 @@ In evaluation mode the module also counts how its activations fit the pattern. V
 its own, so the counting costs a training step nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch._dynamo
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
+from kernels import Groups, Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
 from kernels.venom.reference import COLUMNS, DENSE_FEATURES
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
@@ -70,6 +70,43 @@ class FeedForwardSparsity:
         tiles = COLUMNS / self.pattern.m if isinstance(self.pattern, Venom) else self.pattern.density(hidden_dim)
         along_tokens = 1.0 if isinstance(self.pattern, Venom) and not self.cut_along_tokens else tiles
         return (first + 3 * tiles + 2 * along_tokens) / 6
+
+
+def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, FeedForwardSparsity | None]:
+    """The ways in which FFNs can run at inference, by name: what h and W1 are cut to; None: nothing.
+
+        dense      as inference runs them
+        sparse     as a sparse phase runs them, where the choice of a pattern sees later tokens
+        dense W1   the same with W1 as it is, if the phase cuts it to 2:4
+
+    and, with W1 as it is, by the causal choices of `kernels.causal`:
+
+        token      every token chooses for itself
+        cluster    every token keeps what its cluster's centroid would, if there is a router
+        preceding  every block takes the choice of the block before
+
+    Args:
+        sparsity: what the run's sparse phases do.
+        seq_len: tokens in a sequence.
+    """
+    modes: dict[str, FeedForwardSparsity | None] = {"dense": None}
+    pattern = sparsity.pattern
+    if pattern is not None or sparsity.weight_products:
+        modes["sparse"] = sparsity
+    if pattern is None or isinstance(pattern, Preceding):
+        return modes
+    if 1 in sparsity.weight_products:
+        modes["dense W1"] = replace(sparsity, weight_products=())
+    if isinstance(pattern, Groups):
+        pattern = replace(pattern, budget="block")  # one for the whole batch would be shared with later tokens
+    alone = FeedForwardSparsity(replace(pattern, v=1))
+    if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
+        modes["token"] = alone
+    if sparsity.clusters:
+        modes["cluster"] = replace(alone, clusters=sparsity.clusters, by_cluster=True)
+    if pattern.v > 1:
+        modes["preceding"] = replace(alone, pattern=Preceding(pattern, seq_len))
+    return modes
 
 
 class FeedForward(nn.Module):

@@ -24,26 +24,18 @@ import logging
 import os
 import re
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from configs.errors import ConfigError
-from configs.loader import restored
-from configs.schema import JobConfig
-from configs.titan import AsyncMode, CheckpointManager, device_type, titan_config
-from models.llama import Llama
-from recipes.check import check_config
-from recipes.sparsity import Sparsity
+from configs.titan import AsyncMode, CheckpointManager
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -346,68 +338,6 @@ class SafeCheckpointManager(CheckpointManager):
             path = f"{first}-{count}"
         os.rename(self._create_checkpoint_id(step), path)
         return path
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The folder `step-N` that a path names: itself, or for a run's dump folder or its `checkpoint` that of `latest`.
-
-    Raises:
-        ConfigError: there is none, or it is damaged.
-    """
-    folder = next((each for each in (path / "checkpoint", path) if (each / POINTER).is_file()), None)
-    step = path if folder is None else folder / (folder / POINTER).read_text().strip()
-    if fault := find_fault(str(step)):
-        raise ConfigError(f"{step}: not a usable checkpoint ({fault}); name a run's folder or its checkpoint/step-N")
-    return step.resolve()
-
-
-@torch.no_grad()
-def load_model(checkpoint: Path) -> tuple[Llama, JobConfig]:
-    """A checkpoint's model as a plain module in this process, whatever number of ranks saved it, and its run's job.
-
-    The model is in evaluation mode, float32, dense; its FFNs can be set `sparse`, with the scales and centroids of the
-    checkpoint or, where it has none, those that a sparse phase would start with.
-
-    Args:
-        checkpoint: as `find_checkpoint` takes it.
-
-    Raises:
-        ConfigError: no such checkpoint, a damaged one, or one of another configuration than the run.json beside it.
-    """
-    step = find_checkpoint(checkpoint)
-    file = step.parent.parent / "run.json"
-    try:
-        run = json.loads(file.read_bytes())
-        config, vocabulary = restored(run["config"], str(file)), run["vocabulary"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not the run.json of a run ({first_line(error)}); restore the run's own") from None
-    # This is one process, whatever the run was.
-    config.job.dump_folder, config.parallelism, config.model.converters = (
-        str(file.parent),
-        titan_config.Parallelism(),
-        [],
-    )
-    args, spans = check_config(config)
-    args.vocab_size = vocabulary
-    with torch.device("meta"):
-        model = Llama(args)
-    model.to_empty(device=device_type).init_weights(torch.device(device_type))
-    sparsity = Sparsity(config, model.feed_forwards(), [], spans)
-    states: dict[str, Any] = model.state_dict()
-    try:
-        if "sparsity.prepared" in dcp.FileSystemReader(step).read_metadata().state_dict_metadata:
-            states["sparsity"] = sparsity
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this is a single process
-            dcp.load(states, checkpoint_id=step, no_dist=True)
-    except (RuntimeError, ValueError, CheckpointException) as error:
-        raise ConfigError(f"{step} does not fit {file} ({first_line(error)}); restore the run's own") from error
-    sparse = [span for span in spans if span.mode == "sparse"]
-    if sparse and not sparsity.prepared:
-        sparsity.enter(sparse[0].start + 1)
-    for feed_forward in model.feed_forwards():
-        feed_forward.sparse = False
-    return model.eval(), config
 
 
 def write_manifest(folder: str) -> None:

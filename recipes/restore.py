@@ -21,10 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from configs.errors import ConfigError
 from configs.loader import restored
 from configs.schema import JobConfig
+from configs.titan import TORCH_DTYPE_MAP
 from models.llama import Llama, LlamaArgs
 from recipes.check import model_args
 from recipes.checkpoint import POINTER, find_fault, first_line
-from recipes.sparsity import feed_forward_sparsity
+from recipes.schedule import resolve_phases
+from recipes.sparsity import Sparsity, feed_forward_sparsity
 
 # What torchtitan and transformers read of a tokenizer's folder, which may hold a whole model beside it.
 TOKENIZER_FILES = (
@@ -57,6 +59,11 @@ class Checkpoint:
     def tokenizer(self) -> Path:
         return self.run / "tokenizer"
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Products in what the run computed in; the weights stay float32."""
+        dtype = TORCH_DTYPE_MAP[self.config.training.mixed_precision_param]
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters by name, float32 on the CPU.
 
@@ -70,21 +77,32 @@ class Checkpoint:
         return state
 
     @torch.no_grad()
-    def model(self) -> Llama:
-        """The model on the CPU, dense, in evaluation mode, with what a sparse phase has prepared, if one has begun."""
+    def model(self, device: torch.device | None = None) -> tuple[Llama, Sparsity]:
+        """The model, float32, dense and in evaluation mode, and what runs its FFNs in other modes.
+
+        What a sparse phase prepares, scales and centroids, is the checkpoint's. Where it has none, being from before
+        the first such phase or of the model alone, it is what that phase would begin with if it began here.
+
+        Args:
+            device: where the model is to be; None: on the CPU.
+
+        Raises:
+            ConfigError: the checkpoint holds another model than run.json says.
+        """
         with torch.device("meta"):
             model = Llama(self.args)
-        model.to_empty(device="cpu").init_weights()
-        model.load_state_dict(self.weights())
-        prepared = {
-            f"sparsity.{index}.{name}": buffer
-            for index, ffn in enumerate(model.feed_forwards())
-            for name in ("w1_scale", "w2_scale", "centroids")
-            if (buffer := ffn.get_buffer(name)).numel()
-        }
-        if prepared.keys() <= dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata.keys():
-            self._load(prepared)
-        return model.eval()
+        model.to_empty(device=device or "cpu").init_weights()
+        spans = resolve_phases(self.config.schedule.phases, self.config.training.steps)
+        sparsity = Sparsity(self.config, model.feed_forwards(), [], spans)
+        state = model.state_dict()
+        if "sparsity.prepared" in dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata:
+            state["sparsity"] = sparsity
+        self._load(state)
+        first = next((span for span in spans if span.mode == "sparse"), None)
+        if first is not None and not sparsity.prepared:
+            sparsity.enter(first.start + 1)
+        sparsity.run_as(None)
+        return model.eval(), sparsity
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
@@ -102,7 +120,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     """The checkpoint that a path names, verified.
 
     Args:
-        path: a `checkpoint/step-N` folder, or a run's folder, which means its newest complete checkpoint.
+        path: a `checkpoint/step-N` folder; or a run's folder or its `checkpoint`, for the newest complete one.
 
     Raises:
         ConfigError: nothing there, damaged, or without the run's run.json.
@@ -118,14 +136,15 @@ def find_checkpoint(path: str) -> Checkpoint:
             "folder or a checkpoint in it"
         )
     config, vocab_size = _read_run(run)
-    folder = given if given.name.startswith("step-") else _newest(run / config.checkpoint.folder)
+    named = given != run and given.name.startswith("step-")
+    folder = given if named else _newest(run / config.checkpoint.folder)
     fault = find_fault(str(folder))
     if fault:
         others = ", ".join(sorted(str(other) for other in folder.parent.glob("step-*") if other != folder))
         raise ConfigError(f"{folder} is not usable ({fault}); beside it: {others or 'no other checkpoint'}")
     args = model_args(config)
     args.vocab_size = vocab_size
-    if not args.swiglu:
+    if any(phase.mode == "sparse" for phase in config.schedule.phases):
         args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
     return Checkpoint(folder, run, config, args)
 

@@ -102,6 +102,12 @@ class Sparsity(Stateful):
             feed_forward.sparse = span.mode == "sparse"
         return changed
 
+    def run_as(self, mode: FeedForwardSparsity | None) -> None:
+        """Run the FFNs as inference may: densely, for None, or with a sparsity that need not be the recipe's."""
+        self.phase = "dense" if mode is None else "sparse"
+        for feed_forward in self.feed_forwards:
+            feed_forward.sparse, feed_forward.sparsity = mode is not None, mode or feed_forward.sparsity
+
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Run the FFNs densely, as inference does, whatever the phase."""
@@ -190,7 +196,7 @@ class Sparsity(Stateful):
         sparse = self.phase == "sparse"
         if sparse and self.config.activations.pattern != "none":
             series["energy_kept"] = (activity[:, 3], activity[:, 2])
-        if sparse and routed.shape[1] > 1:
+        if sparse and routed.shape[1] > 1 and routed.any():  # not every way to run the FFNs has a router
             share = routed / routed.sum(1, keepdim=True)
             entropy = -torch.xlogy(share, share).sum(1)
             series["router_balance"] = (entropy, torch.full_like(entropy, math.log(routed.shape[1])))

@@ -28,6 +28,7 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from configs.errors import ConfigError
 from configs.schema import JobConfig
 from configs.titan import HuggingFaceTokenizer
 from recipes.data import load_corpus, refuse
@@ -75,10 +76,14 @@ def _check_folder(path: str) -> None:
     try:
         tokenizer = HuggingFaceTokenizer(path)
     except Exception as error:  # the tokenizers library raises nothing more special
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise refuse("tokenizer.path", path, f"no tokenizer can be loaded from it ({cause})", remedy) from error
+        problem = f"no tokenizer can be loaded from it ({_first_line(error)})"
+        raise refuse("tokenizer.path", path, problem, remedy) from error
     if tokenizer.eos_id is None:
         logger.warning("the tokenizer in %s names no eos_token: documents will run into each other", path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cache_name(config: JobConfig) -> str:
@@ -156,8 +161,16 @@ def load_tokenizer(folder: str) -> HuggingFaceTokenizer:
     """A folder's tokenizer, for documents.
 
     A document that spells out the name of a special token, as the source of a tokenizer does, means the text.
+
+    Raises:
+        ConfigError: there is none, or none that can be read.
     """
-    tokenizer = HuggingFaceTokenizer(folder)
+    try:
+        tokenizer = HuggingFaceTokenizer(folder)
+    except Exception as error:  # as in _check_folder
+        raise ConfigError(
+            f"{folder}: no tokenizer can be loaded ({_first_line(error)}): restore the run's own"
+        ) from error
     tokenizer.tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -13,8 +13,8 @@ bytes of bits per byte are the text's own (recipes/validation.py has the formula
 The local task asks which of four lines comes next in a document; the three wrong ones are lines from elsewhere in the
 same document. Chance is 25%.
 
-With --pattern the checkpoint runs in the trainer's own model: dense; as in a sparse phase, whose choice sees later
-tokens; and with the three choices of kernels/causal.py that do not, with dense weights.
+With --pattern the checkpoint runs in the trainer's own model, in every mode of `inference_modes`
+(models/feed_forward.py): dense; as in a sparse phase, whose choice sees later tokens; and by choices that do not.
 
 Every evaluation is a line of evaluations.jsonl, in the run's folder or in the export.
 """
@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import ConfigError, exit_with
-from configs.titan import TORCH_DTYPE_MAP
-from kernels import Preceding
-from models.feed_forward import FeedForwardSparsity
+from models.feed_forward import inference_modes
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.generate import choose_device, find_model, load_model
@@ -235,56 +232,30 @@ def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> d
     return scores
 
 
-def inference_modes(sparsity: FeedForwardSparsity, length: int) -> dict[str, FeedForwardSparsity]:
-    """What an FFN may be cut to at inference, by name, of what the run's sparse phases do to it."""
-    modes = {"as in a sparse phase": sparsity}
-    if sparsity.weight_products:
-        modes["  with dense weights"] = replace(sparsity, weight_products=())
-    if sparsity.pattern is not None and not isinstance(sparsity.pattern, Preceding):
-        alone = FeedForwardSparsity(replace(sparsity.pattern, v=1))
-        modes["chosen token by token"] = alone
-        if sparsity.clusters:
-            modes["chosen by the token's cluster"] = replace(alone, clusters=sparsity.clusters, by_cluster=True)
-        if sparsity.pattern.v > 1:
-            modes["chosen by the block before"] = replace(alone, pattern=Preceding(sparsity.pattern, length))
-    return modes
-
-
 def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> dict[str, dict[str, float]]:
     """The checkpoint's scores on a text, dense and in every inference mode.
 
     With them the share of h's energy that is kept, and the tokens a second of a prompt of one micro-batch.
 
     Raises:
-        ConfigError: a run without activation sparsity, or a checkpoint from before it began.
+        ConfigError: a run without activation sparsity.
     """
-    sparsity, training = checkpoint.args.sparsity, checkpoint.config.training
-    if sparsity.pattern is None:
+    length, batch_size = checkpoint.config.training.seq_len, checkpoint.config.training.local_batch_size
+    if checkpoint.args.sparsity.pattern is None:
         raise ConfigError(f"--pattern: {checkpoint.config.recipe} cuts no activations, so there is nothing to compare")
-    model = checkpoint.model().to(device)
-    first = model.feed_forwards()[0]
-    if (sparsity.clusters and not first.centroids.any()) or (1 in sparsity.weight_products and not first.w1_scale):
-        raise ConfigError(f"--pattern: {checkpoint.folder} is from before the first sparse phase: name a later step")
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    length, batch_size = training.seq_len, training.local_batch_size
-    modes = {"dense": None, **inference_modes(sparsity, length)}
-
-    def enter(mode: FeedForwardSparsity | None) -> None:
-        for ffn in model.feed_forwards():
-            ffn.sparse, ffn.sparsity = mode is not None, mode or sparsity
-            ffn.activity.zero_()
+    modes = inference_modes(checkpoint.args.sparsity, length)
+    model, sparsity = checkpoint.model(device)
 
     def logits(ids: Tensor) -> Tensor:
-        # Weights stay float32 and products are the run's, as in training.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with checkpoint.autocast(device):
             return model(ids.to(device))
 
     scores = {}
     for name, mode in modes.items():
-        enter(mode)
+        sparsity.run_as(mode)
+        sparsity.reset_health()
         scores[name] = text.score(logits, length, batch_size, name)
-        _, _, energy, kept = torch.stack([ffn.activity.double() for ffn in model.feed_forwards()]).sum(0).tolist()
-        scores[name]["energy_kept"] = kept / energy
+        scores[name]["energy_kept"] = sparsity.health().get("energy_kept", 1.0)
 
     ids, _ = text.batches(length, batch_size)[0]
     model.train()  # in evaluation the FFNs measure the energy, which takes time
@@ -292,7 +263,7 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
         for block in model.layers.values():
             block.compile(fullgraph=True)  # as the trainer does
     for name, mode in modes.items():
-        enter(mode)
+        sparsity.run_as(mode)
         torch._dynamo.reset()  # or the modes' graphs would add up to more than the compiler keeps of a block
         scores[name]["prefill_tokens/s"] = _speed(logits, ids, device)
     return scores

@@ -4,13 +4,8 @@
     python -m scripts.probe outputs/studies/recipes_160m/*/checkpoint/step-* --out docs/studies/recipes_160m
 
 Each checkpoint gets an entry, by its step, in `OUT/RUN/probe.json`, a table is printed and `OUT/reliability.png` drawn.
-All of it is measured on held-out documents, in the ways in which the model's FFNs can be run:
-
-    dense     as inference runs them; the only one for a model whose recipe is dense
-    pattern   as a sparse phase runs them: V tokens of the batch share a pattern, sorted by the router
-    past      causal: V tokens that follow each other in a sequence share a pattern, chosen from the V before them; the
-              first V choose each their own
-    token     causal: every token chooses its own pattern, V = 1
+All of it is measured on held-out documents, in every mode in which the model's FFNs can run: `inference_modes` of
+models/feed_forward.py names and explains them.
 
 **Leak.** In a sparse phase a token's output depends on tokens after it, since they take part in choosing the pattern of
 its block, and, by sorting, which block it is in. So the second half of every sequence is replaced by that of another
@@ -22,8 +17,8 @@ and the first half is looked at again. Nothing in it may change; what does is th
     leak_gain       loss of the true first half after the replacement minus before: what knowing the future was worth
 
 once with the futures of all sequences of the micro-batch replaced, and once (own_*) with a sequence's own future alone,
-which is what could teach a model to look ahead. `past` and `token` are the price of choosing from permitted tokens
-only: their loss against that of `pattern` and `dense`.
+which is what could teach a model to look ahead. The losses of the causal choices against that of `sparse` (`dense W1`
+where the phase cuts W1 too) and `dense` are the price of choosing from permitted tokens only.
 
 **Calibration.** The expected calibration error over the likeliest tokens (Guo et al., ICML 2017), in BINS bins of equal
 width of confidence c: sum over bins of share * |accuracy - mean c|. The picture shows accuracy against confidence.
@@ -44,9 +39,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +46,17 @@ if not __package__:  # started as `python scripts/probe.py`: look imports up fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import torch.nn.functional as F
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.errors import ConfigError, exit_with
 from configs.schema import JobConfig
-from configs.titan import TORCH_DTYPE_MAP, device_module, device_type
-from kernels import Pattern, Venom, hidden_activations
-from models.feed_forward import FeedForward
-from recipes.checkpoint import find_checkpoint, load_model
+from configs.titan import device_module, device_type
+from models.feed_forward import inference_modes
 from recipes.data import load_corpus, validation_sequences
-from recipes.schedule import resolve_phases
-from recipes.sparsity import Sparsity
-from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
+from recipes.restore import find_checkpoint
+from recipes.tokenizer import load_tokenizer, token_bytes
 from recipes.trainer import commit
 from scripts.plot import DPI, GREY, PALETTE, STYLE
 from scripts.report import probes_table
@@ -81,111 +69,30 @@ LINE_END = re.compile(r"(?m)( ?)(?<!\w)([^\W\d]\w{2,})[^\w\n]*$")
 WORD = re.compile(r"[^\W\d]\w{2,}")
 
 
-# Causal choices of a pattern.
-
-
-def causal_mask(h: Tensor, pattern: Pattern, way: str) -> Tensor:
-    """Which entries of h a pattern keeps when it is chosen from permitted tokens only.
-
-    Args:
-        h: `[B, S, f]`, non-negative: sequences of tokens.
-        pattern: of V tokens.
-        way: "past" or "token", as the module docstring has them.
-
-    Returns:
-        bool `[B, S, f]`.
-    """
-    own = replace(pattern, v=1)
-    if way == "token":
-        return own.mask(h.flatten(0, 1)).view_as(h)
-    batch, length, width = h.shape
-    blocks = -(-length // pattern.v)
-    padded = F.pad(h, (0, 0, 0, blocks * pattern.v - length)).view(batch, blocks, pattern.v, width)
-    sums = padded.float().sum(2)
-    before = F.pad(sums, (0, 0, 1, -1))
-    # All four columns of a Venom block, whatever n; an entry that was zero in the past is chosen too if its turn comes.
-    choose = replace(own, n=4) if isinstance(own, Venom) else own
-    chosen = choose.mask(before.clamp_min(torch.finfo(torch.float32).tiny).flatten(0, 1)).view(batch, blocks, 1, width)
-    chosen[:, 0] = True
-    cut = torch.where(chosen, padded, 0).flatten(1, 2)[:, :length]
-    return own.mask(cut.flatten(0, 1)).view_as(h)
-
-
-def _causal_forward(feed_forward: FeedForward, way: str, x: Tensor) -> Tensor:
-    """The FFN of `x [B, S, d]` with its pattern chosen causally; counts what it keeps as the FFN itself does."""
-    sparsity = feed_forward.sparsity
-    w1_scale = feed_forward.w1_scale if 1 in sparsity.weight_products else None
-    h = hidden_activations(x.flatten(0, 1), feed_forward.w1.weight, w1_scale).view(*x.shape[:2], -1)
-    assert sparsity.pattern is not None
-    cut = torch.where(causal_mask(h, sparsity.pattern, way), h, 0)
-    entries = torch.tensor(float(h.numel()), device=h.device)
-    feed_forward.activity += torch.stack(
-        [entries, (h != 0).sum().float(), (h.float() ** 2).sum(), (cut.float() ** 2).sum()]
-    )
-    return feed_forward.w2(cut)
-
-
-@contextmanager
-def run_as(sparsity: Sparsity, way: str) -> Iterator[None]:
-    """Run the model's FFNs in one of its ways."""
-    sparsity.phase = "dense" if way == "dense" else "sparse"
-    for feed_forward in sparsity.feed_forwards:
-        feed_forward.sparse = way == "pattern"
-        if way in ("past", "token"):
-            feed_forward.forward = partial(_causal_forward, feed_forward, way)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for feed_forward in sparsity.feed_forwards:
-            feed_forward.sparse = False
-            feed_forward.__dict__.pop("forward", None)
-
-
-def ways(sparsity: Sparsity) -> list[str]:
-    """The ways in which a run's FFNs can be run."""
-    if all(span.mode == "dense" for span in sparsity.spans) or not sparsity.feed_forwards:
-        return ["dense"]
-    pattern = sparsity.feed_forwards[0].sparsity.pattern
-    # A pattern of one token is causal as it is.
-    return ["dense", "pattern"] + (["past", "token"] if pattern is not None and pattern.v > 1 else [])
-
-
-# Measurements.
-
-
 class Probe:
     """Measures one checkpoint. All methods leave the model as it was."""
 
-    def __init__(self, checkpoint: Path, sequences: int | None = None) -> None:
-        self.step = int(find_checkpoint(checkpoint).name.removeprefix("step-"))
-        self.model, self.config = load_model(checkpoint)
-        config = self.config
-        config.model.hf_assets_path = prepare_tokenizer(config)
-        self.tokenizer = build_tokenizer(config)
-        self.bytes = token_bytes(config.model.hf_assets_path)
-        if len(self.bytes) != (vocabulary := self.model.model_args.vocab_size):
-            raise ConfigError(
-                f"{checkpoint} is of a model with a vocabulary of {vocabulary}, but the tokenizer in "
-                f"{config.model.hf_assets_path} has {len(self.bytes)} tokens: give the corpus that the run had, or "
-                "restore its tokenizer"
-            )
-        spans = resolve_phases(config.schedule.phases, config.training.steps)
-        self.sparsity = Sparsity(config, self.model.feed_forwards(), [], spans)
+    def __init__(self, path: str, sequences: int | None = None) -> None:
+        self.checkpoint = find_checkpoint(path)
+        self.config = config = self.checkpoint.config
+        self.tokenizer = load_tokenizer(str(self.checkpoint.tokenizer))
+        self.bytes = token_bytes(str(self.checkpoint.tokenizer))
+        self.model, self.sparsity = self.checkpoint.model(torch.device(device_type))
         config.validation.sequences = sequences or config.validation.sequences
         rows = validation_sequences(self.tokenizer, config)
         # Whole micro-batches: in a smaller one, other tokens would share a pattern than in training.
         size = min(config.training.local_batch_size, len(rows))
         self.batches = rows[: len(rows) // size * size].split(size)
-        dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-        self.amp = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
     def measure(self, items: int) -> dict[str, Any]:
         """Everything, as probe.json has it."""
-        result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "ways": {}}
-        with torch.no_grad(), self.amp:
-            for way in ways(self.sparsity):
-                with run_as(self.sparsity, way):
-                    result["ways"][way] = self.score(way) | self.leak()
+        result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "modes": {}}
+        modes = inference_modes(self.checkpoint.args.sparsity, self.config.training.seq_len)
+        with torch.no_grad(), self.checkpoint.autocast(torch.device(device_type)):
+            for name, mode in modes.items():
+                self.sparsity.run_as(mode)
+                result["modes"][name] = self.score() | self.leak()
+            self.sparsity.run_as(None)
             result["cloze"] = self.cloze(items)
         return result
 
@@ -193,7 +100,7 @@ class Probe:
         """`[B, S]` int64 to `[B, S, vocabulary]`, on the device."""
         return self.model(tokens.to(device_type))
 
-    def score(self, way: str) -> dict[str, Any]:
+    def score(self) -> dict[str, Any]:
         """Loss, bits per byte, accuracy, calibration and health on the held-out sequences."""
         self.sparsity.reset_health()
         loss = torch.zeros((), dtype=torch.float64, device=device_type)
@@ -210,9 +117,6 @@ class Probe:
                 for total, value in zip(bins, (torch.ones_like(confidence), confidence, choice == label), strict=True):
                     total.index_add_(0, index, value.double())
         tokens = bins[0].sum()
-        health = self.sparsity.health()
-        if way in ("past", "token"):  # without a router
-            health = {key: value for key, value in health.items() if not key.endswith("router_balance")}
         return {
             "loss": (loss / tokens).item(),
             "bits_per_byte": loss.item() / (math.log(2) * size),
@@ -223,7 +127,7 @@ class Probe:
                 "confidence": (bins[1] / bins[0].clamp_min(1)).tolist(),
                 "accuracy": (bins[2] / bins[0].clamp_min(1)).tolist(),
             },
-            "health": health,
+            "health": self.sparsity.health(),
         }
 
     def leak(self) -> dict[str, float]:
@@ -325,12 +229,12 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
         main, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
         main.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
         for place, (name, result) in enumerate(results.items()):
-            colour, way = PALETTE[place % len(PALETTE)], result["ways"]["dense"]
-            tokens, confidence, accuracy = (way["reliability"][key] for key in ("tokens", "confidence", "accuracy"))
+            colour, dense = PALETTE[place % len(PALETTE)], result["modes"]["dense"]
+            tokens, confidence, accuracy = (dense["reliability"][key] for key in ("tokens", "confidence", "accuracy"))
             full = [place for place, number in enumerate(tokens) if number]
             x, y = ([values[place] for place in full] for values in (confidence, accuracy))
             style = "-" if place < len(PALETTE) else "--"
-            label = f"{name}: ECE {100 * way['ece']:.2f}%"
+            label = f"{name}: ECE {100 * dense['ece']:.2f}%"
             main.plot(x, y, style, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=label)
             below.plot(x, [tokens[place] / sum(tokens) for place in full], style, color=colour, linewidth=1.4)
         main.set_title("Calibration of next-token predictions, dense inference")
@@ -348,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m scripts.probe", description="Leak, calibration, cloze accuracy and health of checkpoints."
     )
     parser.add_argument(
-        "checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="a run's folder, or a checkpoint/step-N in it"
+        "checkpoints", metavar="CHECKPOINT", nargs="+", help="a run's folder, or a checkpoint/step-N in it"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the folder that the first run's is in")
     parser.add_argument("--items", metavar="N", type=int, default=500, help="cloze items; default: 500")
@@ -363,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     for checkpoint in options.checkpoints:
         began = time.monotonic()
         probe = Probe(checkpoint, options.sequences)
-        run, step = Path(probe.config.job.dump_folder), probe.step
+        run, step = probe.checkpoint.run, probe.checkpoint.step
         out = out or run.parent
         result = {"recipe": Path(probe.config.recipe).stem, "hardware": device_module.get_device_name()}
         result |= {"torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

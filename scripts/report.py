@@ -6,7 +6,7 @@
 A table stands between a comment that names its source and `<!-- end -->`; nothing in it is typed by hand:
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
-    <!-- probes: FOLDER -->   a row for each probed checkpoint and way to run it: probe.json of scripts/probe.py
+    <!-- probes: FOLDER -->   a row for each probed checkpoint and mode of its FFNs: probe.json of scripts/probe.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
@@ -169,7 +169,7 @@ def _range(values: Sequence[Any], form: str) -> str:
 
 
 def probes_table(folder: Path, pad: bool = False) -> str:
-    """What scripts/probe.py measured of the runs in a folder as a Markdown table, a row a checkpoint and way to run it.
+    """What scripts/probe.py measured in a folder's runs as a Markdown table, a row a checkpoint and mode of its FFNs.
 
     Args:
         folder: holds a folder a run, with probe.json.
@@ -179,19 +179,19 @@ def probes_table(folder: Path, pad: bool = False) -> str:
     for file in sorted(folder.glob("*/probe.json")):
         for step, result in json.loads(file.read_bytes()).items():
             about.append(result)
-            for way, got in result["ways"].items():
+            for mode, got in result["modes"].items():
                 cloze = result["cloze"]
                 rows.append(
                     {
                         "run": (file.parent.name if pad else f"`{file.parent.name}`"),
                         "step": step,
-                        "FFN": way,
+                        "FFN": mode,
                         "loss": f"{got['loss']:.4f}",
                         "bits/byte": f"{got['bits_per_byte']:.4f}",
                         "accuracy": f"{100 * got['accuracy']:.1f}%",
                         "ECE": f"{100 * got['ece']:.2f}%",
                         "cloze": "-"
-                        if cloze["accuracy"] is None or way != "dense"
+                        if cloze["accuracy"] is None or mode != "dense"
                         else "{:.1f} ± {:.1f}%".format(100 * cloze["accuracy"], 100 * cloze["standard_error"]),
                         "energy kept": _percent(got["health"].get("energy_kept")),
                         "leak KL": _small(got["leak_kl"]),

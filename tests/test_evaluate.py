@@ -14,11 +14,11 @@ import kernels
 import kernels.feed_forward
 from configs.errors import ConfigError
 from kernels import Groups, Preceding, Venom
-from models.feed_forward import FeedForward, FeedForwardSparsity
+from models.feed_forward import FeedForward, FeedForwardSparsity, inference_modes
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from scripts import evaluate
-from scripts.evaluate import PAPER_TASKS, inference_modes, local_items
+from scripts.evaluate import PAPER_TASKS, local_items
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def evaluated(monkeypatch):
 
 def test_scores_are_those_of_every_token_and_byte(run, text, evaluated):
     row = evaluated(run, "--text", *text, "--batch-size", "3")
-    tokenizer, model = load_tokenizer(str(run / "tokenizer")), find_checkpoint(str(run)).model()
+    tokenizer, (model, _) = load_tokenizer(str(run / "tokenizer")), find_checkpoint(str(run)).model()
     ids = [token for file in text for token in tokenizer.encode(Path(file).read_text(), add_bos=True, add_eos=True)]
     losses = []
     for start in range(0, len(ids) - 1, 32):
@@ -93,49 +93,33 @@ def test_quantised_weights_cost_little_and_something(run, text, evaluated, kind,
     assert all(len(row.unique()) <= levels for row in model.inner.weight.dequantize())
 
 
-def test_inference_modes(run, text, evaluated, folders, train):
+def test_scores_of_every_inference_mode(run, text, evaluated, folders, train):
     scores = evaluated(run, "--text", *text, "--pattern")["scores"]
     dense, exported = scores.pop("dense"), evaluated(run, "--text", *text)["scores"]["exported, float32"]
     assert dense["loss"] == pytest.approx(exported["loss"], rel=1e-5) and dense["energy_kept"] == 1
-    by_cluster = "chosen by the token's cluster"
-    assert sorted(scores) == ["as in a sparse phase", "chosen by the block before", by_cluster, "chosen token by token"]
+    assert list(scores) == ["sparse", "token", "cluster", "preceding"]
     assert all(score["loss"] != dense["loss"] and score["energy_kept"] < 1 for score in scores.values())
     kept = {name: score["energy_kept"] for name, score in scores.items()}
-    assert kept["chosen token by token"] > max(kept["as in a sparse phase"], kept["chosen by the block before"])
+    assert kept["token"] > max(kept["sparse"], kept["preceding"])
 
+    with pytest.raises(ConfigError, match="cuts no activations"):
+        evaluated(folders(train, "weights_2of4"), "--text", *text, "--pattern")
+
+
+def test_inference_modes_of_a_sparsity():
     shared = FeedForwardSparsity(Venom(64, 2, 16), (1,), True, 4)
-    assert list(inference_modes(shared, 128).values()) == [
-        shared,
-        replace(shared, weight_products=()),
-        FeedForwardSparsity(Venom(1, 2, 16)),
-        FeedForwardSparsity(Venom(1, 2, 16), clusters=4, by_cluster=True),
-        FeedForwardSparsity(Preceding(Venom(64, 2, 16), 128)),
-    ]
-    # A pattern that no tokens share is causal as it is.
-    assert len(inference_modes(FeedForwardSparsity(Venom(1, 2, 4)), 128)) == 2
-
-    for folder, message in (
-        (run / "checkpoint" / "step-2", "from before the first sparse phase"),
-        (folders(train, "weights_2of4"), "cuts no activations"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            evaluated(folder, "--text", *text, "--pattern")
-
-
-def test_only_the_choices_of_a_sparse_phase_see_later_tokens(run):
-    checkpoint = find_checkpoint(str(run))
-    model, (sparse, *causal) = checkpoint.model(), inference_modes(checkpoint.args.sparsity, 32).values()
-    ids = torch.arange(64).view(2, 32) + 300
-    other = ids.clone()
-    other[:, 20:] -= 100
-
-    def change_of_earlier(mode: FeedForwardSparsity) -> float:
-        for ffn in model.feed_forwards():
-            ffn.sparse, ffn.sparsity = True, mode
-        with torch.no_grad():
-            return (model(ids) - model(other))[:, :20].abs().max().item()
-
-    assert len(causal) == 3 and max(map(change_of_earlier, causal)) < 1e-5 < change_of_earlier(sparse)
+    assert inference_modes(shared, 128) == {
+        "dense": None,
+        "sparse": shared,
+        "dense W1": replace(shared, weight_products=()),
+        "token": FeedForwardSparsity(Venom(1, 2, 16)),
+        "cluster": FeedForwardSparsity(Venom(1, 2, 16), clusters=4, by_cluster=True),
+        "preceding": FeedForwardSparsity(Preceding(Venom(64, 2, 16), 128)),
+    }
+    # A pattern that no tokens share is causal as it is, and a run without a sparse phase has nothing to cut.
+    assert list(inference_modes(FeedForwardSparsity(Venom(1, 2, 4)), 128)) == ["dense", "sparse"]
+    assert list(inference_modes(FeedForwardSparsity(weight_products=(1, 3)), 128)) == ["dense", "sparse"]
+    assert list(inference_modes(FeedForwardSparsity(), 128)) == ["dense"]
 
 
 @pytest.mark.parametrize("pattern", [Groups(1, 8, 0.25), Venom(1, 2, 8)])

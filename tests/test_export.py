@@ -181,7 +181,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named(train, trained, tmp_path):
     ):
         with pytest.raises(ConfigError, match=reason):
             find_checkpoint(str(path))
-    assert find_checkpoint(str(run)).folder == find_checkpoint(str(newest)).folder == newest.resolve()
+    for path in (run, run / "checkpoint", newest):
+        assert find_checkpoint(str(path)).folder == newest.resolve()
 
     data = next(newest.glob("*.distcp"))
     kept = data.read_bytes()
@@ -245,7 +246,7 @@ def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, sc
     model.tie_weights()
     model.save_pretrained(tmp_path / "hf")
     script(import_hf, tmp_path / "hf", tmp_path / "out")
-    ours = find_checkpoint(str(tmp_path / "out")).model()
+    ours, _ = find_checkpoint(str(tmp_path / "out")).model()
     with torch.no_grad():
         assert (ours(IDS) - model(IDS).logits[..., :384]).abs().max() < 1e-4
 
@@ -265,7 +266,7 @@ def test_generation_from_a_checkpoint_and_from_its_export(train, trained, script
     drawn = [text(run, "--temperature", "5", "--top-k", "0", "--seed", seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     # The likeliest tokens of the trainer's own model.
-    model, tokenizer = find_checkpoint(str(run)).model(), load_tokenizer(str(run / "tokenizer"))
+    (model, _), tokenizer = find_checkpoint(str(run)).model(), load_tokenizer(str(run / "tokenizer"))
     ids = tokenizer.encode("def f", add_bos=True)
     with torch.no_grad():
         for _ in range(8):

@@ -1,4 +1,4 @@
-"""Probes of checkpoints: leaks, causal choices, calibration, cloze items, and a model loaded without its trainer."""
+"""Probes of checkpoints: leaks of every mode, calibration, cloze items, and a model loaded without its trainer."""
 
 import json
 import shutil
@@ -9,11 +9,12 @@ from matplotlib import image
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
-from kernels import Groups, Venom
-from recipes.checkpoint import find_checkpoint, load_model
+from recipes.restore import find_checkpoint
 from recipes.sparsity import Sparsity
 from scripts import probe
 from scripts.report import probes_table
+
+LEAKS = ("kl", "logprob", "argmax")
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +34,40 @@ def words(tmp_path_factory) -> list[str]:
     return [word for key, value in keys.items() for word in (f"--{key}", value)]
 
 
-@pytest.mark.parametrize("recipe", ["venom_2of16", "groups_quarter"])
-def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_path, recipe):
-    rows = train(tmp_path / "run", *words, recipe=recipe)
-    result = probe.Probe(tmp_path / "run" / "checkpoint" / "step-8").measure(items=20)
-    assert list(result["ways"]) == ["dense", "pattern", "past", "token"]
-    dense, pattern, past, token = result["ways"].values()
-    for way in (dense, past, token):
-        assert all(way[f"{prefix}_{name}"] == 0 for prefix in ("leak", "own") for name in ("kl", "logprob", "argmax"))
-    assert pattern["leak_kl"] > 0 and pattern["leak_logprob"] > 0 and pattern["own_kl"] > 0
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("venom_2of16", []), ("groups_quarter", []), ("groups_quarter", ["--activations.budget", "batch"])],
+)
+def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_path, recipe, more):
+    rows = train(tmp_path / "run", *words, *more, recipe=recipe)
+    modes = probe.Probe(str(tmp_path / "run" / "checkpoint" / "step-8")).measure(items=20)["modes"]
+    leaking = {"sparse"} | ({"dense W1"} if recipe == "venom_2of16" else set())
+    assert modes.keys() - leaking == {"dense", "token", "cluster", "preceding"}
+    for name in modes.keys() - leaking:
+        assert all(modes[name][f"{prefix}_{what}"] == 0 for prefix in ("leak", "own") for what in LEAKS)
+    for name in leaking:
+        assert modes[name]["leak_kl"] > 0 and modes[name]["leak_logprob"] > 0 and modes[name]["own_kl"] > 0
+    dense, sparse = modes["dense"], modes["sparse"]
     # The model is the trainer's: the same losses, in both of its ways.
     assert dense["loss"] == pytest.approx(rows[8]["val_loss"], abs=1e-6)
     assert dense["bits_per_byte"] == pytest.approx(rows[8]["val_bpb"], abs=1e-6)
-    assert pattern["loss"] == pytest.approx(rows[8]["val_loss_sparse"], abs=1e-6)
+    assert sparse["loss"] == pytest.approx(rows[8]["val_loss_sparse"], abs=1e-6)
     for name in ("nonzero_share", "energy_kept", "router_balance", "layers/1/energy_kept"):
-        assert pattern["health"][name] == pytest.approx(rows[8][name], abs=1e-6)
-    assert len({way["loss"] for way in (dense, pattern, past, token)}) == 4
-    # The freer the choice, the more is kept.
-    assert 0 < past["health"]["energy_kept"] < token["health"]["energy_kept"] < 1
-    assert "energy_kept" not in dense["health"]
+        assert sparse["health"][name] == pytest.approx(rows[8][name], abs=1e-6)
+    assert len({mode["loss"] for mode in modes.values()}) == len(modes)
+    kept = {name: mode["health"].get("energy_kept") for name, mode in modes.items()}
+    assert kept.pop("dense") is None and all(0 < share < 1 for share in kept.values())
+    assert max(kept, key=kept.__getitem__) == "token"  # the freest choice
+    assert {name for name in modes if "router_balance" in modes[name]["health"]} == leaking | {"cluster"}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "ways"), [("activations_2of4", ["dense", "pattern"]), ("weights_2of4", ["dense", "pattern"])]
-)
-def test_patterns_of_one_token_and_of_weights_leak_nothing(train, words, tmp_path, recipe, ways):
+@pytest.mark.parametrize("recipe", ["activations_2of4", "weights_2of4"])
+def test_patterns_of_one_token_and_of_weights_leak_nothing(train, words, tmp_path, recipe):
     train(tmp_path / "run", *words, recipe=recipe)
-    result = probe.Probe(tmp_path / "run" / "checkpoint" / "step-8").measure(items=4)
-    assert list(result["ways"]) == ways
-    assert all(way["leak_kl"] == way["own_kl"] == 0 for way in result["ways"].values())
-    assert result["ways"]["pattern"]["loss"] != result["ways"]["dense"]["loss"]
+    modes = probe.Probe(str(tmp_path / "run" / "checkpoint" / "step-8")).measure(items=4)["modes"]
+    assert list(modes) == ["dense", "sparse"]
+    assert all(mode["leak_kl"] == mode["own_kl"] == 0 for mode in modes.values())
+    assert modes["sparse"]["loss"] != modes["dense"]["loss"]
 
 
 def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path, capsys):
@@ -78,68 +83,33 @@ def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path,
     assert steps["12"]["recipe"] == "venom_2of16" and steps["12"]["cloze"]["items"] == 5
     assert "8 held-out sequences; ECE over 15 bins; cloze: 5 items of 4 choices" in " ".join(printed.split())
     assert max(map(len, printed.splitlines()[-25:])) <= 120
-    assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 3 * 4 + 2
+    assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 3 * 6 + 2
     picture = image.imread(tmp_path / "out" / "reliability.png")
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
 
 
-def test_a_model_of_eight_ranks_of_the_last_save_and_of_bad_files(train, words, tmp_path):
+def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, words, tmp_path):
     run = tmp_path / "run"
-    train(run, *words, "--checkpoint.last_save_model_only", "true")
+    late = '[{mode = "dense", end = 5}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
+    train(run, *words, "--checkpoint.last_save_model_only", "true", "--schedule.phases", late)
     file = run / "run.json"
     about = json.loads(file.read_text())
     about["config"]["parallelism"]["data_parallel_shard_degree"] = 8
     file.write_text(json.dumps(about))
-    kept, _ = load_model(run / "checkpoint" / "step-8")
-    model, config = load_model(run)
-    assert find_checkpoint(run).name == "step-12"
-    assert config.job.dump_folder == str(run)
-    # The final save has no centroids: they are those of its weights.
-    for ffn, old in zip(model.feed_forwards(), kept.feed_forwards(), strict=True):
-        assert not ffn.sparse and not model.training
-        assert torch.allclose(ffn.centroids.norm(dim=1), torch.ones(len(ffn.centroids)))
-        assert not torch.equal(ffn.centroids, old.centroids)
-    assert len(probe.Probe(run).batches) == 2
-
-    about["vocabulary"] = 500
-    file.write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match=r"step-12 does not fit .*run.json .*restore the run's own"):
-        load_model(run)
-    about["config"]["model"]["dims"] = 3
-    file.write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match=r"run.json: unknown key model.dims"):
-        load_model(run)
-    file.write_text("{")
-    with pytest.raises(ConfigError, match=r"run.json: not the run.json of a run"):
-        load_model(run)
-    with pytest.raises(ConfigError, match=r"no manifest.json.*name a run's folder"):
-        load_model(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("pattern", [Venom(4, 2, 8), Venom(4, 4, 8), Groups(4, 8, 0.25)])
-def test_causal_masks_are_what_they_say(pattern):
-    torch.manual_seed(0)
-    h = torch.randn(2, 14, 32).relu() ** 2
-    past = probe.causal_mask(h, pattern, "past")
-    token = probe.causal_mask(h, pattern, "token")
-    for sequence in range(2):
-        for place in range(14):
-            row = h[sequence, place]
-            for window in range(0, 32, 32 if isinstance(pattern, Groups) else 8):
-                size, unit = (32, 8) if isinstance(pattern, Groups) else (8, 1)
-                columns = slice(window, window + size)
-                units = 1 if isinstance(pattern, Groups) else 4
-                block = place // 4 * 4
-                before = h[sequence, block - 4 : block, columns].sum(0) if block else row[columns]
-                for mask, by in ((past, before), (token, row[columns])):
-                    kept = by.view(-1, unit).sum(1).topk(units).indices
-                    expected = torch.zeros(size // unit, unit, dtype=torch.bool)
-                    expected[kept] = True
-                    expected = expected.flatten() & (row[columns] > 0)
-                    if isinstance(pattern, Venom) and expected.sum() > pattern.n:
-                        best = (row[columns] * expected).topk(pattern.n).indices
-                        expected = torch.zeros_like(expected).scatter(0, best, True)
-                    assert torch.equal(mask[sequence, place, columns], expected)
+    kept, _ = find_checkpoint(str(run / "checkpoint" / "step-8")).model()
+    # The final save has no centroids, nor has one from before the sparse phase: they are those of its weights.
+    for path in (run, run / "checkpoint" / "step-4"):
+        model, sparsity = find_checkpoint(str(path)).model()
+        assert sparsity.prepared and not model.training
+        for ffn, old in zip(model.feed_forwards(), kept.feed_forwards(), strict=True):
+            assert not ffn.sparse
+            assert torch.allclose(ffn.centroids.norm(dim=1), torch.ones(len(ffn.centroids)))
+            assert not torch.equal(ffn.centroids, old.centroids)
+    (run / "tokenizer").rename(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=r"run/tokenizer: no tokenizer can be loaded .*restore the run's own"):
+        probe.Probe(str(run))
+    (tmp_path / "tokenizer").rename(run / "tokenizer")
+    assert len(probe.Probe(str(run)).batches) == 2
 
 
 def stand_in(model, tokens: torch.Tensor) -> probe.Probe:
@@ -162,7 +132,7 @@ def test_calibration():
         probabilities[:, 3:, 1] = 0.5
         return probabilities.log()
 
-    score = stand_in(model, tokens).score("dense")
+    score = stand_in(model, tokens).score()
     assert score["accuracy"] == pytest.approx(5 / 6)
     assert score["ece"] == pytest.approx(0.5 * abs(2 / 3 - 0.9) + 0.5 * (1 - 0.5), abs=1e-6)
     assert sum(score["reliability"]["tokens"]) == 6
