@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from kernels import Groups, group_mask, groups, sparse_feed_forward
 from kernels.feed_forward import _Groups
 from kernels.groups import TILE, TileLists, portable, products, reference, select
+from kernels.groups.tiles import COUNTERS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -89,6 +91,7 @@ def check_lists(lists: TileLists, kept: int):
     counts = lists.group_count.tolist()
     for j in range(lists.groups):
         assert lists.group_tiles[j, : counts[j]].tolist() == [p for p, g in enumerate(group) if g == j]
+    assert lists.counters.tolist() == [0] * COUNTERS
     order = lists.group_order.tolist()
     assert order == sorted(range(lists.groups), key=lambda j: (-counts[j], j))
 
@@ -140,6 +143,28 @@ def test_products(product, kind, tokens, width, hidden, kept):
     for transposed in (False, True):  # groups that no block keeps get zeros
         expected = reference.reduce_tokens(h, lists, x.double(), transposed)
         close(product.reduce_tokens(tiles, lists, x, transposed), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU and not HOPPER, reason="needs Hopper")
+@pytest.mark.parametrize("tokens, width, hidden, kept", [*SHAPES, (16384, 1024, 2048, 3)])
+def test_a_product_can_be_repeated_on_the_same_lists(tokens, width, hidden, kept):
+    """Each leaves its counter as it was; also in a thread that has not used the GPU before."""
+    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept)
+    calls = (
+        lambda: products.reduce_neurons(tiles, lists, w1, order, tokens),
+        lambda: products.reduce_neurons(tiles, lists, w2.T, order, tokens),
+        lambda: products.sample(dy, w2, tiles, lists),
+        lambda: products.reduce_tokens(tiles, lists, x, False),
+        lambda: products.reduce_tokens(tiles, lists, x, True),
+    )
+    expected = [call() for call in calls]
+    for call, wanted in zip(calls, expected, strict=True):
+        for _ in range(20):
+            assert torch.equal(call(), wanted)
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(call).result(), wanted)
+        assert not lists.counters.any()
 
 
 @PRODUCTS
@@ -214,10 +239,10 @@ from triton.backends.compiler import GPUTarget
 from kernels.groups import portable, select
 from kernels.groups.tiles import TILE
 
-CONSTANTS = dict(TILE=TILE, BN=portable.BN, BK=portable.BK, ORDERED=True, GROUPS=128, BLOCKS=128)
+CONSTANTS = dict(TILE=TILE, BN=portable.BN, BK=portable.BK, ORDERED=True, GROUPS=128, BLOCKS=128, COUNTERS=5)
 POINTERS = dict(sums="*fp32") | dict.fromkeys(
     ("start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
-POINTERS |= dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
+POINTERS |= dict(counters="*i32") | dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
 
 for arch in (80, 90):
     products = portable._reduce_neurons, portable._sample, portable._reduce_tokens

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.groups.tiles import TILE, TileLists
+from kernels.groups.tiles import COUNTERS, TILE, TileLists
 
 
 @triton.jit
@@ -38,7 +38,9 @@ def _sort_key(value):
 
 
 @triton.jit
-def _choose(sums, start, tile_group, tile_block, slot, groups, kept, GROUPS: tl.constexpr):
+def _choose(
+    sums, start, tile_group, tile_block, slot, counters, groups, kept, GROUPS: tl.constexpr, COUNTERS: tl.constexpr
+):
     """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1."""
     block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
@@ -56,6 +58,8 @@ def _choose(sums, start, tile_group, tile_block, slot, groups, kept, GROUPS: tl.
     tl.store(slot + block * groups + group, tl.where(keep, tile, -1), mask=inside)
     tl.store(start + block + 1, (block + 1) * kept)
     tl.store(start, 0, mask=block == 0)
+    for counter in tl.static_range(COUNTERS):
+        tl.store(counters + counter, 0, mask=block == 0)
 
 
 @triton.jit
@@ -114,7 +118,10 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, TileLists]:
     tiles = y1.new_empty((capacity, TILE, TILE))
     _tile_sums[(groups, blocks)](y1, sums, tokens, groups, TILE=TILE)
     width = triton.next_power_of_2(groups)
-    _choose[(blocks,)](sums, lists.start, lists.tile_group, lists.tile_block, slot, groups, kept, GROUPS=width)
+    _choose[(blocks,)](
+        sums, lists.start, lists.tile_group, lists.tile_block, slot, lists.counters, groups, kept,
+        GROUPS=width, COUNTERS=COUNTERS,
+    )  # fmt: skip
     height = triton.next_power_of_2(blocks)
     _by_group[(groups,)](slot, lists.group_tiles, lists.group_count, blocks, groups, BLOCKS=height)
     _fullest_first[(1,)](lists.group_count, lists.group_order, groups, GROUPS=width)

@@ -7,12 +7,24 @@ product's operand is a plain matrix of P * TILE rows.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 from torch import Tensor
 
 TILE = 128
+COUNTERS = 5  # products (2) to (6)
+
+
+def _sizes(blocks: int, groups: int, capacity: int) -> tuple[int, ...]:
+    """Entries of the lists, in the order of TileLists' properties."""
+    return blocks + 1, capacity, capacity, groups, groups, groups * blocks, COUNTERS
+
+
+@cache
+def bounds(blocks: int, groups: int, capacity: int) -> list[int]:
+    """Where the lists begin in the buffer, and where the last one ends."""
+    return list(accumulate(_sizes(blocks, groups, capacity), initial=0))
 
 
 @dataclass(frozen=True)
@@ -37,22 +49,11 @@ class TileLists:
     @staticmethod
     def size(blocks: int, groups: int, capacity: int) -> int:
         """Entries of the buffer."""
-        return blocks + 1 + 2 * capacity + 2 * groups + groups * blocks
-
-    @cached_property
-    def _bounds(self) -> list[int]:
-        """Where the lists begin in the buffer, in the order of the properties below, and where the last one ends."""
-        sizes = self.blocks + 1, self.capacity, self.capacity, self.groups, self.groups, self.groups * self.blocks
-        return list(accumulate(sizes, initial=0))
+        return sum(_sizes(blocks, groups, capacity))
 
     def _view(self, index: int) -> Tensor:
-        return self.buffer[self._bounds[index] : self._bounds[index + 1]]
-
-    def addresses(self) -> dict[str, int]:
-        """The device address of every list, by its property's name."""
-        names = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"
-        first = self.buffer.data_ptr()
-        return {name: first + 4 * bound for name, bound in zip(names, self._bounds, strict=False)}
+        first, last = bounds(self.blocks, self.groups, self.capacity)[index : index + 2]
+        return self.buffer[first:last]
 
     @cached_property
     def start(self) -> Tensor:
@@ -83,3 +84,12 @@ class TileLists:
     def group_tiles(self) -> Tensor:
         """`[F, B]`: the tiles of each group, ascending; entries past its count have no meaning."""
         return self._view(5).view(self.groups, self.blocks)
+
+    @cached_property
+    def counters(self) -> Tensor:
+        """`[COUNTERS]`: the next work of each product's kernel on Hopper, zero before and after it.
+
+        Each product has its own, so those that do not wait for each other, such as (4), (5) and (6), may run on several
+        streams. One product must not run twice at a time on the same lists.
+        """
+        return self._view(6)
