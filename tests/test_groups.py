@@ -199,6 +199,19 @@ def test_operators():
         )
 
 
+def test_an_operator_does_not_swallow_a_gradient():
+    tiles, buffer = groups.select_tiles(pre_activations("floats", 300, 384), 2)
+    w1 = normal(384, 64).requires_grad_()
+    message = r"sparsetitan.*groups_reduce_neurons.* has no gradient"
+    with pytest.raises(RuntimeError, match=message):
+        groups.reduce_neurons(tiles, buffer, w1, None, 300)
+    compiled = torch.compile(lambda w1: groups.reduce_neurons(tiles, buffer, w1, None, 300).sum(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=message):
+        compiled(w1)
+    with torch.no_grad():
+        assert torch.equal(compiled(w1), groups.reduce_neurons(tiles, buffer, w1, None, 300).sum())
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_operators_compose_to_the_feed_forward(ordered, scaled):

@@ -26,6 +26,7 @@ from kernels import hopper
 from kernels.groups import portable, products, reference, select
 from kernels.groups.reference import Groups, group_mask
 from kernels.groups.tiles import TILE, TileLists
+from kernels.operators import operator, register_fake
 
 __all__ = [
     "TILE",
@@ -60,7 +61,7 @@ def _check(width: int, **operands: Tensor) -> None:
             raise ValueError(f"{name}: the kernels read contiguous operands, got strides {operand.stride()}")
 
 
-@torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
+@operator("groups_select_tiles")
 def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
@@ -80,14 +81,14 @@ def select_tiles(y1: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return tiles, lists.buffer
 
 
-@select_tiles.register_fake
+@register_fake(select_tiles)
 def _(y1, kept):
     blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
     buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
     return y1.new_empty(blocks * kept, TILE, TILE), buffer
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_neurons", mutates_args=())
+@operator("groups_reduce_neurons")
 def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
     """The tiles' matrix `[T, f]` times W1, or times W2^T: products (5) and (2).
 
@@ -108,12 +109,12 @@ def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor |
         return _products(tiles.device).reduce_neurons(tiles, of, weight, order, tokens)
 
 
-@reduce_neurons.register_fake
+@register_fake(reduce_neurons)
 def _(tiles, lists, weight, order, tokens):
     return tiles.new_empty(tokens, weight.shape[1])
 
 
-@torch.library.custom_op("sparsetitan::groups_sample", mutates_args=())
+@operator("groups_sample")
 def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
     """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
 
@@ -132,12 +133,12 @@ def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
         return _products(tiles.device).sample(dy, w2, tiles, of)
 
 
-@sample.register_fake
+@register_fake(sample)
 def _(dy, w2, tiles, lists):
     return torch.empty_like(tiles)
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_tokens", mutates_args=())
+@operator("groups_reduce_tokens")
 def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
     """The transposed tiles' matrix times x: products (6) and, transposed, (4).
 
@@ -157,6 +158,6 @@ def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, tran
         return _products(tiles.device).reduce_tokens(tiles, of, x, transposed)
 
 
-@reduce_tokens.register_fake
+@register_fake(reduce_tokens)
 def _(tiles, lists, x, hidden_dim, transposed):
     return x.new_empty((x.shape[1], hidden_dim) if transposed else (hidden_dim, x.shape[1]))

@@ -18,6 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
+from kernels.operators import operator, register_fake
 from kernels.two_four.pack import keep_largest_pack, token_rows
 from kernels.two_four.reference import packed_shape, unpack
 
@@ -75,18 +76,18 @@ def _product(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     )
 
 
-@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
+@operator("two_four_matmul")
 def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     return _product(packed, dense, transpose_result)
 
 
-@_matmul.register_fake
+@register_fake(_matmul)
 def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     rows, columns = packed.shape[0], dense.shape[1]
     return dense.new_empty((columns, rows) if transpose_result else (rows, columns))
 
 
-@torch.library.custom_op("sparsetitan::two_four_reduce_tokens", mutates_args=())
+@operator("two_four_reduce_tokens")
 def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
     product = _product(packed, token_rows(x), transpose_result)
     rows = product.T if transpose_result else product
@@ -94,7 +95,7 @@ def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor,
     return product
 
 
-@_reduce_tokens.register_fake
+@register_fake(_reduce_tokens)
 def _(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
     rows, columns = packed.shape[0], x.shape[1]
     return x.new_empty((columns, rows) if transpose_result else (rows, columns))
