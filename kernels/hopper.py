@@ -114,7 +114,7 @@ class Launch:
         arguments = *self._configuration, stream, ctypes.addressof(self._pointers), 0
         result = driver.cuLaunchKernel(*arguments)
         # A thread's first work on the GPU, such as the backward pass's, may be this.
-        if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        if result[0] and not int(_check(driver.cuCtxGetCurrent())):
             _check(driver.cuCtxSetCurrent(self._context))
             result = driver.cuLaunchKernel(*arguments)
         _check(result)

@@ -51,39 +51,39 @@ class TileLists:
         """Entries of the buffer."""
         return sum(_sizes(blocks, groups, capacity))
 
-    def _view(self, index: int) -> Tensor:
-        first, last = bounds(self.blocks, self.groups, self.capacity)[index : index + 2]
-        return self.buffer[first:last]
+    @cached_property
+    def _views(self) -> tuple[Tensor, ...]:
+        return self.buffer.split_with_sizes(_sizes(self.blocks, self.groups, self.capacity))
 
     @cached_property
     def start(self) -> Tensor:
         """`[B + 1]`: tiles of block b are start[b] to start[b + 1]."""
-        return self._view(0)
+        return self._views[0]
 
     @cached_property
     def tile_group(self) -> Tensor:
         """`[P]`: the group of neurons of each tile, ascending inside a block."""
-        return self._view(1)
+        return self._views[1]
 
     @cached_property
     def tile_block(self) -> Tensor:
         """`[P]`: the block of tokens of each tile, ascending."""
-        return self._view(2)
+        return self._views[2]
 
     @cached_property
     def group_count(self) -> Tensor:
         """`[F]`: blocks that keep each group."""
-        return self._view(3)
+        return self._views[3]
 
     @cached_property
     def group_order(self) -> Tensor:
         """`[F]`: groups, the one that most blocks keep first; among equals the lower index."""
-        return self._view(4)
+        return self._views[4]
 
     @cached_property
     def group_tiles(self) -> Tensor:
         """`[F, B]`: the tiles of each group, ascending; entries past its count have no meaning."""
-        return self._view(5).view(self.groups, self.blocks)
+        return self._views[5].view(self.groups, self.blocks)
 
     @cached_property
     def counters(self) -> Tensor:
@@ -92,4 +92,4 @@ class TileLists:
         Each product has its own, so those that do not wait for each other, such as (4), (5) and (6), may run on several
         streams. One product must not run twice at a time on the same lists.
         """
-        return self._view(6)
+        return self._views[6]
