@@ -149,7 +149,7 @@ def test_products(product, kind, tokens, width, hidden, kept):
 @pytest.mark.skipif(GPU and not HOPPER, reason="needs Hopper")
 @pytest.mark.parametrize("tokens, width, hidden, kept", [*SHAPES, (16384, 1024, 2048, 3)])
 def test_a_product_can_be_repeated_on_the_same_lists(tokens, width, hidden, kept):
-    """Each leaves its counter as it was; also in a thread that has not used the GPU before."""
+    """Each leaves its counter as it was."""
     tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept)
     calls = (
         lambda: products.reduce_neurons(tiles, lists, w1, order, tokens),
@@ -162,9 +162,22 @@ def test_a_product_can_be_repeated_on_the_same_lists(tokens, width, hidden, kept
     for call, wanted in zip(calls, expected, strict=True):
         for _ in range(20):
             assert torch.equal(call(), wanted)
-        with ThreadPoolExecutor(1) as thread:
-            assert torch.equal(thread.submit(call).result(), wanted)
         assert not lists.counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU and not HOPPER, reason="needs Hopper")
+def test_a_launch_may_be_a_threads_first_use_of_the_gpu():
+    tiles, lists, x, *_ = operands(300, 192, 384, 2)
+    expected = products.reduce_tokens(tiles, lists, x, False)
+    out = torch.empty_like(expected)
+    launch = products._reduce_tokens(
+        products._lists(lists), tiles.data_ptr(), x.data_ptr(), out.data_ptr(), *x.shape, False
+    )
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(launch).result()
+    assert torch.equal(out, expected)
 
 
 @PRODUCTS
