@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,30 @@ def test_products(product, kind, tokens, width, hidden, kept):
     for transposed in (False, True):  # groups that no block keeps get zeros
         expected = reference.reduce_tokens(h, lists, x.double(), transposed)
         close(product.reduce_tokens(tiles, lists, x, transposed), expected)
+
+
+def test_a_launch_points_at_the_lists_and_each_product_at_its_counter(monkeypatch):
+    monkeypatch.setattr(products, "Launch", lambda *arguments: lambda: launched.append((arguments[0], arguments[-1])))
+    monkeypatch.setattr(products, "tensor_map", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=7))
+    for prepare in (products._reduce_neurons, products._sample, products._reduce_tokens):
+        monkeypatch.setattr(products, prepare.__name__, prepare.__wrapped__)
+    launched: list = []
+    tiles, lists, x, dy, w1, w2, order = operands(300, 192, 384, 2)
+    outputs = [
+        products.reduce_neurons(tiles, lists, w1, order, 300),
+        products.reduce_neurons(tiles, lists, w2.T, None, 300),
+        products.sample(dy, w2, tiles, lists),
+        products.reduce_tokens(tiles, lists, x, False),
+        products.reduce_tokens(tiles, lists, x, True),
+    ]
+    assert [kernel.name for kernel, _ in launched] == list(products.KERNELS)
+    for (_, arguments), out, counter in zip(launched, outputs, lists.counters, strict=True):
+        assert (arguments.out, arguments.counter) == (out.data_ptr(), counter.data_ptr())
+        for name in products.LISTS:
+            assert getattr(arguments, name) == getattr(lists, name).data_ptr(), name
+    assert [arguments.row_order for _, arguments in launched] == [order.data_ptr(), *[None] * 4]
+    assert [arguments.leading for _, arguments in launched] == [192, 192, 0, 192, 384]
 
 
 @pytest.mark.gpu

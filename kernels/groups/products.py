@@ -19,8 +19,6 @@ CLUSTER = 2  # CTAs that share an operand
 BN = 256  # columns of an output tile
 SHARED_BYTES = 4 * (128 + BN) * 64 * 2 + 4 * 64 * 64 * 2 + 256 + 1024  # stages, staged output, barriers, alignment
 THREADS = 384
-
-
 LISTS = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"  # as they are in the buffer
 
 
