@@ -147,13 +147,13 @@ def test_products(product, kind, tokens, width, hidden, kept):
 
 
 def test_a_launch_points_at_the_lists_and_each_product_at_its_counter(monkeypatch):
+    tiles, lists, x, dy, w1, w2, order = operands(300, 192, 384, 2)
     monkeypatch.setattr(products, "Launch", lambda *arguments: lambda: launched.append((arguments[0], arguments[-1])))
     monkeypatch.setattr(products, "tensor_map", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=7))
     for prepare in (products._reduce_neurons, products._sample, products._reduce_tokens):
         monkeypatch.setattr(products, prepare.__name__, prepare.__wrapped__)
     launched: list = []
-    tiles, lists, x, dy, w1, w2, order = operands(300, 192, 384, 2)
     outputs = [
         products.reduce_neurons(tiles, lists, w1, order, 300),
         products.reduce_neurons(tiles, lists, w2.T, None, 300),
