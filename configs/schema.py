@@ -129,7 +129,7 @@ class Activations:
     budget: Literal["block", "batch"] = "block"
     """
     groups: who keeps that share: every block of tokens, or all blocks of a micro-batch together, where they are most
-    active. There are no kernels for the latter yet.
+    active.
     """
 
     cut_along_tokens: bool = False

@@ -95,7 +95,9 @@ class _Groups(torch.autograd.Function):
         order = None if order is None else order.int()
         x_ordered = x.contiguous() if order is None else x.index_select(0, order)
         y1 = _linear(x_ordered, w1, w1_scale, packed=x.is_cuda)  # (1)
-        tiles, lists = groups.select_tiles(y1, pattern.kept_groups(w1.shape[0]))
+        kept, pooled = pattern.kept_groups(w1.shape[0]), pattern.budget == "batch"
+        tiles, lists = groups.select_tiles(y1, kept, pooled=pooled)
+        ctx.most = w1.shape[0] // TILE if pooled else kept
         ctx.save_for_backward(x_ordered, w1, w2, tiles, lists, order, w1_scale, w2_scale)
         return groups.reduce_neurons(tiles, lists, w2.T, order, x.shape[0])  # (2)
 
@@ -103,7 +105,7 @@ class _Groups(torch.autograd.Function):
     def backward(ctx, dy):
         x, w1, w2, tiles, lists, order, w1_scale, w2_scale = ctx.saved_tensors
         dy = dy.contiguous() if order is None else dy.index_select(0, order)
-        dy1 = groups.sample(dy, _thresholded(w2.T, w2_scale).T.contiguous(), tiles, lists)  # (3)
+        dy1 = groups.sample(dy, _thresholded(w2.T, w2_scale).T.contiguous(), tiles, lists, ctx.most)  # (3)
         dw2 = groups.reduce_tokens(tiles, lists, dy, w1.shape[0], True)  # (4)
         dx = groups.reduce_neurons(dy1, lists, _thresholded(w1, w1_scale), order, x.shape[0])  # (5)
         dw1 = groups.reduce_tokens(dy1, lists, x, w1.shape[0], False)  # (6)
@@ -241,8 +243,6 @@ def backend(
             return "groups", "column groups chosen by the block before"
         case Preceding():
             return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
-        case Groups(budget="batch"):
-            return "reference", 'no kernels for groups with budget = "batch"'
         case Groups(v, g) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():

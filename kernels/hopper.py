@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Known when imported: the compiler traces through `missing`.
 BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
@@ -76,40 +75,53 @@ class Kernel:
         self.source, self.name, self.shared_bytes = source, name, shared_bytes
 
     @functools.cache  # noqa: B019  kernels are module constants
-    def _load(self, device: int) -> tuple[Any, Any]:
+    def load(self, device: int) -> tuple[Any, Any]:
+        """The context and the function on a device."""
         from cuda.bindings import driver
 
         context, module = _module(self.source, device)
+        _check(driver.cuCtxSetCurrent(context))  # this thread may have none
         function = _check(driver.cuModuleGetFunction(module, self.name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, self.shared_bytes))
         return context, function
 
-    def launch(self, grid: int, block: int, *arguments: Any) -> None:
-        """Launch on the current stream of the current device.
 
-        Args:
-            grid: blocks.
-            block: threads of a block.
-            arguments: by value, in order: tensor maps (see `tensor_map`) and ctypes structures.
-        """
+class Launch:
+    """A kernel with its arguments: all of a launch but the stream, so that what comes again is prepared once.
+
+    Args:
+        kernel: the function.
+        device: index of the device.
+        grid: blocks.
+        block: threads of a block.
+        arguments: by value, in order: tensor maps (see `tensor_map`) and ctypes structures.
+    """
+
+    def __init__(self, kernel: Kernel, device: int, grid: int, block: int, *arguments: Any) -> None:
         from cuda.bindings import driver
 
-        context, function = self._load(torch.cuda.current_device())
-        # The thread that runs the backward pass may not have a context yet.
-        if int(_check(driver.cuCtxGetCurrent())) == 0:
-            _check(driver.cuCtxSetCurrent(context))
+        self._driver, self._device = driver, device
+        self._context, function = kernel.load(device)
         addresses = [a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(
-            driver.cuLaunchKernel(
-                function, grid, 1, 1, block, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers), 0
-            )
-        )
+        self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._arguments = arguments  # what the pointers point to
+        self._configuration = function, grid, 1, 1, block, 1, 1, kernel.shared_bytes
+
+    def __call__(self) -> None:
+        """Launch on the current stream of the device, which must be the current one."""
+        driver, stream = self._driver, torch._C._cuda_getCurrentRawStream(self._device)
+        arguments = *self._configuration, stream, ctypes.addressof(self._pointers), 0
+        result = driver.cuLaunchKernel(*arguments)
+        # A thread's first work on the GPU, such as the backward pass's, may be this.
+        if result[0] and not int(_check(driver.cuCtxGetCurrent())):
+            _check(driver.cuCtxSetCurrent(self._context))
+            result = driver.cuLaunchKernel(*arguments)
+        _check(result)
 
 
-def tensor_map(matrix: Tensor, rows: int, chunks: int = 0) -> Any:
+@functools.lru_cache(maxsize=4096)  # the allocator hands out the same addresses at every step
+def tensor_map(address: int, height: int, width: int, rows: int, chunks: int = 0) -> Any:
     """Describe a matrix to the tensor memory accelerator: which box of it one load fetches.
 
     A box is `rows` rows of 64 columns, addressed (column, row); or, with `chunks`, `rows` rows of that many
@@ -117,20 +129,15 @@ def tensor_map(matrix: Tensor, rows: int, chunks: int = 0) -> Any:
     bytes; zeros where it reaches outside.
 
     Args:
-        matrix: `[R, C]` bf16, rows contiguous, pitch and address multiples of 16 bytes; with `chunks` C a multiple of
-            64.
+        address: of a contiguous bf16 matrix `[height, width]`, a multiple of 16; width a multiple of 8, with `chunks`
+            of 64.
         rows: at most 256.
     """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.stride(0) * 2, rows, chunks)
-
-
-@functools.lru_cache(maxsize=4096)  # the allocator hands out the same addresses at every step
-def _tensor_map(address: int, height: int, width: int, pitch: int, rows: int, chunks: int) -> Any:
     from cuda.bindings import driver
 
-    shape, strides, box = [width, height], [pitch], [64, rows]
+    shape, strides, box = [width, height], [2 * width], [64, rows]
     if chunks:
-        shape, strides, box = [64, height, width // 64], [pitch, 128], [64, rows, chunks]
+        shape, strides, box = [64, height, width // 64], [2 * width, 128], [64, rows, chunks]
     return _check(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,

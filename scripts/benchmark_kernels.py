@@ -12,11 +12,13 @@ The tokens are random too: how evenly a trained router fills its clusters is not
 Right comes first (`scripts/check_kernels.py`), and a contender that is not gets no time.
 
 Then fast. Contenders take turns, round by round, so that all of them see the same clocks and temperatures; a
-contender's time is its median over the rounds, its speed-up that of dense over its own. Each turn starts with a step
-that is not timed. Python's garbage collector is off, as torchtitan's trainer has it. cuBLAS's dense products take their
-turns in the same rounds. Our products' rates come from the short profile that follows, when the GPU is a little cooler:
-there cuBLAS itself reaches 100 to 112% of its rate in the rounds. Memory is the peak of forward and backward beyond
-inputs and weights, results included.
+contender's time is its median over the rounds, its speed-up that of dense over its own. In a round it is timed twice:
+step by step, as Python launches the kernels, and replayed from a CUDA graph, in which the host has no part. While a
+model trains, the host runs ahead of the GPU as long as it can, so the second is what an FFN adds to a step, unless the
+host is too slow for the whole model. Each turn starts with a step that is not timed. Python's garbage collector is off,
+as torchtitan's trainer has it. cuBLAS's dense products take their turns in the same rounds. Our products' rates come
+from the short profile that follows, when the GPU is a little cooler: there cuBLAS itself reaches 100 to 112% of its
+rate in the rounds. Memory is the peak of forward and backward beyond inputs and weights, results included.
 
 Where the time goes is read off the profiler's kernels. Ours are known by the operator that launched them and its
 thread (the backward pass has its own), a 2:4 product by its shapes as well, a cuBLAS kernel by the shapes of its
@@ -39,7 +41,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -157,8 +159,16 @@ def waits_for_device(call: Callable[[], Any]) -> str:
     return ""
 
 
-def replay_error(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -> float | str:
-    """Capture a step as a CUDA graph and replay it on new inputs: largest relative error, or why it cannot be.
+class Captured(NamedTuple):
+    """A step as a CUDA graph."""
+
+    graph: torch.cuda.CUDAGraph
+    tensors: tuple[Any, ...]  # what it reads and writes, which must live as long
+    error: float  # of its outputs on new inputs, the largest relative one
+
+
+def capture(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -> Captured | str:
+    """Capture a step and replay it on new inputs; or why it cannot be captured.
 
     The leaves are new ones that this stream alone has seen: autograd ties a leaf's gradient to the stream of its first
     step, and a capture must not wait for another.
@@ -173,13 +183,15 @@ def replay_error(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -
         step(module, x, dy)
         try:
             with torch.cuda.graph(graph, stream=stream):
-                captured = step(module, x, dy)
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
+                outputs = step(module, x, dy)
+        except RuntimeError as refusal:
+            return str(refusal).splitlines()[0]
         with torch.no_grad():
             x.normal_()
         graph.replay()
-        return max(relative_error(*pair) for pair in zip(captured, step(module, x, dy), strict=True))
+        error = max(relative_error(*pair) for pair in zip(outputs, step(module, x, dy), strict=True))
+    torch.cuda.current_stream().wait_stream(stream)
+    return Captured(graph, (module, x, dy, outputs), error)
 
 
 def product_of(op: dict[str, Any], forward: int, dim: int, hidden_dim: int) -> str:
@@ -260,7 +272,8 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
 
     Returns:
         by contender: ms (median), rounds (ms of each), spread (slowest less fastest round, over the median), speedup,
-        and on a GPU peak_bytes, waits, replay_error, stages (ms), products (tflops, of_cublas).
+        and on a GPU peak_bytes, waits, replay_error, stages (ms), products (tflops, of_cublas), and where a step can be
+        captured graph_ms, graph_rounds, graph_speedup: the same of its replays.
         cuBLAS's dense products: TFLOP/s by product.
     """
     (hidden_dim, dim), device = weights.w1.shape, weights.w1.device
@@ -276,14 +289,22 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
         calls[product] = partial(torch.mm, a.detach(), b.detach())
     for call in calls.values():
         call()
+    captured: dict[str, Captured | str] = {}
+    if device.type == "cuda":
+        captured = {name: capture(CONTENDERS[name][1], weights, tokens) for name in names}
+    replays = {name: one.graph.replay for name, one in captured.items() if isinstance(one, Captured)}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
+    graph_rounds: dict[str, list[float]] = {name: [] for name in replays}
     gc.collect()
     gc.disable()
     for _ in range(ROUNDS):
         for name, call in calls.items():
             rounds[name].append(milliseconds(call, device))
+            if name in replays:
+                graph_rounds[name].append(milliseconds(replays[name], device))
     gc.enable()
     median = {name: statistics.median(times) for name, times in rounds.items()}
+    graph_median = {name: statistics.median(times) for name, times in graph_rounds.items()}
     gflop = 2e-9 * tokens * dim * hidden_dim
     cublas = {product: gflop / median[product] for product in PRODUCTS}
     results: dict[str, dict[str, Any]] = {}
@@ -301,7 +322,11 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
         result["peak_bytes"] = peak_memory(call)
         result["waits"] = waits_for_device(call)
         result["stages"] = stages = profiled_stages(call, dim, hidden_dim, reference)
-        result["replay_error"] = replay_error(CONTENDERS[name][1], weights, tokens)
+        one = captured[name]
+        result["replay_error"] = one.error if isinstance(one, Captured) else one
+        if name in replays and "dense" in replays:
+            result["graph_ms"], result["graph_rounds"] = graph_median[name], graph_rounds[name]
+            result["graph_speedup"] = graph_median["dense"] / graph_median[name]
         result["products"] = {}
         for product in PRODUCTS:
             if product in stages and not reference:
@@ -335,10 +360,15 @@ def implementation(name: str, dim: int, hidden_dim: int, device: torch.device) -
 def text_table(shape: dict[str, Any]) -> str:
     """The timed contenders of a shape for the terminal, at most 120 columns."""
     timed = {name: entry for name, entry in shape["contenders"].items() if "ms" in entry}
-    lines = [f"{'':<20}{'runs':<11}{'ms':>8}{'spread':>8}{'speed-up':>10}{'peak GiB':>10}  host waits  graph replay"]
+    head = f"{'':<20}{'runs':<11}{'ms':>8}{'spread':>8}{'speed-up':>10}{'replayed':>10}{'speed-up':>10}{'peak GiB':>10}"
+    lines = [head + "  host waits  replay"]
     for name, entry in timed.items():
         line = f"{name:<20}{entry['backend']:<11}{entry['ms']:>8.2f}{entry['spread']:>8.1%}{entry['speedup']:>9.2f}x"
         if "stages" in entry:
+            graph = (
+                (f"{entry['graph_ms']:.2f}", f"{entry['graph_speedup']:.2f}x") if "graph_ms" in entry else ("-", "-")
+            )
+            line += "".join(f"{cell:>10}" for cell in graph)
             error = entry["replay_error"]
             replay = error if isinstance(error, str) else f"differs by {error:.0e}" if error else "equal"
             line += f"{entry['peak_bytes'] / 2**30:>10.2f}  {'YES' if entry['waits'] else 'no':<10}  {replay}"

@@ -3,8 +3,9 @@
     python -m scripts.plot_kernels docs/kernels    # kernels.json in this folder to kernels.png beside it
 
 The benchmark draws by itself; this draws again without a GPU. Above, a bar a contender and shape: one FFN, forward and
-backward. Below, a panel a shape: each bar is one step, milliseconds on the GPU. The six products carry their numbers,
-those of a kind the same colour: (2) and (5) reduce over the neurons, (4) and (6) over the tokens.
+backward, replayed from a CUDA graph where that was timed. Below, a panel a shape: each bar is one step, milliseconds on
+the GPU. The six products carry their numbers, those of a kind the same colour: (2) and (5) reduce over the neurons, (4)
+and (6) over the tokens.
 """
 
 import json
@@ -46,16 +47,18 @@ def _names(axes: Axes, names: list[str]) -> None:
     axes.grid(False, axis="y")
 
 
-def _speedups(axes: Axes, shapes: list[dict[str, Any]]) -> None:
+def _speedups(axes: Axes, shapes: list[dict[str, Any]], replayed: bool) -> None:
     names = list(dict.fromkeys(name for shape in shapes for name in shape["timed"]))
     height = 0.8 / len(shapes)
     for index, shape in enumerate(shapes):
         shift = (index - (len(shapes) - 1) / 2) * height
         places = [names.index(name) + shift for name in shape["timed"]]
-        values = [entry["speedup"] for entry in shape["timed"].values()]
+        values = [entry.get("graph_speedup", entry["speedup"]) for entry in shape["timed"].values()]
+        notes = ["" if "graph_ms" in entry or not replayed else ", not replayed" for entry in shape["timed"].values()]
         colour = (BLUE, ORANGE, GREEN)[index % 3]
         bars = axes.barh(places, values, 0.9 * height, color=colour, label=shape["title"])
-        axes.bar_label(bars, [f"{value:.2f}x" for value in values], padding=3, fontsize=9)
+        texts = [f"{value:.2f}x{note}" for value, note in zip(values, notes, strict=True)]
+        axes.bar_label(bars, texts, padding=3, fontsize=9)
     axes.axvline(1, color=GREY, linewidth=0.8)
     axes.margins(x=0.1)
     axes.legend(loc="lower right", ncols=len(shapes), bbox_to_anchor=(1, 1), borderaxespad=0.2)
@@ -91,8 +94,10 @@ def draw(result: dict[str, Any]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(10, sum(heights) + 0.8), dpi=150, layout="constrained")
         axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-        axes[0].set_title(f"speed-up over dense, {result['tokens']} tokens")
-        _speedups(axes[0], shapes)
+        replayed = any("graph_ms" in entry for shape in shapes for entry in shape["timed"].values())
+        how = ", replayed from a CUDA graph" if replayed else ""
+        axes[0].set_title(f"speed-up over dense, {result['tokens']} tokens{how}")
+        _speedups(axes[0], shapes, replayed)
         for panel, shape in zip(axes[1:], panels, strict=True):
             panel.set_title(f"where the time goes, ms: {shape['title']}")
             _stages(panel, shape["timed"])

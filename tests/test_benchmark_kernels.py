@@ -229,7 +229,7 @@ def test_kernels_are_told_apart():
     assert set(stages_of(trace(), 64, 256, reference=True)) == {*products, "packing", "selection", "router", "other"}
 
 
-def measured():
+def measured(replayed=True):
     """What a GPU would give, two shapes and all contenders."""
     shapes = []
     for dim, hidden_dim in ((4096, 16384), (2048, 12288)):
@@ -241,7 +241,10 @@ def measured():
             rates = {product: {"tflops": 612.3, "of_cublas": 0.94} for product in plot_kernels.PRODUCTS}
             contenders[name] = {"backend": "groups", "reason": "", "ms": ms, "speedup": 19 / ms, "spread": 0.01}
             contenders[name] |= {"stages": stages, "products": rates, "peak_bytes": 2**31}
-            contenders[name] |= {"waits": "", "replay_error": (0.0, 1e-4, "CUDA error: " + "x" * 200)[index % 3]}
+            error = (0.0, 1e-4, "CUDA error: " + "x" * 200)[index % 3]
+            contenders[name] |= {"waits": "", "replay_error": error}
+            if replayed and not isinstance(error, str):
+                contenders[name] |= {"graph_ms": ms, "graph_rounds": [ms], "graph_speedup": 19 / ms}
         cublas = dict.fromkeys(plot_kernels.PRODUCTS, 650.0)
         shapes.append({"dim": dim, "hidden_dim": hidden_dim, "contenders": contenders, "cublas": cublas})
     return {"tokens": 16384, "shapes": shapes}
@@ -251,13 +254,26 @@ def test_text_fits_a_terminal():
     text = text_table(measured()["shapes"][0])
     assert max(map(len, text.splitlines())) <= 120
     assert "612  94%" in text
+    assert "replayed" in text and "CUDA error: x" in text
 
 
-def test_picture(tmp_path, capsys):
-    (tmp_path / "kernels.json").write_text(json.dumps(measured()))
+@pytest.mark.parametrize("replayed", [True, False])
+def test_picture(tmp_path, capsys, replayed):
+    (tmp_path / "kernels.json").write_text(json.dumps(measured(replayed)))
     plot_kernels.main([str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path}/kernels.png\n"
     pixels(tmp_path / "kernels.png")
+
+
+def test_bars_are_of_the_replays_where_there_are():
+    result = measured()
+    result["shapes"][0]["contenders"]["dense"]["graph_speedup"] = 7.77
+    axes = plot_kernels.draw(result).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert "replayed" in axes.get_title("left") and "7.77x" in texts
+    assert sum("not replayed" in text for text in texts) == 2 * len(range(2, len(CONTENDERS), 3))
+    axes = plot_kernels.draw(measured(False)).axes[0]
+    assert not any("replayed" in text for text in (axes.get_title("left"), *(text.get_text() for text in axes.texts)))
 
 
 def test_what_is_written(monkeypatch, capsys, tmp_path):

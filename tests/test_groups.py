@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.testing import assert_close
 from kernels import Groups, group_mask, groups, sparse_feed_forward
 from kernels.feed_forward import _Groups
 from kernels.groups import TILE, TileLists, portable, products, reference, select
+from kernels.groups.tiles import COUNTERS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -68,16 +71,17 @@ def dense(tiles, lists):
 
 @pytest.mark.parametrize("kind", ["floats", "ties", "sparse", "zeros", "favourite"])
 @pytest.mark.parametrize("tokens, hidden, kept", [(300, 384, 2), (1, 128, 1), (256, 640, 5), (129, 768, 1)])
-def test_selection_is_group_mask(kind, tokens, hidden, kept):
-    y1 = pre_activations(kind, tokens, hidden)
+@pytest.mark.parametrize("budget", ["block", "batch"])
+def test_selection_is_group_mask(kind, tokens, hidden, kept, budget):
+    y1, pooled = pre_activations(kind, tokens, hidden), budget == "batch"
     h = y1.relu() * y1.relu()
-    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE))
+    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE), budget=budget)
     for selection in (reference, select):
-        tiles, lists = selection.select_tiles(y1, kept)
+        tiles, lists = selection.select_tiles(y1, kept, pooled=pooled)
         assert torch.equal(dense(tiles, lists)[:tokens], torch.where(mask, h, 0))
         assert not dense(tiles, lists)[tokens:].any()
-        check_lists(lists, kept)
-    expected = reference.select_tiles(y1, kept)[1]
+        check_lists(lists, None if pooled else kept)
+    expected = reference.select_tiles(y1, kept, pooled=pooled)[1]
     for name in ("start", "tile_group", "tile_block", "group_count", "group_order"):
         assert torch.equal(getattr(lists, name), getattr(expected, name)), name
 
@@ -96,13 +100,17 @@ def test_selection_by_another_matrix():
         check_lists(lists, 1)
 
 
-def check_lists(lists: TileLists, kept: int):
+def check_lists(lists: TileLists, kept: int | None):
+    """`kept`: of every block; None: they differ."""
     block, group = lists.tile_block.tolist(), lists.tile_group.tolist()
-    assert lists.start.tolist() == [b * kept for b in range(lists.blocks + 1)]
+    assert lists.start.tolist() == [sum(mine < b for mine in block) for b in range(lists.blocks + 1)]
+    if kept is not None:
+        assert lists.start.tolist() == [b * kept for b in range(lists.blocks + 1)]
     assert list(zip(block, group, strict=True)) == sorted(zip(block, group, strict=True))
     counts = lists.group_count.tolist()
     for j in range(lists.groups):
         assert lists.group_tiles[j, : counts[j]].tolist() == [p for p, g in enumerate(group) if g == j]
+    assert lists.counters.tolist() == [0] * COUNTERS
     order = lists.group_order.tolist()
     assert order == sorted(range(lists.groups), key=lambda j: (-counts[j], j))
 
@@ -125,8 +133,12 @@ def test_selection_prefers_nan_to_infinity():
 # ---- products
 
 
-def operands(tokens, width, hidden, kept, kind="floats"):
-    tiles, lists = select.select_tiles(pre_activations(kind, tokens, hidden), kept)
+def operands(tokens, width, hidden, kept, kind="floats", pooled=False):
+    y1 = pre_activations(kind, tokens, hidden)
+    if pooled:
+        y1[TILE : 2 * TILE] = 0  # a block that keeps nothing, where there are three
+        y1[:TILE] *= 2
+    tiles, lists = select.select_tiles(y1, kept, pooled=pooled)
     x, dy = normal(tokens, width, seed=1), normal(tokens, width, seed=2)
     w1, w2 = normal(hidden, width, seed=3), normal(width, hidden, seed=4)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5)).int().to(DEVICE)
@@ -142,18 +154,79 @@ def close(actual, expected):
 @PRODUCTS
 @pytest.mark.parametrize("kind", ["floats", "sparse", "favourite"])
 @pytest.mark.parametrize("tokens, width, hidden, kept", SHAPES)
-def test_products(product, kind, tokens, width, hidden, kept):
-    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept, kind)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_products(product, kind, tokens, width, hidden, kept, pooled):
+    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept, kind, pooled)
     h = tiles.double()
     for o in (order, None):
         expected = reference.reduce_neurons(h, lists, w2.double().T, o, tokens)
         close(product.reduce_neurons(tiles, lists, w2.T, o, tokens), expected)
         expected = reference.reduce_neurons(h, lists, w1.double(), o, tokens)
         close(product.reduce_neurons(tiles, lists, w1, o, tokens), expected)
-    close(product.sample(dy, w2, tiles, lists), reference.sample(dy.double(), w2.double(), h, lists))
+    most = hidden // TILE if pooled else kept
+    close(product.sample(dy, w2, tiles, lists, most), reference.sample(dy.double(), w2.double(), h, lists))
     for transposed in (False, True):  # groups that no block keeps get zeros
         expected = reference.reduce_tokens(h, lists, x.double(), transposed)
         close(product.reduce_tokens(tiles, lists, x, transposed), expected)
+
+
+def test_a_launch_points_at_the_lists_and_each_product_at_its_counter(monkeypatch):
+    tiles, lists, x, dy, w1, w2, order = operands(300, 192, 384, 2)
+    monkeypatch.setattr(products, "Launch", lambda *arguments: lambda: launched.append((arguments[0], arguments[-1])))
+    monkeypatch.setattr(products, "tensor_map", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=7))
+    for prepare in (products._reduce_neurons, products._sample, products._reduce_tokens):
+        monkeypatch.setattr(products, prepare.__name__, prepare.__wrapped__)
+    launched: list = []
+    outputs = [
+        products.reduce_neurons(tiles, lists, w1, order, 300),
+        products.reduce_neurons(tiles, lists, w2.T, None, 300),
+        products.sample(dy, w2, tiles, lists, 2),
+        products.reduce_tokens(tiles, lists, x, False),
+        products.reduce_tokens(tiles, lists, x, True),
+    ]
+    assert [kernel.name for kernel, _ in launched] == list(products.KERNELS)
+    for (_, arguments), out, counter in zip(launched, outputs, lists.counters, strict=True):
+        assert (arguments.out, arguments.counter) == (out.data_ptr(), counter.data_ptr())
+        for name in products.LISTS:
+            assert getattr(arguments, name) == getattr(lists, name).data_ptr(), name
+    assert [arguments.row_order for _, arguments in launched] == [order.data_ptr(), *[None] * 4]
+    assert [arguments.leading for _, arguments in launched] == [192, 192, 0, 192, 384]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU and not HOPPER, reason="needs Hopper")
+@pytest.mark.parametrize("tokens, width, hidden, kept", [*SHAPES, (16384, 1024, 2048, 3)])
+def test_a_product_can_be_repeated_on_the_same_lists(tokens, width, hidden, kept):
+    """Each leaves its counter as it was."""
+    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept)
+    calls = (
+        lambda: products.reduce_neurons(tiles, lists, w1, order, tokens),
+        lambda: products.reduce_neurons(tiles, lists, w2.T, order, tokens),
+        lambda: products.sample(dy, w2, tiles, lists, kept),
+        lambda: products.reduce_tokens(tiles, lists, x, False),
+        lambda: products.reduce_tokens(tiles, lists, x, True),
+    )
+    expected = [call() for call in calls]
+    for call, wanted in zip(calls, expected, strict=True):
+        for _ in range(20):
+            assert torch.equal(call(), wanted)
+        assert not lists.counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU and not HOPPER, reason="needs Hopper")
+def test_a_launch_may_be_a_threads_first_use_of_the_gpu():
+    tiles, lists, x, *_ = operands(300, 192, 384, 2)
+    expected = products.reduce_tokens(tiles, lists, x, False)
+    out = torch.empty_like(expected)
+    launch = products._reduce_tokens(
+        products._lists(lists), tiles.data_ptr(), x.data_ptr(), out.data_ptr(), *x.shape, False
+    )
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(launch).result()
+    assert torch.equal(out, expected)
 
 
 @PRODUCTS
@@ -163,7 +236,7 @@ def test_products_show_nan(product):
     neuron = lists.tile_group[0].item() * TILE + 5
     y = product.reduce_neurons(tiles, lists, w1, None, 300)
     assert y[3].isnan().all() and y.isnan().sum() == 192
-    assert product.sample(dy, w2, tiles, lists).isnan().sum() == 1
+    assert product.sample(dy, w2, tiles, lists, 2).isnan().sum() == 1
     dw1 = product.reduce_tokens(tiles, lists, x, False)
     assert dw1[neuron].isnan().all() and dw1.isnan().sum() == 192
 
@@ -179,7 +252,7 @@ def test_operators():
         (groups.select_tiles, (pre_activations("floats", 300, 384), 2)),
         (groups.reduce_neurons, (tiles, buffer, w1, order, 300)),
         (groups.reduce_neurons, (tiles, buffer, w2.T, None, 300)),
-        (groups.sample, (x, w2, tiles, buffer)),
+        (groups.sample, (x, w2, tiles, buffer, 2)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, True)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, False)),
     ):
@@ -188,16 +261,30 @@ def test_operators():
         )
 
 
+def test_an_operator_does_not_swallow_a_gradient():
+    tiles, buffer = groups.select_tiles(pre_activations("floats", 300, 384), 2)
+    w1 = normal(384, 64).requires_grad_()
+    message = r"sparsetitan.*groups_reduce_neurons.* has no gradient"
+    with pytest.raises(RuntimeError, match=message):
+        groups.reduce_neurons(tiles, buffer, w1, None, 300)
+    compiled = torch.compile(lambda w1: groups.reduce_neurons(tiles, buffer, w1, None, 300).sum(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=message):
+        compiled(w1)
+    with torch.no_grad():
+        assert torch.equal(compiled(w1), groups.reduce_neurons(tiles, buffer, w1, None, 300).sum())
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_operators_compose_to_the_feed_forward(ordered, scaled):
+@pytest.mark.parametrize("budget", ["block", "batch"])
+def test_operators_compose_to_the_feed_forward(ordered, scaled, budget):
     """Against the masked reference, in float64 on the CPU: outputs and all gradients."""
     rand = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*s, generator=rand, dtype=torch.float64) for s in ((300, 64), (384, 64), (64, 384))]
     x, w1, w2 = (t.requires_grad_() for t in inputs)
     order = torch.randperm(300, generator=rand) if ordered else None
     scales = [torch.tensor(1.3, dtype=torch.float64)] * 2 if scaled else [None, None]
-    pattern = Groups(TILE, TILE, 2 / 3)
+    pattern = Groups(TILE, TILE, 2 / 3, budget)
     expected = sparse_feed_forward(x, w1, w2, pattern, *scales, order=order)
     # On the CPU nothing is packed; the rest is what runs on a GPU.
     actual = _Groups.apply(x, w1, w2, pattern, *scales, order)
@@ -229,9 +316,10 @@ from kernels.groups import portable, select
 from kernels.groups.tiles import TILE
 
 CONSTANTS = dict(TILE=TILE, BN=portable.BN, BK=portable.BK, ORDERED=True, GROUPS=128, BLOCKS=128)
+CONSTANTS |= dict(COUNTERS=5, POOLED=False)
 POINTERS = dict(sums="*fp32") | dict.fromkeys(
-    ("start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
-POINTERS |= dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
+    ("chosen", "start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
+POINTERS |= dict(counters="*i32") | dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
 
 for arch in (80, 90):
     products = portable._reduce_neurons, portable._sample, portable._reduce_tokens

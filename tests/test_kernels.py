@@ -459,7 +459,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
     [
         (Groups(128, 128, 0.25), (), False, 192, 512, torch.bfloat16, "groups"),
         (Groups(128, 128, 0.25), (1, 3), False, 192, 512, torch.bfloat16, "groups"),
-        (Groups(128, 128, 0.25, "batch"), (), False, 192, 512, torch.bfloat16, "reference"),
+        (Groups(128, 128, 0.25, "batch"), (), False, 192, 512, torch.bfloat16, "groups"),
         (Groups(128, 64, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(64, 128, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(128, 128, 0.25), (), False, 96, 512, torch.bfloat16, "reference"),

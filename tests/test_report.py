@@ -53,6 +53,12 @@ def test_kernels_table(tmp_path):
     assert "| 64, 256 | `dense` | 20.00 | 19.00 to 21.00 | 1.00x | 18.00 | 1.00x | 2.00 GiB | - |" in text
     assert "| `groups_quarter` | 8.00 | 8.00 to 8.00 | 2.50x | 6.00 | 3.00x | 1.00 GiB | 580 to 610 |" in text
     assert "Not timed: `groups_eighth` (failed its check); `venom_2of16` (no kernels)." in text
+    contenders["dense"] |= {"graph_ms": 18.5, "graph_speedup": 1.0}
+    (tmp_path / "kernels.json").write_text(json.dumps(result))
+    text = fill(f"<!-- kernels: {tmp_path}/kernels.json -->\n<!-- end -->")
+    assert "| replayed, ms | speed-up | peak memory |" in text and "replayed from a CUDA graph" in text
+    assert "| 64, 256 | `dense` | 20.00 | 19.00 to 21.00 | 1.00x | 18.50 | 1.00x | 2.00 GiB | - |" in text
+    assert "| `groups_quarter` | 8.00 | 8.00 to 8.00 | 2.50x | - | - | 1.00 GiB | 580 to 610 |" in text
     text = fill(f"<!-- stages: {tmp_path}/kernels.json -->\n<!-- end -->")
     assert "| 64, 256 | (1) | other | sum |" in text
     assert "| `dense` | 10.00 | 8.00 | 18.00 |" in text

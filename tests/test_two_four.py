@@ -19,6 +19,7 @@ import kernels.feed_forward
 from kernels import Venom, sparse_feed_forward, venom_mask
 from kernels.feed_forward import token_mask
 from kernels.two_four import (
+    cusparselt,
     keep_largest_pack,
     pack,
     pack_like,
@@ -277,6 +278,69 @@ def test_products_are_dense_products(device):
         assert torch.equal(sparse_linear(packed, layout), x @ sparse.T)
         assert torch.equal(sparse_matmul(packed, layout.T), sparse @ x.T)
     assert sparse_linear(packed, x).is_contiguous() and sparse_matmul(packed, x.T).is_contiguous()
+
+
+@pytest.mark.gpu
+def test_products_can_be_captured_after_their_first_call():
+    weight, x = matrix("floats", 256, 192).cuda(), matrix("floats", 72, 192, seed=1).cuda()
+    packed = pack_reference(weight)
+    calls = [lambda: sparse_linear(packed, x), lambda: sparse_matmul(packed, x.T.contiguous())]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        calls[0]()
+    for call in calls:
+        call()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    for seed in (2, 3):
+        x.copy_(matrix("floats", 72, 192, seed=seed))
+        graph.replay()
+        for result, call in zip(results, calls, strict=True):
+            assert torch.equal(result, call())
+
+
+def test_a_product_is_planned_once_and_repeats_the_words_of_an_error(monkeypatch):
+    """With a library that writes down what it is asked for."""
+    asked, failing = [], []
+
+    def function(name):
+        def call(*arguments):
+            asked.append((name, arguments))
+            if name == "GetErrorString":
+                return b"no such kernel"
+            if name == "MatmulGetWorkspace":
+                arguments[2]._obj.value = 64
+            return int(name in failing)
+
+        return call
+
+    monkeypatch.setattr(cusparselt, "_function", function)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    cusparselt._handle.cache_clear()
+    planned = cusparselt.Product(0, 128, 64, 40, True, True, 5, 1, -1)
+    setup = len(asked)
+    descriptions = [arguments[2:] for name, arguments in asked if name.endswith("DescriptorInit")][:3]
+    row, column, bf16 = 2, 1, 14
+    assert descriptions == [
+        (128, 64, 64, 16, bf16, row, 0),
+        (64, 40, 40, 16, bf16, row),
+        (128, 40, 128, 16, bf16, column),
+    ]
+    packed, dense, result = (torch.zeros(4, dtype=torch.bfloat16) for _ in range(3))
+    for _ in range(2):
+        planned(packed, dense, result)
+    assert [name for name, _ in asked[setup:]] == ["Matmul", "Matmul"]
+    arguments = asked[-1][1]
+    assert (arguments[3], arguments[4]) == (packed.data_ptr(), dense.data_ptr())
+    assert arguments[6] == arguments[7] == result.data_ptr() and arguments[8]
+    assert (arguments[9]._obj.value, arguments[10]) == (77, 1)
+    failing.append("Matmul")
+    with pytest.raises(RuntimeError, match="cusparseLtMatmul: no such kernel"):
+        planned(packed, dense, result)
+    failing.append("MatmulPlanInit")
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit: no such kernel"):
+        cusparselt.Product(0, 128, 64, 40, False, False, 5, 2, 1)
+    cusparselt._handle.cache_clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -26,6 +26,7 @@ from kernels import hopper
 from kernels.groups import portable, products, reference, select
 from kernels.groups.reference import Groups, group_mask
 from kernels.groups.tiles import TILE, TileLists
+from kernels.operators import operator, register_fake
 
 __all__ = [
     "TILE",
@@ -60,8 +61,8 @@ def _check(width: int, **operands: Tensor) -> None:
             raise ValueError(f"{name}: the kernels read contiguous operands, got strides {operand.stride()}")
 
 
-@torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
-def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@operator("groups_select_tiles")
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
     Args:
@@ -69,6 +70,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tenso
         kept: groups of TILE neurons that a block of TILE tokens keeps.
         by: `[T', f]`, T' at least T, same dtype and contiguous: a block chooses by the sums of the same block of `by`
             instead of its own.
+        pooled: `kept` is what a block keeps on average: kept are those of the largest sums of all blocks.
 
     Returns:
         tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
@@ -78,18 +80,18 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tenso
     """
     _check(0, y1=y1, by=y1 if by is None else by)
     with torch.cuda.device_of(y1):
-        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by)
+        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by, pooled)
     return tiles, lists.buffer
 
 
-@select_tiles.register_fake
-def _(y1, kept, by=None):
+@register_fake(select_tiles)
+def _(y1, kept, by=None, pooled=False):
     blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
     buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
     return y1.new_empty(blocks * kept, TILE, TILE), buffer
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_neurons", mutates_args=())
+@operator("groups_reduce_neurons")
 def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
     """The tiles' matrix `[T, f]` times W1, or times W2^T: products (5) and (2).
 
@@ -110,20 +112,21 @@ def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor |
         return _products(tiles.device).reduce_neurons(tiles, of, weight, order, tokens)
 
 
-@reduce_neurons.register_fake
+@register_fake(reduce_neurons)
 def _(tiles, lists, weight, order, tokens):
     return tiles.new_empty(tokens, weight.shape[1])
 
 
-@torch.library.custom_op("sparsetitan::groups_sample", mutates_args=())
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
+@operator("groups_sample")
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor, most: int) -> Tensor:
     """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
 
     Args:
         dy: `[T, d]`, contiguous.
         w2: `[d, f]`, contiguous, same dtype.
-        tiles: h, `[P, TILE, TILE]`, same dtype, of which every block has equally many.
+        tiles: h, `[P, TILE, TILE]`, same dtype.
         lists: the buffer of their lists.
+        most: tiles that a block has, or no block more than.
 
     Returns:
         `[P, TILE, TILE]`.
@@ -131,15 +134,15 @@ def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
     _check(dy.shape[1], dy=dy, w2=w2, tiles=tiles)
     of = TileLists.of(lists, dy.shape[0], w2.shape[1], tiles.shape[0])
     with torch.cuda.device_of(tiles):
-        return _products(tiles.device).sample(dy, w2, tiles, of)
+        return _products(tiles.device).sample(dy, w2, tiles, of, most)
 
 
-@sample.register_fake
-def _(dy, w2, tiles, lists):
+@register_fake(sample)
+def _(dy, w2, tiles, lists, most):
     return torch.empty_like(tiles)
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_tokens", mutates_args=())
+@operator("groups_reduce_tokens")
 def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
     """The transposed tiles' matrix times x: products (6) and, transposed, (4).
 
@@ -159,6 +162,6 @@ def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, tran
         return _products(tiles.device).reduce_tokens(tiles, of, x, transposed)
 
 
-@reduce_tokens.register_fake
+@register_fake(reduce_tokens)
 def _(tiles, lists, x, hidden_dim, transposed):
     return x.new_empty((x.shape[1], hidden_dim) if transposed else (hidden_dim, x.shape[1]))

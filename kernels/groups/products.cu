@@ -221,7 +221,7 @@ enum Walk { REDUCE_NEURONS, SAMPLE, REDUCE_TOKENS };
 // What a launch is given; a walk reads the fields that its comment names.
 struct Arguments {
     bf16* out;
-    int* counter;            // zero at launch
+    int* counter;            // zero at launch, and again at the end
     const int* start;        // REDUCE_NEURONS, SAMPLE: block b's tiles are start[b] to start[b + 1]
     const int* tile_group;   // REDUCE_NEURONS, SAMPLE
     const int* tile_block;   // REDUCE_TOKENS
@@ -266,16 +266,21 @@ __device__ __forceinline__ Work work_at(const Arguments& g, int q) {
 
 // One thread of a cluster takes work and sends it to the producer and the consumers of every CTA. The first too comes
 // from the counter: where a cluster starts late, because another stream holds its SMs, nobody waits for what would be its.
+// Every cluster asks once in vain; the last to do so leaves the counter as it was.
 template <Walk WALK>
 __device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken) {
     int slot = 0, parity = 1;
     for (;;) {
-        Work work = work_at<WALK>(g, atomicAdd(g.counter, 1));
+        int q = atomicAdd(g.counter, 1);
+        Work work = work_at<WALK>(g, q);
         if (WALK == SAMPLE && work.row >= 0 && 2 * CLUSTER * work.strip >= work.tiles) continue;
         barrier_wait(taken + 8 * slot, parity);
         for (int rank = 0; rank < CLUSTER; ++rank)
             send(slots + 16 * slot, ready + 8 * slot, rank, make_int4(work.row, work.strip, work.tiles, work.first));
-        if (work.row < 0) return;
+        if (work.row < 0) {
+            if (q == g.rows * g.strips + (int)gridDim.x / CLUSTER - 1) *g.counter = 0;
+            return;
+        }
         if (++slot == WORK_SLOTS) slot = 0, parity ^= 1;
     }
 }

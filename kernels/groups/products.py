@@ -1,20 +1,25 @@
-"""Launching products.cu: the five products over kept tiles on Hopper, bf16 with float32 accumulation."""
+"""Launching products.cu: the five products over kept tiles on Hopper, bf16 with float32 accumulation.
+
+The allocator hands out the same addresses at every step. So a launch is prepared once for its addresses and sizes, by
+`_reduce_neurons`, `_sample` and `_reduce_tokens`, and the host has little to do when they come again.
+"""
 
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.groups.tiles import TILE, TileLists
-from kernels.hopper import Kernel, tensor_map
+from kernels.groups.tiles import COUNTERS, TILE, TileLists, bounds
+from kernels.hopper import Kernel, Launch, tensor_map
 
 CLUSTER = 2  # CTAs that share an operand
 BN = 256  # columns of an output tile
 SHARED_BYTES = 4 * (128 + BN) * 64 * 2 + 4 * 64 * 64 * 2 + 256 + 1024  # stages, staged output, barriers, alignment
 THREADS = 384
+LISTS = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"  # as they are in the buffer
 
 
 class _Arguments(ctypes.Structure):
@@ -36,51 +41,60 @@ class _Arguments(ctypes.Structure):
     ] + [(name, ctypes.c_int) for name in ("rows", "strips", "together", "tokens", "width", "leading", "blocks")]
 
 
-def _kernel(name: str) -> Kernel:
-    return Kernel(Path(__file__).with_name("products.cu"), name, SHARED_BYTES)
-
-
-_REDUCE_NEURONS_ROWS, _REDUCE_NEURONS_COLUMNS = _kernel("reduce_neurons_rows"), _kernel("reduce_neurons_columns")
-_SAMPLE = _kernel("sample")
-_REDUCE_TOKENS_ROWS, _REDUCE_TOKENS_COLUMNS = _kernel("reduce_tokens_rows"), _kernel("reduce_tokens_columns")
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch(
-    kernel: Kernel, a: Any, b: Any, h: Any, lists: TileLists, out: Tensor, order: Tensor | None = None, **numbers: int
-) -> Tensor:
-    counter = torch.zeros(1, dtype=torch.int32, device=out.device)
-    arguments = _Arguments(
-        counter=counter.data_ptr(),
-        row_order=None if order is None else order.data_ptr(),
-        out=out.data_ptr(),
-        blocks=lists.blocks,
-        **lists.addresses(),
-        **numbers,
+# In the order of their counters.
+KERNELS = {
+    name: Kernel(Path(__file__).with_name("products.cu"), name, SHARED_BYTES)
+    for name in (
+        "reduce_neurons_rows",
+        "reduce_neurons_columns",
+        "sample",
+        "reduce_tokens_rows",
+        "reduce_tokens_columns",
     )
-    kernel.launch(_processors(out.device.index) // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
-    return out
+}
+assert len(KERNELS) == COUNTERS
 
 
-def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """See `kernels.groups.reduce_neurons`."""
-    width = weight.shape[1]
-    out = tiles.new_empty((tokens, width))
-    by_rows = weight.is_contiguous()
-    b = tensor_map(weight, 64, BN // 64) if by_rows else tensor_map(weight.T, BN)
-    a = tensor_map(tiles.view(-1, TILE), TILE // CLUSTER)
-    return _launch(
-        _REDUCE_NEURONS_ROWS if by_rows else _REDUCE_NEURONS_COLUMNS,
+class _Lists(NamedTuple):
+    """Where a TileLists is, and its sizes."""
+
+    device: int
+    address: int
+    blocks: int
+    groups: int
+    capacity: int
+
+
+def _lists(lists: TileLists) -> _Lists:
+    buffer = lists.buffer
+    return _Lists(buffer.get_device(), buffer.data_ptr(), lists.blocks, lists.groups, lists.capacity)
+
+
+def _prepare(name: str, lists: _Lists, a: Any, b: Any, h: Any, **fields: int | None) -> Launch:
+    """The launch of a kernel: three tensor maps, and what `_Arguments` holds beside the lists."""
+    device, address, *sizes = lists
+    *starts, counters, _ = (address + 4 * bound for bound in bounds(*sizes))
+    fields |= dict(zip(LISTS, starts, strict=True)) | {"blocks": lists.blocks}
+    arguments = _Arguments(counter=counters + 4 * list(KERNELS).index(name), **fields)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Launch(KERNELS[name], device, processors // CLUSTER * CLUSTER, THREADS, a, b, h, arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_neurons(
+    lists: _Lists, tiles: int, weight: int, by_rows: bool, order: int | None, out: int, tokens: int, width: int
+) -> Launch:
+    hidden_dim = lists.groups * TILE
+    a = tensor_map(tiles, lists.capacity * TILE, TILE, TILE // CLUSTER)
+    b = tensor_map(weight, hidden_dim, width, 64, BN // 64) if by_rows else tensor_map(weight, width, hidden_dim, BN)
+    return _prepare(
+        "reduce_neurons_rows" if by_rows else "reduce_neurons_columns",
+        lists,
         a,
         b,
         a,
-        lists,
-        out,
-        order,
+        out=out,
+        row_order=order,
         rows=lists.blocks,
         together=32,
         strips=-(-width // (CLUSTER * BN)),
@@ -90,22 +104,63 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
     )
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
-    """See `kernels.groups.sample`."""
-    tokens, width = dy.shape
-    out = torch.empty_like(tiles)
-    return _launch(
-        _SAMPLE,
-        tensor_map(dy, TILE // CLUSTER),
-        tensor_map(w2, 64, TILE // 64),
-        tensor_map(tiles.view(-1, TILE), TILE, TILE // 64),
+def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
+    """See `kernels.groups.reduce_neurons`."""
+    width = weight.shape[1]
+    out = tiles.new_empty((tokens, width))
+    _reduce_neurons(
+        _lists(lists),
+        tiles.data_ptr(),
+        weight.data_ptr(),
+        weight.is_contiguous(),
+        None if order is None else order.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        width,
+    )()
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _sample(lists: _Lists, dy: int, w2: int, tiles: int, out: int, tokens: int, width: int, most: int) -> Launch:
+    return _prepare(
+        "sample",
         lists,
-        out,
+        tensor_map(dy, tokens, width, TILE // CLUSTER),
+        tensor_map(w2, width, lists.groups * TILE, 64, TILE // 64),
+        tensor_map(tiles, lists.capacity * TILE, TILE, TILE, TILE // 64),
+        out=out,
         rows=lists.blocks,
         together=32,
-        strips=-(-lists.capacity // lists.blocks // (2 * CLUSTER)),
+        strips=-(-most // (2 * CLUSTER)),
         tokens=tokens,
         width=width,
+    )
+
+
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, most: int) -> Tensor:
+    """See `kernels.groups.sample`."""
+    out = torch.empty_like(tiles)
+    _sample(_lists(lists), dy.data_ptr(), w2.data_ptr(), tiles.data_ptr(), out.data_ptr(), *dy.shape, most)()
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_tokens(lists: _Lists, tiles: int, x: int, out: int, tokens: int, width: int, transposed: bool) -> Launch:
+    a = tensor_map(tiles, lists.capacity * TILE, TILE, 64, 1)
+    return _prepare(
+        "reduce_tokens_columns" if transposed else "reduce_tokens_rows",
+        lists,
+        a,
+        tensor_map(x, tokens, width, 64, BN // 64),
+        a,
+        out=out,
+        rows=lists.groups,
+        together=64,
+        strips=-(-width // (CLUSTER * BN)),
+        tokens=tokens,
+        width=width,
+        leading=lists.groups * TILE if transposed else width,
     )
 
 
@@ -113,18 +168,5 @@ def reduce_tokens(tiles: Tensor, lists: TileLists, x: Tensor, transposed: bool) 
     """See `kernels.groups.reduce_tokens`."""
     width, hidden_dim = x.shape[1], lists.groups * TILE
     out = tiles.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
-    a = tensor_map(tiles.view(-1, TILE), 64, 1)
-    return _launch(
-        _REDUCE_TOKENS_COLUMNS if transposed else _REDUCE_TOKENS_ROWS,
-        a,
-        tensor_map(x, 64, BN // 64),
-        a,
-        lists,
-        out,
-        rows=lists.groups,
-        together=64,
-        strips=-(-width // (CLUSTER * BN)),
-        tokens=x.shape[0],
-        width=width,
-        leading=out.stride(0),
-    )
+    _reduce_tokens(_lists(lists), tiles.data_ptr(), x.data_ptr(), out.data_ptr(), *x.shape, transposed)()
+    return out

@@ -97,13 +97,14 @@ class Groups:
         return group_mask(h, self.v, self.g, self.keep, sums, self.budget)
 
 
-def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, TileLists]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, TileLists]:
     """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
 
     Args:
         y1: `[T, f]`, f a multiple of TILE.
         kept: groups that a block of TILE tokens keeps.
         by: `[T', f]`, T' at least T: a block chooses by the sums of relu(by)^2 over the same block; None: by its own.
+        pooled: the budget "batch".
 
     Returns:
         tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
@@ -118,14 +119,15 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tenso
 
     h = squared_relu(y1)
     sums = (h if by is None else squared_relu(by)).to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
-    chosen = torch.zeros_like(sums, dtype=torch.bool)
-    chosen.scatter_(1, sums.sort(dim=1, descending=True, stable=True).indices[:, :kept], True)
     capacity = blocks * kept
+    pools = sums.view(1, -1) if pooled else sums
+    order = pools.sort(dim=1, descending=True, stable=True).indices[:, : capacity if pooled else kept]
+    chosen = torch.zeros_like(pools, dtype=torch.bool).scatter(1, order, True).view_as(sums)
     lists = TileLists(
         y1.new_zeros(TileLists.size(blocks, groups, capacity), dtype=torch.int32), blocks, groups, capacity
     )
     block, group = chosen.nonzero(as_tuple=True)
-    lists.start.copy_(torch.arange(blocks + 1, device=y1.device) * kept)
+    lists.start[1:] = chosen.sum(1).cumsum(0)
     lists.tile_block.copy_(block)
     lists.tile_group.copy_(group)
     lists.group_count.copy_(chosen.sum(0))
@@ -150,8 +152,8 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
     return product if order is None else torch.empty_like(product).index_copy_(0, order.long(), product)
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
-    """See `kernels.groups.sample`."""
+def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, most: int = 0) -> Tensor:
+    """See `kernels.groups.sample`, whose `most` is not needed here."""
     dh = (F.pad(dy, (0, 0, 0, lists.blocks * TILE - dy.shape[0])) @ w2).view(lists.blocks, TILE, lists.groups, TILE)
     return 2 * tiles.sqrt() * dh[lists.tile_block.long(), :, lists.tile_group.long(), :]
 

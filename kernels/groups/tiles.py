@@ -7,12 +7,24 @@ product's operand is a plain matrix of P * TILE rows.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 from torch import Tensor
 
 TILE = 128
+COUNTERS = 5  # products (2) to (6)
+
+
+def _sizes(blocks: int, groups: int, capacity: int) -> tuple[int, ...]:
+    """Entries of the lists, in the order of TileLists' properties."""
+    return blocks + 1, capacity, capacity, groups, groups, groups * blocks, COUNTERS
+
+
+@cache
+def bounds(blocks: int, groups: int, capacity: int) -> list[int]:
+    """Where the lists begin in the buffer, and where the last one ends."""
+    return list(accumulate(_sizes(blocks, groups, capacity), initial=0))
 
 
 @dataclass(frozen=True)
@@ -37,49 +49,47 @@ class TileLists:
     @staticmethod
     def size(blocks: int, groups: int, capacity: int) -> int:
         """Entries of the buffer."""
-        return blocks + 1 + 2 * capacity + 2 * groups + groups * blocks
+        return sum(_sizes(blocks, groups, capacity))
 
     @cached_property
-    def _bounds(self) -> list[int]:
-        """Where the lists begin in the buffer, in the order of the properties below, and where the last one ends."""
-        sizes = self.blocks + 1, self.capacity, self.capacity, self.groups, self.groups, self.groups * self.blocks
-        return list(accumulate(sizes, initial=0))
-
-    def _view(self, index: int) -> Tensor:
-        return self.buffer[self._bounds[index] : self._bounds[index + 1]]
-
-    def addresses(self) -> dict[str, int]:
-        """The device address of every list, by its property's name."""
-        names = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"
-        first = self.buffer.data_ptr()
-        return {name: first + 4 * bound for name, bound in zip(names, self._bounds, strict=False)}
+    def _views(self) -> tuple[Tensor, ...]:
+        return self.buffer.split_with_sizes(_sizes(self.blocks, self.groups, self.capacity))
 
     @cached_property
     def start(self) -> Tensor:
         """`[B + 1]`: tiles of block b are start[b] to start[b + 1]."""
-        return self._view(0)
+        return self._views[0]
 
     @cached_property
     def tile_group(self) -> Tensor:
         """`[P]`: the group of neurons of each tile, ascending inside a block."""
-        return self._view(1)
+        return self._views[1]
 
     @cached_property
     def tile_block(self) -> Tensor:
         """`[P]`: the block of tokens of each tile, ascending."""
-        return self._view(2)
+        return self._views[2]
 
     @cached_property
     def group_count(self) -> Tensor:
         """`[F]`: blocks that keep each group."""
-        return self._view(3)
+        return self._views[3]
 
     @cached_property
     def group_order(self) -> Tensor:
         """`[F]`: groups, the one that most blocks keep first; among equals the lower index."""
-        return self._view(4)
+        return self._views[4]
 
     @cached_property
     def group_tiles(self) -> Tensor:
         """`[F, B]`: the tiles of each group, ascending; entries past its count have no meaning."""
-        return self._view(5).view(self.groups, self.blocks)
+        return self._views[5].view(self.groups, self.blocks)
+
+    @cached_property
+    def counters(self) -> Tensor:
+        """`[COUNTERS]`: the next work of each product's kernel on Hopper, zero before and after it.
+
+        Each product has its own, so those that do not wait for each other, such as (4), (5) and (6), may run on several
+        streams. One product must not run twice at a time on the same lists.
+        """
+        return self._views[6]

@@ -5,7 +5,7 @@ format of cuSPARSELt, 9/16 of the dense bytes:
 
     reference   the soft threshold of weights (S-STE), and the packed format
     pack        dense to packed in one pass, thresholded or cut on the way; and back
-    products    what multiplies packed matrices
+    products    what multiplies packed matrices, by cusparselt: the calls of that library
 """
 
 from kernels.two_four.pack import (

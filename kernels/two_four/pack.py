@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operators import operator, register_fake
 from kernels.two_four import reference
 from kernels.two_four.reference import (
     check_packable,
@@ -229,34 +230,33 @@ def _reference(groups: Tensor, mode: str, scale: Tensor | None, like: Tensor | N
     return join_packed(dense if mode == "like" else 2 * values.sqrt() * dense, index)
 
 
-@torch.library.custom_op("sparsetitan::two_four_pack", mutates_args=())
+@operator("two_four_pack")
 def _pack(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | None = None) -> Tensor:
     with torch.cuda.device_of(groups):
         return (_launch if groups.is_cuda else _reference)(groups, mode, scale, like)
 
 
-@_pack.register_fake
+@register_fake(_pack)
 def _(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | None = None) -> Tensor:
     return groups.new_empty(groups.shape[0], groups.shape[1] * 9 // 4)
 
 
-@torch.library.custom_op("sparsetitan::two_four_unpack", mutates_args=())
-def _unpack(packed: Tensor) -> Tensor:
-    return reference.unpack(packed)
-
-
-@_unpack.register_kernel("cuda")
 def _launch_unpack(packed: Tensor) -> Tensor:
     rows, columns = packed_shape(packed)
     dense, steps = packed.new_empty(rows, columns), columns // 32
-    with torch.cuda.device_of(packed):
-        _unpack_kernel[triton.cdiv(steps, TILES), rows // 64](
-            *_parts(packed), dense.view(torch.int64), steps, tiles=TILES, num_warps=TILES
-        )
+    _unpack_kernel[triton.cdiv(steps, TILES), rows // 64](
+        *_parts(packed), dense.view(torch.int64), steps, tiles=TILES, num_warps=TILES
+    )
     return dense
 
 
-@_unpack.register_fake
+@operator("two_four_unpack")
+def _unpack(packed: Tensor) -> Tensor:
+    with torch.cuda.device_of(packed):
+        return (_launch_unpack if packed.is_cuda else reference.unpack)(packed)
+
+
+@register_fake(_unpack)
 def _(packed: Tensor) -> Tensor:
     return packed.new_empty(packed_shape(packed))
 

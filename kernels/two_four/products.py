@@ -7,8 +7,8 @@ The sparse operand comes first, reduced along its rows: with A' the matrix that 
     reduce_tokens    A' x        [f, T] x [T, d]      (6): A' the packed dy1^T; (4), transposed: that of h^T, for dy
 
 which read B and x in either order of their entries and write rows of the result contiguously. cuSPARSELt has some
-twenty kernels for a product; which is fastest depends on the shapes. The first call at a shape times them and later
-calls use the winner.
+twenty kernels for a product; which is fastest depends on the shapes. The first call at a shape times them, and the plan
+of the winner is kept, see `cusparselt`.
 
 Without a GPU the matrix is unpacked and multiplied densely.
 """
@@ -18,12 +18,14 @@ import functools
 import torch
 from torch import Tensor
 
+from kernels.operators import operator, register_fake
+from kernels.two_four.cusparselt import Product
 from kernels.two_four.pack import keep_largest_pack, token_rows
 from kernels.two_four.reference import packed_shape, unpack
 
 ALIGNMENT = 8  # entries that a dense operand's dimensions are multiples of
 
-_fastest: dict[tuple, tuple[int, int, int]] = {}
+_products: dict[tuple, Product] = {}
 
 
 @functools.cache
@@ -44,49 +46,44 @@ def _check_format(device: torch.device) -> None:
         )
 
 
-def _search(packed: Tensor, dense: Tensor, transpose_result: bool) -> tuple[int, int, int]:
-    """alg_id, split_k and split_k_mode of `torch._cslt_sparse_mm`, by timing at the first call with these shapes."""
-    key = (packed.device, packed.shape, dense.shape, dense.is_contiguous(), transpose_result)
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call a 2:4 product once before capturing it: its first call times cuSPARSELt's kernels")
-        _check_format(packed.device)
-        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
-        alg_id, split_k, split_k_mode, _ = search(packed, dense, None, None, None, transpose_result)
-        # A search that does not split answers 1 or -1, the product's argument for it is 1.
-        _fastest[key] = (alg_id, split_k, split_k_mode) if split_k > 1 else (alg_id, 1, -1)
-    return _fastest[key]
+def _fastest(packed: Tensor, dense: Tensor, transpose_result: bool) -> Product:
+    """The product of these operands by cuSPARSELt's fastest kernel, found by timing all of them."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call a 2:4 product once before capturing it: its first call times cuSPARSELt's kernels")
+    _check_format(packed.device)
+    search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+    *kernel, _ = search(packed, dense, None, None, None, transpose_result)
+    (rows, _), (inner, columns) = packed.shape, dense.shape
+    return Product(packed.get_device(), rows, inner, columns, dense.is_contiguous(), transpose_result, *kernel)
 
 
 def _product(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     if not packed.is_cuda:
-        product = unpack(packed) @ dense
-        return product.T.contiguous() if transpose_result else product
+        result = unpack(packed) @ dense
+        return result.T.contiguous() if transpose_result else result
     # Both orders of the entries are fine, gaps between rows or columns are not.
     dense = dense if dense.is_contiguous() or dense.T.is_contiguous() else dense.contiguous()
-    alg_id, split_k, split_k_mode = _search(packed, dense, transpose_result)
-    return torch._cslt_sparse_mm(
-        packed,
-        dense,
-        transpose_result=transpose_result,
-        alg_id=alg_id,
-        split_k=split_k,
-        split_k_mode=split_k_mode,
-    )
+    packed, rows, columns = packed.contiguous(), packed.shape[0], dense.shape[1]
+    result = dense.new_empty((columns, rows) if transpose_result else (rows, columns))
+    key = packed.device, packed.shape, dense.shape, dense.is_contiguous(), transpose_result
+    with torch.cuda.device_of(packed):
+        product = _products.get(key) or _products.setdefault(key, _fastest(packed, dense, transpose_result))
+        product(packed, dense, result)
+    return result
 
 
-@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
+@operator("two_four_matmul")
 def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     return _product(packed, dense, transpose_result)
 
 
-@_matmul.register_fake
+@register_fake(_matmul)
 def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     rows, columns = packed.shape[0], dense.shape[1]
     return dense.new_empty((columns, rows) if transpose_result else (rows, columns))
 
 
-@torch.library.custom_op("sparsetitan::two_four_reduce_tokens", mutates_args=())
+@operator("two_four_reduce_tokens")
 def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
     product = _product(packed, token_rows(x), transpose_result)
     rows = product.T if transpose_result else product
@@ -94,7 +91,7 @@ def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor,
     return product
 
 
-@_reduce_tokens.register_fake
+@register_fake(_reduce_tokens)
 def _(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
     rows, columns = packed.shape[0], x.shape[1]
     return x.new_empty((columns, rows) if transpose_result else (rows, columns))

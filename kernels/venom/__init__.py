@@ -25,6 +25,7 @@ All functions here are operators of torch.library, so torch.compile passes throu
 import torch
 from torch import Tensor
 
+from kernels.operators import operator, register_fake
 from kernels.venom import products, reference, select
 from kernels.venom.reference import (
     COLUMNS,
@@ -73,11 +74,11 @@ def _check_cut(v: int, tokens: int, hidden_dim: int, n: int, m: int) -> None:
 
 def _check_bf16(**operands: Tensor) -> None:
     for name, operand in operands.items():
-        if operand.dtype != torch.bfloat16:
+        if operand.is_cuda and operand.dtype != torch.bfloat16:
             raise ValueError(f"{name}: the kernels read bfloat16, got {operand.dtype}")
 
 
-@torch.library.custom_op("sparsetitan::venom_select_columns", mutates_args=())
+@operator("venom_select_columns")
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     """relu(y1)^2 cut to V:N:M, in compact form; which entries stay is `venom_mask`'s choice.
 
@@ -97,18 +98,12 @@ def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
         ValueError: a pattern outside these bounds, or another dtype on a GPU.
     """
     _check_selection(y1, v, n, m)
-    return reference.select_columns(y1, v, n, m)
-
-
-@select_columns.register_kernel("cuda")
-def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
-    _check_selection(y1, v, n, m)
     _check_bf16(y1=y1)
     with torch.cuda.device_of(y1):
-        return select.select_columns(y1, v, n, m)
+        return (select if y1.is_cuda else reference).select_columns(y1, v, n, m)
 
 
-@select_columns.register_fake
+@register_fake(select_columns)
 def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     _check_selection(y1, v, n, m)
     kept = COLUMNS * y1.shape[1] // m
@@ -117,7 +112,7 @@ def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     return y1.new_empty(count, v, width), y1.new_empty(count, width, dtype=torch.int32)
 
 
-@torch.library.custom_op("sparsetitan::venom_cut_tokens", mutates_args=())
+@operator("venom_cut_tokens")
 def cut_tokens(
     h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,18 +135,13 @@ def cut_tokens(
         ValueError: sizes outside these bounds, or tiles that are not bfloat16 on a GPU.
     """
     _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
-    return reference.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
-
-
-@cut_tokens.register_kernel("cuda")
-def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
-    _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
     _check_bf16(h_tiles=h_tiles, dy1_tiles=dy1_tiles)
     with torch.cuda.device_of(h_tiles):
-        return select.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
+        cut = select if h_tiles.is_cuda else reference
+        return cut.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
 
 
-@cut_tokens.register_fake
+@register_fake(cut_tokens)
 def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
     v = h_tiles.shape[1]
     _check_cut(v, tokens, hidden_dim, n, m)
@@ -162,7 +152,7 @@ def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
     return token_tiles, torch.empty_like(token_tiles), columns.new_empty(count, width)
 
 
-@torch.library.custom_op("sparsetitan::venom_reduce_columns", mutates_args=())
+@operator("venom_reduce_columns")
 def reduce_columns(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
@@ -181,22 +171,17 @@ def reduce_columns(
     Raises:
         ValueError: operands that are not bfloat16 on a GPU.
     """
-    return reference.reduce_columns(tiles, columns, weight_rows, tokens, order)
-
-
-@reduce_columns.register_kernel("cuda")
-def _(tiles, columns, weight_rows, tokens, order=None):
     _check_bf16(tiles=tiles, weight_rows=weight_rows)
     with torch.cuda.device_of(tiles):
-        return products.reduce_columns(tiles, columns, weight_rows, tokens, order)
+        return (products if tiles.is_cuda else reference).reduce_columns(tiles, columns, weight_rows, tokens, order)
 
 
-@reduce_columns.register_fake
+@register_fake(reduce_columns)
 def _(tiles, columns, weight_rows, tokens, order=None):
     return weight_rows.new_empty(tokens, weight_rows.shape[1])
 
 
-@torch.library.custom_op("sparsetitan::venom_sample_columns", mutates_args=())
+@operator("venom_sample_columns")
 def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
     """Product (3) where h was kept, and the gradient through the square: dy1 = 2 sqrt(h) * (dy W2), compact.
 
@@ -211,22 +196,17 @@ def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Te
     Raises:
         ValueError: operands that are not bfloat16 on a GPU.
     """
-    return reference.sample_columns(dy, weight_rows, columns, h_tiles)
-
-
-@sample_columns.register_kernel("cuda")
-def _(dy, weight_rows, columns, h_tiles):
     _check_bf16(dy=dy, weight_rows=weight_rows, h_tiles=h_tiles)
     with torch.cuda.device_of(dy):
-        return products.sample_columns(dy, weight_rows, columns, h_tiles)
+        return (products if dy.is_cuda else reference).sample_columns(dy, weight_rows, columns, h_tiles)
 
 
-@sample_columns.register_fake
+@register_fake(sample_columns)
 def _(dy, weight_rows, columns, h_tiles):
     return torch.empty_like(h_tiles)
 
 
-@torch.library.custom_op("sparsetitan::venom_reduce_tokens", mutates_args=())
+@operator("venom_reduce_tokens")
 def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
     """Products (4) and (6): h^T or dy1^T, cut along the tokens, times dy or x.
 
@@ -241,16 +221,11 @@ def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim:
     Raises:
         ValueError: operands that are not bfloat16 on a GPU.
     """
-    return reference.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
-
-
-@reduce_tokens.register_kernel("cuda")
-def _(token_tiles, token_ids, x, hidden_dim):
     _check_bf16(token_tiles=token_tiles, x=x)
     with torch.cuda.device_of(x):
-        return products.reduce_tokens(token_tiles, token_ids, x, hidden_dim)
+        return (products if x.is_cuda else reference).reduce_tokens(token_tiles, token_ids, x, hidden_dim)
 
 
-@reduce_tokens.register_fake
+@register_fake(reduce_tokens)
 def _(token_tiles, token_ids, x, hidden_dim):
     return x.new_empty(hidden_dim, x.shape[1])
