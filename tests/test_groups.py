@@ -318,8 +318,8 @@ from kernels.groups.tiles import TILE
 CONSTANTS = dict(TILE=TILE, BN=portable.BN, BK=portable.BK, ORDERED=True, GROUPS=128, BLOCKS=128)
 CONSTANTS |= dict(COUNTERS=5, POOLED=False)
 POINTERS = dict(sums="*fp32") | dict.fromkeys(
-    ("chosen", "start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
-POINTERS |= dict(counters="*i32") | dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
+    ("start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
+POINTERS |= dict(counters="*i32", chosen="*i32") | dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
 
 for arch in (80, 90):
     products = portable._reduce_neurons, portable._sample, portable._reduce_tokens
