@@ -50,7 +50,7 @@ def slurm(tmp_path_factory):
 
 def submit(slurm, log: Path, script: str, *words: str) -> str:
     """Submit with what this machine has, and return the job's number."""
-    own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=10", f"--output={log}")
+    own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}")
     return slurm("sbatch", "--parsable", *own, f"scripts/slurm/{script}", *words)
 
 

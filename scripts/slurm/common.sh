@@ -5,6 +5,9 @@
 # saved and ended with status 0, and then requeues the job, whose same command resumes. A job that was not signalled
 # has finished. A failure keeps its status and is not requeued.
 set -euo pipefail
+# From here on: without a trap the signal would end the batch shell.
+signalled=
+trap 'signalled=yes' USR1
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONUNBUFFERED=1
 # srun does not take it from sbatch by itself since SLURM 22.05.
@@ -36,8 +39,7 @@ pass_on() {
 
 # Run a command to its end, or to the signal and then the requeue.
 until_signalled() {
-    local status=0 signalled=
-    trap 'signalled=yes' USR1
+    local status=0
     "$@" &
     command=$!
     # A trapped signal ends `wait` early, so the command is asked for, and waited for again.
