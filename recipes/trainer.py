@@ -67,7 +67,7 @@ class SparseTrainer(titan.Trainer):
         config.model.hf_assets_path = prepare_tokenizer(config)
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
-        _register(config, args)
+        titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
         super().__init__(config)
         self.signals = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         (model,) = self.model_parts
@@ -286,9 +286,9 @@ def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
     return model
 
 
-def _register(config: JobConfig, args: LlamaArgs) -> None:
-    """Make torchtitan's Trainer build this job from our parts."""
-    spec = titan.TrainSpec(
+def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
+    """What torchtitan's Trainer builds this job from."""
+    return titan.TrainSpec(
         model_cls=Llama,
         model_args={config.model.flavor: args},
         parallelize_fn=_parallelize,
@@ -301,4 +301,3 @@ def _register(config: JobConfig, args: LlamaArgs) -> None:
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics,
     )
-    titan.use_train_spec(config.model.name, spec, SafeCheckpointManager)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch import library
 from torch.testing import assert_close
 
 from kernels import Groups, group_mask, groups, sparse_feed_forward
@@ -183,9 +184,7 @@ def test_operators():
         (groups.reduce_tokens, (tiles, buffer, x, 384, True)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, False)),
     ):
-        torch.library.opcheck(
-            operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        )
+        library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -12,7 +12,7 @@ The gradients are exact for the given choice of tiles. Tokens may be taken in an
 want the same neurons: x and dy are gathered once, y and dx are scattered by the products that compute them.
 
 `reference` is the specification and runs on the CPU; `select` is Triton, `products` CUDA C++ for Hopper, `portable` the
-same products in Triton for other GPUs. All functions here are operators of torch.library, so torch.compile passes
+same products in Triton for other GPUs. All functions here are custom operators of PyTorch, so torch.compile passes
 through them; gradients are `kernels.feed_forward`'s.
 """
 
@@ -20,7 +20,7 @@ import functools
 import types
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import hopper
 from kernels.groups import portable, products, reference, select
@@ -60,7 +60,7 @@ def _check(width: int, **operands: Tensor) -> None:
             raise ValueError(f"{name}: the kernels read contiguous operands, got strides {operand.stride()}")
 
 
-@torch.library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
+@library.custom_op("sparsetitan::groups_select_tiles", mutates_args=())
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
@@ -89,7 +89,7 @@ def _(y1, kept, by=None):
     return y1.new_empty(blocks * kept, TILE, TILE), buffer
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_neurons", mutates_args=())
+@library.custom_op("sparsetitan::groups_reduce_neurons", mutates_args=())
 def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
     """The tiles' matrix `[T, f]` times W1, or times W2^T: products (5) and (2).
 
@@ -115,7 +115,7 @@ def _(tiles, lists, weight, order, tokens):
     return tiles.new_empty(tokens, weight.shape[1])
 
 
-@torch.library.custom_op("sparsetitan::groups_sample", mutates_args=())
+@library.custom_op("sparsetitan::groups_sample", mutates_args=())
 def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
     """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
 
@@ -139,7 +139,7 @@ def _(dy, w2, tiles, lists):
     return torch.empty_like(tiles)
 
 
-@torch.library.custom_op("sparsetitan::groups_reduce_tokens", mutates_args=())
+@library.custom_op("sparsetitan::groups_reduce_tokens", mutates_args=())
 def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
     """The transposed tiles' matrix times x: products (6) and, transposed, (4).
 

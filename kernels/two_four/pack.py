@@ -20,7 +20,7 @@ it is the threshold.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels.two_four import reference
 from kernels.two_four.reference import (
@@ -229,7 +229,7 @@ def _reference(groups: Tensor, mode: str, scale: Tensor | None, like: Tensor | N
     return join_packed(dense if mode == "like" else 2 * values.sqrt() * dense, index)
 
 
-@torch.library.custom_op("sparsetitan::two_four_pack", mutates_args=())
+@library.custom_op("sparsetitan::two_four_pack", mutates_args=())
 def _pack(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | None = None) -> Tensor:
     with torch.cuda.device_of(groups):
         return (_launch if groups.is_cuda else _reference)(groups, mode, scale, like)
@@ -240,7 +240,7 @@ def _(groups: Tensor, mode: str, scale: Tensor | None = None, like: Tensor | Non
     return groups.new_empty(groups.shape[0], groups.shape[1] * 9 // 4)
 
 
-@torch.library.custom_op("sparsetitan::two_four_unpack", mutates_args=())
+@library.custom_op("sparsetitan::two_four_unpack", mutates_args=())
 def _unpack(packed: Tensor) -> Tensor:
     return reference.unpack(packed)
 

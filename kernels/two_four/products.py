@@ -16,7 +16,7 @@ Without a GPU the matrix is unpacked and multiplied densely.
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels.two_four.pack import keep_largest_pack, token_rows
 from kernels.two_four.reference import packed_shape, unpack
@@ -75,7 +75,7 @@ def _product(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     )
 
 
-@torch.library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
+@library.custom_op("sparsetitan::two_four_matmul", mutates_args=())
 def _matmul(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     return _product(packed, dense, transpose_result)
 
@@ -86,7 +86,7 @@ def _(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     return dense.new_empty((columns, rows) if transpose_result else (rows, columns))
 
 
-@torch.library.custom_op("sparsetitan::two_four_reduce_tokens", mutates_args=())
+@library.custom_op("sparsetitan::two_four_reduce_tokens", mutates_args=())
 def _reduce_tokens(packed: Tensor, x: Tensor, whole: Tensor, whole_rows: Tensor, transpose_result: bool) -> Tensor:
     product = _product(packed, token_rows(x), transpose_result)
     rows = product.T if transpose_result else product

@@ -19,11 +19,11 @@ multiplications:
     dW1                    = reduce_tokens(dy1_token_tiles, ids, x)     (6)
 
 `reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
-All functions here are operators of torch.library, so torch.compile passes through them; gradients are the caller's.
+All functions here are custom operators of PyTorch, so torch.compile passes through them; gradients are the caller's.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels.venom import products, reference, select
 from kernels.venom.reference import (
@@ -77,7 +77,7 @@ def _check_bf16(**operands: Tensor) -> None:
             raise ValueError(f"{name}: the kernels read bfloat16, got {operand.dtype}")
 
 
-@torch.library.custom_op("sparsetitan::venom_select_columns", mutates_args=())
+@library.custom_op("sparsetitan::venom_select_columns", mutates_args=())
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     """relu(y1)^2 cut to V:N:M, in compact form; which entries stay is `venom_mask`'s choice.
 
@@ -117,7 +117,7 @@ def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     return y1.new_empty(count, v, width), y1.new_empty(count, width, dtype=torch.int32)
 
 
-@torch.library.custom_op("sparsetitan::venom_cut_tokens", mutates_args=())
+@library.custom_op("sparsetitan::venom_cut_tokens", mutates_args=())
 def cut_tokens(
     h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
     return token_tiles, torch.empty_like(token_tiles), columns.new_empty(count, width)
 
 
-@torch.library.custom_op("sparsetitan::venom_reduce_columns", mutates_args=())
+@library.custom_op("sparsetitan::venom_reduce_columns", mutates_args=())
 def reduce_columns(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
@@ -196,7 +196,7 @@ def _(tiles, columns, weight_rows, tokens, order=None):
     return weight_rows.new_empty(tokens, weight_rows.shape[1])
 
 
-@torch.library.custom_op("sparsetitan::venom_sample_columns", mutates_args=())
+@library.custom_op("sparsetitan::venom_sample_columns", mutates_args=())
 def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
     """Product (3) where h was kept, and the gradient through the square: dy1 = 2 sqrt(h) * (dy W2), compact.
 
@@ -226,7 +226,7 @@ def _(dy, weight_rows, columns, h_tiles):
     return torch.empty_like(h_tiles)
 
 
-@torch.library.custom_op("sparsetitan::venom_reduce_tokens", mutates_args=())
+@library.custom_op("sparsetitan::venom_reduce_tokens", mutates_args=())
 def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
     """Products (4) and (6): h^T or dy1^T, cut along the tokens, times dy or x.
 
