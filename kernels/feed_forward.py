@@ -214,6 +214,7 @@ def backend(
     hidden_dim: int,
     device: torch.device,
     dtype: torch.dtype,
+    here: bool = True,
 ) -> tuple[str, str]:
     """Which implementation computes the sparse FFN, and why; the only place that decides it.
 
@@ -223,6 +224,7 @@ def backend(
         cut_along_tokens: as in `sparse_feed_forward`.
         width, hidden_dim: d and f.
         device, dtype: that the products run in.
+        here: whether the device is of this machine; else it is taken for a Hopper GPU with cuSPARSELt.
 
     Returns:
         "groups", "venom", "two_four" (2:4 activations, or 2:4 weights alone) or "reference", and the reason in words.
@@ -232,7 +234,7 @@ def backend(
     if dtype != torch.bfloat16:
         return "reference", f"kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
     two_of_four = isinstance(pattern, Venom) and (pattern.n, pattern.m) == (2, 4)
-    if (weight_products or two_of_four) and (width % 64 or hidden_dim % 64 or not CUSPARSELT):
+    if (weight_products or two_of_four) and (width % 64 or hidden_dim % 64 or (here and not CUSPARSELT)):
         return "reference", "packed 2:4 matrices need cuSPARSELt and a width and a hidden_dim divisible by 64"
     match pattern:
         case None if not weight_products:
@@ -246,7 +248,7 @@ def backend(
         case Groups(v, g) if v != TILE or g != TILE or width % 64:
             return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
         case Groups():
-            if not hopper.missing(device):
+            if not here or not hopper.missing(device):
                 return "groups", "column groups, CUDA C++ for Hopper"
             return "groups", f"column groups, Triton: {hopper.missing(device)}"
         case Venom(_, 2, 4):

@@ -25,13 +25,20 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     Raises:
         ConfigError: keys that do not go together, with each other or with the machine.
     """
+    args, spans = check_keys(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_machine(config)
+    return args, spans
+
+
+def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
+    """`check_config` for a run on `world` GPUs, wherever they are: this machine is not asked, and nothing written."""
     spans = resolve_phases(config.schedule.phases, config.training.steps)
     args = model_args(config)
     _check_schedule(config)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
-    _check_parallelism(config)
-    _check_batch(config)
+    _check_parallelism(config, world)
+    _check_batch(config, world)
     _check_rest(config)
     return args, spans
 
@@ -138,7 +145,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
 
 
-def _check_parallelism(config: JobConfig) -> None:
+def _check_parallelism(config: JobConfig, world: int) -> None:
     parallelism = config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     tensor = parallelism.tensor_parallel_degree
@@ -153,7 +160,6 @@ def _check_parallelism(config: JobConfig) -> None:
             f"parallelism.tensor_parallel_degree = {tensor} works with dense phases only, but {config.recipe} has "
             "a sparse one: use data_parallel_shard_degree"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if shard == 0 or world % (replicate * tensor) or (shard > 0 and replicate * shard * tensor != world):
         raise ConfigError(
             f"parallelism: data_parallel_replicate_degree = {replicate} x data_parallel_shard_degree = {shard} x "
@@ -172,17 +178,10 @@ def _check_parallelism(config: JobConfig) -> None:
             f"training.seq_len = {config.training.seq_len} is not divisible by tensor_parallel_degree = {tensor}: "
             "change one of them"
         )
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device_type == "cuda" and local_world > torch.cuda.device_count():
-        raise ConfigError(
-            f"--nproc_per_node={local_world} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
-            "lower it"
-        )
 
 
-def _check_batch(config: JobConfig) -> None:
+def _check_batch(config: JobConfig, world: int) -> None:
     parallelism, training = config.parallelism, config.training
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = world // parallelism.tensor_parallel_degree
     local, batch = training.local_batch_size, training.global_batch_size
     if batch != -1 and (batch < 1 or batch % (local * ranks)):
@@ -193,10 +192,6 @@ def _check_batch(config: JobConfig) -> None:
 
 
 def _check_rest(config: JobConfig) -> None:
-    if config.model.converters and device_type == "cpu":
-        raise ConfigError(f"model.converters = {config.model.converters} needs a GPU: leave it empty on this machine")
-    if config.checkpoint.async_mode == "async_with_pinned_mem" and device_type == "cpu":
-        raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU: use "async" on this machine')
     if config.checkpoint.keep_latest_k == 1:
         raise ConfigError(
             "checkpoint.keep_latest_k = 1 could leave no complete checkpoint: keep 2 or more, or 0 for all"
@@ -211,14 +206,27 @@ def _check_rest(config: JobConfig) -> None:
         )
     if checkpointing.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
         raise ConfigError('activation_checkpoint.mode = "memory_budget" needs compile.enable = true')
+    if config.optimizer.early_step_in_backward:
+        raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
+
+
+def _check_machine(config: JobConfig) -> None:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device_type == "cuda" and local_world > torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc_per_node={local_world} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
+            "lower it"
+        )
+    if config.model.converters and device_type == "cpu":
+        raise ConfigError(f"model.converters = {config.model.converters} needs a GPU: leave it empty on this machine")
+    if config.checkpoint.async_mode == "async_with_pinned_mem" and device_type == "cpu":
+        raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU: use "async" on this machine')
     if config.profiling.enable_profiling and device_type == "cpu":
         raise ConfigError("profiling.enable_profiling = true needs a GPU: torchtitan profiles no CPU; set it to false")
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"
         )
-    if config.optimizer.early_step_in_backward:
-        raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
     folder = config.job.dump_folder
     try:
         os.makedirs(folder, exist_ok=True)

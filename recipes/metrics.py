@@ -1,5 +1,8 @@
 """What a run shows and keeps: one row a logged step, the same in TensorBoard, in `metrics.jsonl` and on the console.
 
+With metrics.enable_wandb also in Weights & Biases, whose own variables (WANDB_PROJECT, WANDB_MODE, ...) hold; a resumed
+run goes on as the run that it was there.
+
 Columns (a row has those that apply):
 
     step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
@@ -19,6 +22,7 @@ CPU, there is no MFU.
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -26,6 +30,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from configs.errors import ConfigError
 from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, get_peak_flops
 
@@ -39,12 +44,20 @@ class Metrics(MetricsProcessor):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         job_config.metrics.disable_color_printing |= not sys.stdout.isatty()
+        self.writes = dist.get_rank() == 0
+        wandb = job_config.metrics.enable_wandb and self.writes
+        if wandb:
+            _name_wandb_run(job_config)
         super().__init__(job_config, parallel_dims, tag)
+        if wandb and not _wandb_runs():
+            raise ConfigError(
+                "metrics.enable_wandb = true, but Weights & Biases did not start, as said above: run `wandb login`, "
+                "set WANDB_MODE=offline, or set the key to false"
+            )
         # For a device it does not know torchtitan falls back to the A100's peak.
         known = "A100" in self.device_memory_monitor.device_name or self.gpu_peak_flops != get_peak_flops("A100")
         self.peak_flops = self.gpu_peak_flops if known else None
         self.file = Path(job_config.job.dump_folder) / "metrics.jsonl"
-        self.writes = dist.get_rank() == 0
         self.steps_since_last_log = 0
         self.log_next = False
         self.switch_seconds = 0.0
@@ -148,6 +161,24 @@ class Metrics(MetricsProcessor):
             parts.append(f"{row['graphs_compiled']} graphs compiled")
         parts.append(f"{_duration((steps - row['step']) * row['step_seconds'])} left")
         return "  ".join(parts)
+
+
+def _name_wandb_run(config: JobConfig) -> None:
+    """Let W&B continue the run that this folder's checkpoints are of; torchtitan's logger leaves that to variables."""
+    folder = Path(config.job.dump_folder)
+    file, resumes = folder / "wandb_run", any((folder / config.checkpoint.folder).glob("step-*"))
+    if not (resumes and file.exists()):
+        file.write_text(secrets.token_hex(4))
+    os.environ.setdefault("WANDB_PROJECT", "sparsetitan")
+    os.environ.setdefault("WANDB_RUN_ID", file.read_text())
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def _wandb_runs() -> bool:
+    """Whether W&B has a run; torchtitan only logs why it has none, and trains without."""
+    import wandb
+
+    return wandb.run is not None
 
 
 def _step_of(line: str) -> float:

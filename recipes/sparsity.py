@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from configs.schema import Activations, JobConfig
-from kernels import Groups, Pattern, Venom, balanced_clusters, soft_threshold_2_4, soft_threshold_scale
+from kernels import Groups, Pattern, Venom, backend, balanced_clusters, soft_threshold_2_4, soft_threshold_scale
 from models.feed_forward import FeedForward, FeedForwardSparsity
+from models.llama import LlamaArgs
 from recipes.schedule import Span, span_at
 
 
@@ -48,6 +49,35 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
         cut_along_tokens=config.activations.cut_along_tokens,
         clusters=hidden_dim // config.router.cluster_size if config.router.enable else 0,
     )
+
+
+def sparse_backend(
+    args: LlamaArgs, spans: Sequence[Span], device: torch.device, dtype: torch.dtype, here: bool = True
+) -> tuple[str, str]:
+    """What computes the FFNs in sparse phases, and why; "dense" where there is none.
+
+    Args:
+        args: of the model, with its sparsity.
+        spans: the run's phases.
+        device, dtype, here: as in `kernels.backend`; FSDP and, on one GPU, autocast compute in the dtype.
+    """
+    sparsity = args.sparsity
+    if all(span.mode == "dense" for span in spans):
+        return "dense", "no sparse phase"
+    products, cut = sparsity.weight_products, sparsity.cut_along_tokens
+    return backend(sparsity.pattern, products, cut, args.dim, args.hidden_dim, device, dtype, here)
+
+
+def flops_per_token(
+    dense: float, args: LlamaArgs, feed_forwards: Sequence[FeedForward], backend: str
+) -> dict[str, float]:
+    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the backend executes."""
+    ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards)
+    return {
+        "dense": dense,
+        "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
+        "sparse_executed": dense - ffn * (1 - args.sparsity.executed_share(args.hidden_dim, backend)),
+    }
 
 
 def _full(tensor: Tensor) -> Tensor:

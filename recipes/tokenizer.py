@@ -69,6 +69,18 @@ def prepare_tokenizer(config: JobConfig) -> str:
     return str(folder)
 
 
+def expected_vocabulary(config: JobConfig) -> int:
+    """Size of the vocabulary that `prepare_tokenizer` will come to, without training anything.
+
+    Raises:
+        ConfigError: `tokenizer.path` holds no tokenizer.
+    """
+    if not config.tokenizer.path:
+        return config.tokenizer.vocab_size
+    _check_folder(config.tokenizer.path)
+    return len(token_bytes(config.tokenizer.path))
+
+
 def _check_folder(path: str) -> None:
     remedy = "give a folder with a Hugging Face tokenizer.json, or leave it empty to train one on the corpus"
     if not os.path.isdir(path):

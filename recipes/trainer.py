@@ -29,7 +29,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import configs.titan as titan
-import kernels
 from configs.errors import ConfigError
 from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
@@ -39,7 +38,7 @@ from recipes.data import build_dataloader, load_corpus
 from recipes.metrics import Metrics, build_metrics
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.schedule import Span
-from recipes.sparsity import Sparsity
+from recipes.sparsity import Sparsity, flops_per_token, sparse_backend
 from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator
 
@@ -68,7 +67,7 @@ class SparseTrainer(titan.Trainer):
         config.model.hf_assets_path = prepare_tokenizer(config)
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
-        _register(config, args)
+        titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
         super().__init__(config)
         self.signals = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         (model,) = self.model_parts
@@ -87,8 +86,11 @@ class SparseTrainer(titan.Trainer):
         batches = self.batch_generator(self.dataloader)
         batches = itertools.chain([next(batches)], batches)
         self.metrics_processor.start(self.step)
-        backend = self._backend()
-        flops = self._flops_per_token(backend[0])
+        dtype = titan.TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+        device = torch.device(titan.device_type)
+        backend = sparse_backend(self.model_args, self.sparsity.spans, device, dtype)
+        dense = self.metrics_processor.num_flops_per_token
+        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, backend[0])
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         if dist.get_rank() == 0:
             self._describe_run(backend, flops)
@@ -179,32 +181,6 @@ class SparseTrainer(titan.Trainer):
         flag = torch.tensor(int(self.interrupted))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(flag)
-
-    def _backend(self) -> tuple[str, str]:
-        """What computes the FFNs in sparse phases, and why."""
-        args, sparsity = self.model_args, self.model_args.sparsity
-        if all(span.mode == "dense" for span in self.sparsity.spans):
-            return "dense", "no sparse phase"
-        return kernels.backend(
-            sparsity.pattern,
-            sparsity.weight_products,
-            sparsity.cut_along_tokens,
-            args.dim,
-            args.hidden_dim,
-            torch.device(titan.device_type),
-            # FSDP and, on one GPU, autocast compute in this one.
-            titan.TORCH_DTYPE_MAP[self.job_config.training.mixed_precision_param],
-        )
-
-    def _flops_per_token(self, backend: str) -> dict[str, float]:
-        """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the backend executes."""
-        dense, args = self.metrics_processor.num_flops_per_token, self.model_args
-        ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in self.sparsity.feed_forwards)
-        return {
-            "dense": dense,
-            "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
-            "sparse_executed": dense - ffn * (1 - args.sparsity.executed_share(args.hidden_dim, backend)),
-        }
 
     def _describe_run(self, backend: tuple[str, str], flops: dict[str, float]) -> None:
         """Say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
@@ -310,9 +286,9 @@ def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
     return model
 
 
-def _register(config: JobConfig, args: LlamaArgs) -> None:
-    """Make torchtitan's Trainer build this job from our parts."""
-    spec = titan.TrainSpec(
+def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
+    """What torchtitan's Trainer builds this job from."""
+    return titan.TrainSpec(
         model_cls=Llama,
         model_args={config.model.flavor: args},
         parallelize_fn=_parallelize,
@@ -325,4 +301,3 @@ def _register(config: JobConfig, args: LlamaArgs) -> None:
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics,
     )
-    titan.use_train_spec(config.model.name, spec, SafeCheckpointManager)

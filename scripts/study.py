@@ -378,6 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--limit-minutes", metavar="M", type=float, help="then runs are told to save and end, and no other starts"
     )
     parser.add_argument("--outputs", metavar="FOLDER", type=Path, help="default: outputs/studies/NAME")
+    parser.add_argument("--list", action="store_true", help="only print the names of the runs, one a line")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     visible = (
@@ -397,6 +398,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--only {' '.join(sorted(unknown))}: no such run in {study.file}; there are {', '.join(names)}"
             )
         chosen = [run for run in study.runs if names[run.name] & set(options.only)]
+    if options.list:
+        print("\n".join(run.name for run in chosen))
+        return 0
     todo = []
     for run in chosen:
         if is_complete(run, run.results):

@@ -8,17 +8,17 @@ same tokens. Dense from the first step to the last, whatever the recipe says, an
 """
 
 import sys
+from dataclasses import replace
 
 import torch.distributed as dist
 
 import configs.titan as titan
 from configs.errors import ConfigError, exit_with
 from configs.loader import load_config
-from models.llama import Llama
 from recipes.check import check_config
-from recipes.data import build_dataloader, check_data
-from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
-from recipes.trainer import set_up_process
+from recipes.data import check_data
+from recipes.tokenizer import prepare_tokenizer, token_bytes
+from recipes.trainer import set_up_process, train_spec
 
 
 def main(words: list[str]) -> None:
@@ -30,22 +30,12 @@ def main(words: list[str]) -> None:
     set_up_process(config)
     config.model.hf_assets_path = prepare_tokenizer(config)
     args.vocab_size = len(token_bytes(config.model.hf_assets_path))
-    model: type = Llama
+    theirs = {"parallelize_fn": titan.parallelize_llama, "build_validator_fn": None, "build_metrics_processor_fn": None}
+    spec = replace(train_spec(config, args), **theirs)
     if args.swiglu:
         # torchtitan takes two thirds of 4 d times this factor, rounded up to a multiple of 64, as we do of hidden_dim.
         args.ffn_dim_multiplier = args.hidden_dim / (4 * args.dim)
-        model = titan.Transformer
-    spec = titan.TrainSpec(
-        model_cls=model,
-        model_args={config.model.flavor: args},
-        parallelize_fn=titan.parallelize_llama,
-        pipelining_fn=None,
-        build_optimizers_fn=titan.build_optimizers,
-        build_lr_schedulers_fn=titan.build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=titan.build_cross_entropy_loss,
-    )
+        spec = replace(spec, model_cls=titan.Transformer)
     titan.use_train_spec(config.model.name, spec, titan.CheckpointManager)
     trainer = titan.Trainer(config)
     try:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from torch import library
 from torch.testing import assert_close
 
 from kernels import Groups, group_mask, groups, sparse_feed_forward
@@ -256,9 +257,7 @@ def test_operators():
         (groups.reduce_tokens, (tiles, buffer, x, 384, True)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, False)),
     ):
-        torch.library.opcheck(
-            operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        )
+        library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_an_operator_does_not_swallow_a_gradient():
@@ -319,7 +318,8 @@ CONSTANTS = dict(TILE=TILE, BN=portable.BN, BK=portable.BK, ORDERED=True, GROUPS
 CONSTANTS |= dict(COUNTERS=5, POOLED=False)
 POINTERS = dict(sums="*fp32") | dict.fromkeys(
     ("start", "tile_group", "tile_block", "group_tiles", "group_count", "group_order", "order", "slot"), "*i32")
-POINTERS |= dict(counters="*i32", chosen="*i32") | dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
+POINTERS |= dict(counters="*i32", chosen="*i32")
+POINTERS |= dict.fromkeys(("tiles", "weight", "out", "dy", "w2", "x", "y1"), "*bf16")
 
 for arch in (80, 90):
     products = portable._reduce_neurons, portable._sample, portable._reduce_tokens

@@ -171,6 +171,11 @@ def test_committed_studies_are_valid(file, tmp_path, monkeypatch):
     assert any(run.name == "dense_s0" for run in found.runs)
 
 
+def test_list_prints_the_names_that_only_takes(write, capsys):
+    assert study.main([str(write(RUNS)), "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["dense_s0", "dense_s1", "groups_s0"]
+
+
 def test_gpus_are_taken_in_turn(write, tmp_path, monkeypatch):
     """Eight runs on two GPUs, three at once: a stand-in for train.py writes down what it was given."""
     runs = [f'[[runs]]\nname = "r{index}"\nrecipe = "recipes/dense.toml"\n' for index in range(5)]

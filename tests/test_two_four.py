@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import ROOT
+from torch import library
 from torch.testing import assert_close
 
 import kernels.feed_forward
@@ -389,7 +390,7 @@ def test_operators_are_registered_well(name):
         "two_four_reduce_tokens": [(packed, dense[:, :8], torch.tensor([7]), dense[:1], t) for t in (True, False)],
     }
     for arguments in examples[name]:
-        torch.library.opcheck(getattr(torch.ops.sparsetitan, name).default, arguments)
+        library.opcheck(getattr(torch.ops.sparsetitan, name).default, arguments)
 
 
 def test_impossible_operands_are_refused():

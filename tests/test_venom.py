@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch import library
 from torch.testing import assert_close
 
 from kernels import Venom, sparse_feed_forward, venom
@@ -229,7 +230,7 @@ def operator_arguments():
 def test_operators(name):
     operator = getattr(venom, name)
     args = operator_arguments()[name]
-    torch.library.opcheck(operator, args)
+    library.opcheck(operator, args)
     compiled = torch.compile(lambda *args: operator(*args), fullgraph=True, backend="aot_eager")(*args)
     expected = getattr(reference, name)(*args)
     assert_close(compiled, expected, rtol=2**-7, atol=2**-6)

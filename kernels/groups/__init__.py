@@ -12,7 +12,7 @@ The gradients are exact for the given choice of tiles. Tokens may be taken in an
 want the same neurons: x and dy are gathered once, y and dx are scattered by the products that compute them.
 
 `reference` is the specification and runs on the CPU; `select` is Triton, `products` CUDA C++ for Hopper, `portable` the
-same products in Triton for other GPUs. All functions here are operators of torch.library, so torch.compile passes
+same products in Triton for other GPUs. All functions here are custom operators of PyTorch, so torch.compile passes
 through them; gradients are `kernels.feed_forward`'s.
 """
 

@@ -19,7 +19,7 @@ multiplications:
     dW1                    = reduce_tokens(dy1_token_tiles, ids, x)     (6)
 
 `reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
-All functions here are operators of torch.library, so torch.compile passes through them; gradients are the caller's.
+All functions here are custom operators of PyTorch, so torch.compile passes through them; gradients are the caller's.
 """
 
 import torch

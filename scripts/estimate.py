@@ -1,0 +1,321 @@
+"""Reckon what a job takes before it runs: parameters, memory of a GPU, FLOPs, time. Needs no GPU and no data.
+
+    python -m scripts.estimate --config configs/1b.toml --gpus 8
+    python -m scripts.estimate --config configs/7b_slice.toml --recipe recipes/groups_quarter.toml --mfu 0.57
+
+Every other key is train.py's. `--gpus` is by default what the degrees of parallelism multiply to, `--peak-tflops` an
+H100's. The model is built on the meta device, so none of it is allocated.
+
+**Memory.** A step holds most either where its backward pass begins, with every layer's activations, the logits and
+their gradient, or where it ends, with all gradients and one layer in work. The activations are those that a compiled
+block keeps, read off its graph: without FSDP the stream between blocks is float32 and every matrix is kept a second
+time in bf16, with FSDP both are bf16 and the layer in work and the next are gathered. In a sparse phase h is kept as
+the backend keeps it: column groups and Venom compacted, 2:4 packed, by anything else whole, and y1 not at all.
+
+Against what was measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled,
+one GPU), tests/test_estimate.py:
+
+    7b-slice, our trainer          31.4 GiB reserved     reckoned 31.0, 1% less
+    1b, torchtitan's trainer       37.6 GiB reserved     reckoned 36.0, 4% less
+    7b-slice, a dense step         242 ms                reckoned 277 at the default --mfu 0.5, 14% more; 243 at 0.57
+
+What an allocator loses to fragments is not in it, nor NCCL's buffers, CUDA's context (about 1 GiB together) and what
+kernels use for a moment; float8 is reckoned as bf16, an eager model as a compiled one. Sparse phases, FSDP and
+checkpointing are reckoned by the same rules and not compared with a measurement yet.
+
+**Time.** FLOPs over GPUs x peak x MFU. For a sparse step they are those that the backend executes, at the *same* MFU:
+a bound, since products of fewer FLOPs run at a lower rate, and selection and packing execute none. How much of that
+speed the FFN alone reaches is measured (docs/kernels); where it is for this recipe and shape, a second time is given
+with the FFN at what was measured. MFU counts no recomputation, so give a lower one with activation checkpointing.
+Start-up, validation, checkpoints and communication that is not hidden are in none of it.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from configs.errors import ConfigError, exit_with
+from configs.loader import ROOT, load_config
+from configs.schema import JobConfig
+from configs.titan import TORCH_DTYPE_MAP
+from kernels.venom.reference import COLUMNS
+from models.llama import Llama, LlamaArgs
+from recipes.check import check_keys
+from recipes.sparsity import flops_per_token, sparse_backend
+from recipes.tokenizer import expected_vocabulary
+from scripts.benchmark_kernels import CONTENDERS
+
+GIB = 2**30
+MODES = "none", "selective", "full"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job lies on its GPUs.
+
+    Attributes:
+        gpus: all of them. shard, tensor: GPUs that share the parameters of one copy (FSDP), and a layer (TP).
+        tokens: in a micro-batch. accumulates: micro-batches of a step, on one GPU.
+        compute: bytes of a number that products read; stream: of one between blocks; state: of a parameter.
+    """
+
+    gpus: int
+    shard: int
+    tensor: int
+    tokens: int
+    accumulates: int
+    compute: int
+    stream: int
+    state: int
+
+    @property
+    def step_tokens(self) -> int:
+        return self.tokens * self.accumulates * self.gpus // self.tensor
+
+
+def layout(config: JobConfig, gpus: int) -> Layout:
+    """How a checked job lies on so many GPUs."""
+    parallelism, training = config.parallelism, config.training
+    tensor = parallelism.tensor_parallel_degree
+    shard = gpus // (tensor * parallelism.data_parallel_replicate_degree)
+    micro, batch = training.local_batch_size, training.global_batch_size
+    state = TORCH_DTYPE_MAP[training.dtype].itemsize
+    # Tensor parallelism alone has neither FSDP's mixed precision nor autocast.
+    compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize if shard > 1 or tensor == 1 else state
+    return Layout(
+        gpus=gpus,
+        shard=shard,
+        tensor=tensor,
+        tokens=micro * training.seq_len,
+        accumulates=1 if batch == -1 else batch * tensor // (micro * gpus),
+        compute=compute,
+        stream=compute if shard > 1 else state,
+        state=state,
+    )
+
+
+def kept_share(args: LlamaArgs, backend: str) -> float:
+    """What a sparse FFN keeps for its backward pass of h, in numbers over T f."""
+    pattern = args.sparsity.pattern
+    if backend == "groups":
+        return pattern.density(args.hidden_dim)  # type: ignore[union-attr]
+    if backend == "venom":
+        return COLUMNS / pattern.m  # type: ignore[union-attr]
+    if backend == "two_four" and pattern is not None:
+        return 1 / 2 + 1 / 16  # half the numbers, and two bits each of which half
+    return 1.0
+
+
+def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str | None) -> dict[str, float]:
+    """Bytes that a GPU holds at the peak of a step.
+
+    Args:
+        config: a checked job.
+        model: on the meta device.
+        on: how the job lies on GPUs.
+        mode: of activation checkpointing, instead of the job's own.
+        backend: that computes the FFNs of a sparse step; None: a dense step.
+
+    Returns:
+        its parts, and their `peak`, less than their sum: gradients come as activations go.
+    """
+    args, tokens, (layer, *_) = model.model_args, on.tokens, model.layers.values()
+    width, d, layers = on.compute, args.dim, args.n_layers
+    kv = d // args.n_heads * (args.n_kv_heads or args.n_heads)
+    hidden = layer.feed_forward.w1.out_features
+    count = sum(parameter.numel() for parameter in layer.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
+    head = args.vocab_size * d
+    fsdp = on.shard > 1
+
+    attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
+    whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
+    share = whole if backend is None else kept_share(args, backend)
+    ffn = tokens * width * hidden * share
+    copies = 0 if fsdp or width == on.state else width * count
+    # Gradients of h and y1, whole unless the kernels keep those compacted, too.
+    compact = backend == "groups" or (backend == "venom" and args.sparsity.cut_along_tokens)
+    work = tokens * (width * hidden * 2 * (share if compact else 1.0) + on.stream * d)
+
+    every, per_block = 1.0, attention + ffn + copies
+    recomputed = tokens * on.stream * d
+    if mode == "selective" and config.activation_checkpoint.selective_ac_option == "op":
+        # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
+        recomputed += tokens * (width * (2 * d + kv) + 4 * args.n_heads)
+        if backend is None:
+            recomputed += tokens * width * hidden
+        elif args.sparsity.clusters:
+            recomputed += tokens * width * args.sparsity.clusters
+        elif 1 not in args.sparsity.weight_products:
+            recomputed += tokens * width * hidden
+    elif mode == "selective":
+        every = layers // int(config.activation_checkpoint.selective_ac_option) / layers
+    if mode == "memory_budget":
+        every = 1 - config.activation_checkpoint.memory_budget
+    every = 0.0 if mode == "none" else every
+    kept_attention = layers * ((1 - every) * attention + every * min(recomputed, per_block)) / on.tensor
+    kept_ffn = layers * (1 - every) * ffn / on.tensor
+    kept_copies = layers * (1 - every) * copies / on.tensor
+    work = (work + (per_block if every else 0.0)) / on.tensor
+
+    loss_compiled = config.compile.enable and "loss" in config.compile.components
+    logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
+    logits += tokens * d * (on.stream + width) / on.tensor
+    if fsdp:
+        never = config.parallelism.fsdp_reshard_after_forward == "never"
+        # The layer in work, the next, and the head; the gradients of one before and while they are reduced.
+        gathered = (width * (count * (layers if never else min(layers, 2)) + head) + (width + 4) * count) / on.tensor
+    else:
+        gathered = kept_copies + (0 if width == on.state else width * head / on.tensor)
+    begins = kept_attention + kept_ffn + max(logits, work) + (states if on.accumulates > 1 else 0)
+    ends = states + work + (kept_attention + kept_ffn) / layers
+    # Copies of the matrices go with the layers' activations.
+    begins, ends = begins + gathered, ends + (gathered if fsdp else gathered / layers)
+    return {
+        "parameters": states,
+        "gradients": states,
+        "optimizer's two moments": 2 * states,
+        "gathered layers, head" if fsdp else "matrices in bf16": gathered,
+        "activations: attention, norms": kept_attention,
+        "activations: h, y1 of the FFN": kept_ffn,
+        "logits and loss": logits,
+        "backward pass of one layer": work,
+        "peak": 3 * states + max(begins, ends),
+    }
+
+
+def ffn_reached(args: LlamaArgs) -> tuple[float, str] | None:
+    """An FFN's measured speed-up over dense and where it stands, of this recipe at this shape; None: not measured."""
+    wanted = dataclasses.replace(args.sparsity, clusters=0)
+    names = [name for name, (_, sparsity) in CONTENDERS.items() if sparsity == wanted]
+    for file in sorted((ROOT / "docs" / "kernels").glob("*/kernels.json")):
+        for shape in json.loads(file.read_bytes())["shapes"]:
+            if (shape["dim"], shape["hidden_dim"]) == (args.dim, args.hidden_dim):
+                for name in names:
+                    if speedup := shape["contenders"].get(name, {}).get("speedup"):
+                        return speedup, f"{name} in {file.relative_to(ROOT)}"
+    return None
+
+
+def estimate(arguments: list[str]) -> str:
+    """The report of a command line, for a terminal.
+
+    Raises:
+        ConfigError: a job that could not run, on any machine.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.estimate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, help="default: what the degrees of parallelism multiply to")
+    parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak in dense steps; default: 0.5")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bf16; default: 989, an H100's")
+    options, words = parser.parse_known_args(arguments)
+    config, _ = load_config(words)
+    degrees = config.parallelism
+    gpus = options.gpus
+    if gpus is None:
+        gpus = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
+        gpus *= max(degrees.data_parallel_shard_degree, 1)
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: give 1 or more")
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu {options.mfu:g}: give a share of the peak above 0 and up to 1, such as 0.5")
+    if not 0 < options.peak_tflops < float("inf"):
+        raise ConfigError(f"--peak-tflops {options.peak_tflops:g}: give the GPU's dense bf16 peak, such as 989")
+    args, spans = check_keys(config, gpus)
+    args.vocab_size = expected_vocabulary(config)
+    on = layout(config, gpus)
+    with torch.device("meta"):
+        model = Llama(args)
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    backend, reason = sparse_backend(args, spans, torch.device("cuda"), dtype, here=False)
+    parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
+    flops = flops_per_token(dense, args, model.feed_forwards(), backend)
+    sparse = backend != "dense"
+    mode = config.activation_checkpoint.mode
+
+    lines = [
+        f"{config.model.name} {config.model.flavor}, {config.recipe}, {gpus} GPU{'s' if gpus > 1 else ''}: "
+        f"{gpus // (on.shard * on.tensor)} x {on.shard} x {on.tensor} (replicate x shard x tensor)",
+        f"{parameters / 1e6:,.1f} M parameters, {(parameters - 2 * args.vocab_size * args.dim) / 1e6:,.1f} M without "
+        f"embedding and output; vocabulary {args.vocab_size}",
+        f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
+        f"micro-batches of {on.tokens:,}, {on.accumulates} a step",
+    ]
+    if sparse:
+        lines.append(f"sparse phases: {backend} ({reason if backend == 'reference' else 'on a GPU with its kernels'})")
+
+    columns = [None, backend] if sparse else [None]
+    parts = [memory(config, model, on, mode, each) for each in columns]
+    lines += ["", _row("memory of a GPU, GiB", ["dense step", "sparse step"][: len(columns)])]
+    lines += [_row(name, [f"{part[name] / GIB:.2f}" for part in parts]) for name in parts[0]]
+    lines += ["", _row("activation checkpointing", ["kept", "peak"] * len(columns))]
+    for other in dict.fromkeys((*MODES, mode)):
+        cells = []
+        for each in columns:
+            part = memory(config, model, on, other, each)
+            kept = sum(value for name, value in part.items() if name.startswith("activations"))
+            cells += [f"{kept / GIB:.2f}", f"{part['peak'] / GIB:.2f}"]
+        option = config.activation_checkpoint.selective_ac_option
+        name = other if other != "selective" else "selective, by op" if option == "op" else f"selective, 1 in {option}"
+        lines.append(_row(name + (" (the job's)" if other == mode else ""), cells))
+
+    speed = gpus * options.peak_tflops * 1e12 * options.mfu
+    lines += ["", _row("phase", ["steps", "dense EFLOP", "executed EFLOP", "ms a step", "hours"])]
+    total = [0.0, 0.0, 0.0, 0.0]
+    for span in spans:
+        steps, key = span.stop - span.start, "dense" if span.mode == "dense" else "sparse_executed"
+        values = [steps, *(steps * on.step_tokens * flops[kind] / 1e18 for kind in ("dense", key))]
+        seconds = on.step_tokens * flops[key] / speed
+        total = [a + b for a, b in zip(total, [*values, steps * seconds], strict=True)]
+        lines.append(_phase(f"{span.mode} to step {span.stop}", values, 1e3 * seconds, steps * seconds))
+    lines.append(_phase("run", total[:3], 1e3 * total[3] / total[0], total[3]))
+    lines.append(
+        f"at {100 * options.mfu:g}% of {options.peak_tflops:g} TFLOP/s on each GPU; see --help for what it bounds"
+    )
+    if sparse:
+        lines += _sparse_note(flops, args, backend, on, speed)
+    return "\n".join(lines)
+
+
+def _sparse_note(flops: dict[str, float], args: LlamaArgs, backend: str, on: Layout, speed: float) -> list[str]:
+    """How far to trust a sparse step's time."""
+    if backend == "reference":
+        return ["Sparse steps run on the reference, which is never faster than dense."]
+    said = ["Sparse steps: the FLOPs that the backend executes, at the MFU of dense ones. That is a bound."]
+    reached = ffn_reached(args)
+    if reached is None:
+        return [*said, "The FFN benchmark (docs/kernels) has not this recipe at this shape."]
+    share, (speedup, where) = args.sparsity.executed_share(args.hidden_dim, backend), reached
+    ffn = (flops["dense"] - flops["sparse_executed"]) / (1 - share)
+    seconds = on.step_tokens * (flops["dense"] - ffn * (1 - 1 / speedup)) / speed
+    return [
+        *said,
+        f"The FFN reaches {100 * speedup * share:.0f}% of it: {speedup:.2f}x of {1 / share:.2f}x ({where}).",
+        f"With the FFN at what it reaches a sparse step takes {1e3 * seconds:,.1f} ms.",
+    ]
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<32}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _phase(name: str, values: list[float], milliseconds: float, seconds: float) -> str:
+    steps, *flops = values
+    cells = [f"{steps:,.0f}", *(f"{value:,.3g}" for value in flops), f"{milliseconds:,.1f}", f"{seconds / 3600:,.2f}"]
+    return _row(name, cells)
+
+
+if __name__ == "__main__":
+    try:
+        print(estimate(sys.argv[1:]))
+    except ConfigError as error:
+        exit_with(error)

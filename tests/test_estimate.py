@@ -1,0 +1,175 @@
+"""The estimate against what was measured on an H100, and against what PyTorch keeps on the CPU."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.autograd.graph import saved_tensors_hooks
+
+from configs.errors import ConfigError
+from configs.loader import load_config
+from configs.titan import titan_config
+from models.llama import Llama
+from recipes.check import check_keys
+from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory
+
+SLICE = ("--config", "configs/7b_slice.toml")
+ALONE = ("--training.global_batch_size", "-1", "--activation_checkpoint.mode", "none")
+QUARTER = ("--recipe", "recipes/groups_quarter.toml")
+
+
+def parts(*words, gpus=1, mode="none", backend=None):
+    config, _ = load_config([*words])
+    args, _ = check_keys(config, gpus)
+    args.vocab_size = expected_vocabulary(config)
+    with torch.device("meta"):
+        model = Llama(args)
+    return {name: size / GIB for name, size in memory(config, model, layout(config, gpus), mode, backend).items()}
+
+
+def numbers(report, name):
+    """The cells of the report's first row of this name."""
+    (line, *_) = [line for line in report.splitlines() if line.startswith(name)]
+    return [float(cell.replace(",", "")) for cell in re.findall(r"(?<= )[\d.,]+(?= |$)", line[len(name) :])]
+
+
+@pytest.mark.parametrize(
+    "config, measured, error", [("7b_slice", 31.4, -0.01), ("1b", 37.6, -0.04)], ids=["7b-slice", "1b"]
+)
+def test_memory_is_that_of_an_h100(config, measured, error):
+    peak = parts("--config", f"configs/{config}.toml", *ALONE)["peak"]
+    assert peak == pytest.approx(measured, rel=0.15)
+    assert peak / measured - 1 == pytest.approx(error, abs=0.005)  # as the docstring says
+
+
+def test_time_is_that_of_an_h100():
+    milliseconds = {}
+    for mfu in ("0.5", "0.57"):
+        report = estimate([*SLICE, "--recipe", "recipes/dense.toml", "--mfu", mfu])
+        milliseconds[mfu] = numbers(report, "run")[3]
+    assert milliseconds["0.5"] == pytest.approx(242, rel=0.15)
+    assert milliseconds["0.57"] == pytest.approx(242, rel=0.01)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
+    """A compiled block's saved tensors, under autocast, counted; matrices in bf16 included."""
+    words = ["--config", "configs/debug.toml", *QUARTER, "--model.n_layers", "1", "--tokenizer.vocab_size", "640"]
+    words += ["--training.seq_len", "128", "--training.local_batch_size", "12", "--training.global_batch_size", "-1"]
+    words += ["--activation_checkpoint.mode", mode, "--training.mixed_precision_param", "bfloat16"]
+    config, _ = load_config(words)
+    args, _ = check_keys(config, 1)
+    args.vocab_size = 640
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+    if mode == "full":
+        from torchtitan.distributed.activation_checkpoint import apply_ac
+
+        apply_ac(model, titan_config.ActivationCheckpoint(mode=mode), model_compile_enabled=True)
+    for ffn in model.feed_forwards():
+        ffn.sparse = backend is not None
+    torch._dynamo.reset()
+    block = torch.compile(model.layers["0"], backend="aot_eager_decomp_partition", fullgraph=True)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(12, 128, args.dim, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, model.freqs_cis, None)
+    reckoned = memory(config, model, layout(config, 1), mode, backend)
+    head = 2 * args.vocab_size * args.dim
+    kept = sum(size for name, size in reckoned.items() if name.startswith(("activations", "matrices"))) - head
+    # Beside them: angles of RoPE and the generator's state, the same for any batch; a sparse FFN recasts one matrix.
+    assert sum(saved.values()) == pytest.approx(kept, rel=0.1)
+
+
+def test_a_sparse_step_keeps_h_as_its_backend_does():
+    dense = parts(*SLICE, *ALONE)["activations: h, y1 of the FFN"]
+
+    def h(recipe, backend, *more):
+        words = (*SLICE, *ALONE, "--recipe", f"recipes/{recipe}.toml", *more)
+        return parts(*words, backend=backend)["activations: h, y1 of the FFN"] / dense
+
+    assert h("groups_quarter", "groups") == 1 / 8  # no y1, and a quarter of h
+    assert h("groups_eighth", "groups") == 1 / 16
+    assert h("venom_2of16", "venom") == h("venom_4of16", "venom") == 1 / 8  # four columns of sixteen
+    assert h("activations_2of4", "two_four") == 9 / 32
+    assert h("weights_2of4", "two_four") == h("groups_quarter", "reference") == 1 / 2
+
+
+def test_gpus_share_the_states_and_a_node_accumulates_less():
+    words = ("--config", "configs/1b.toml", *QUARTER)
+    one, eight = parts(*words), parts(*words, gpus=8)
+    for name in ("parameters", "gradients", "optimizer's two moments"):
+        assert eight[name] == one[name] / 8
+    assert eight["peak"] < one["peak"]
+    hybrid = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "4")
+    assert parts(*words, *hybrid, gpus=8)["parameters"] == one["parameters"] / 4
+    config, _ = load_config([*words])
+    assert layout(config, 8).accumulates == 8 and layout(config, 64).accumulates == 1
+    assert layout(config, 8).step_tokens == layout(config, 64).step_tokens == 256 * 4096
+
+
+def test_checkpointing_trades_in_its_order():
+    for backend in (None, "groups"):
+        for option in ("2", "op"):
+            words = (*SLICE, *QUARTER, "--activation_checkpoint.selective_ac_option", option)
+            none, selective, full = (
+                parts(*words, mode=mode, backend=backend) for mode in ("none", "selective", "full")
+            )
+            assert full["peak"] < selective["peak"] < none["peak"]
+
+
+def test_report():
+    report = estimate(["--config", "configs/1b.toml", "--gpus", "8", *QUARTER])
+    assert max(map(len, report.splitlines())) <= 120
+    assert "1,107.4 M parameters, 973.1 M without embedding and output; vocabulary 32768" in report
+    assert "60,000 steps of 1,048,576 tokens: 62,914,560,000; micro-batches of 16,384, 8 a step" in report
+    names = "dense to step 6000 ", "sparse to step 45000", "dense to step 60000", "run"
+    dense, sparse, tail, run = (numbers(report, name) for name in names)
+    # groups_quarter executes (1 + 5/4) / 6 of the FFN's products, a 1b's six of each of its matrices' numbers.
+    ffn = 6 * 16 * 2 * 2048 * 12288 * 2**20 / 1e15
+    per_step = 1e3 * dense[1] / dense[0]
+    assert 1e3 * sparse[2] / sparse[0] == pytest.approx(per_step - ffn * (1 - 0.375), rel=0.01)
+    assert run[0] == 60000 and run[4] == pytest.approx(dense[4] + sparse[4] + tail[4], abs=0.02)
+    assert "(groups_quarter in docs/kernels/d2048/kernels.json)" in report
+    assert "has not this recipe" in estimate(["--config", "configs/160m.toml", *QUARTER])
+    assert "reference" in estimate([*SLICE, *QUARTER, "--training.mixed_precision_param", "float32"])
+    assert math.isfinite(
+        numbers(estimate([*SLICE, "--model.name", "llama_swiglu", "--recipe", "recipes/dense.toml"]), "run")[3]
+    )
+
+
+def test_nothing_is_asked_of_this_machine(tmp_path):
+    folder = tmp_path / "run"
+    estimate([*SLICE, "--job.dump_folder", str(folder), "--model.converters", "quantize.linear.float8"])
+    assert not folder.exists()
+    assert (ROOT / "docs" / "kernels" / "d4096" / "kernels.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpus", "0"], "--gpus 0: give 1 or more"),
+        (["--mfu", "55"], "--mfu 55: give a share of the peak"),
+        (["--mfu", "nan"], "--mfu nan: give a share of the peak"),
+        (["--peak-tflops", "-1"], "--peak-tflops -1: give the GPU's"),
+        (["--training.stepz", "5"], "unknown key training.stepz"),
+        (["--gpus", "3", "--training.global_batch_size", "256"], "training.global_batch_size = 256 is not a multiple"),
+        (["--gpus", "4", "--parallelism.data_parallel_shard_degree", "8"], "is not the 4 processes of this run"),
+        (["--tokenizer.path", "nowhere"], 'tokenizer.path = "nowhere": no such folder'),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        estimate([*SLICE, *words])

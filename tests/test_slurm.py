@@ -1,0 +1,106 @@
+"""The sbatch scripts under a real SLURM of one node, started for these tests (scripts/slurm/loopback.sh)."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, losses, merge, rows
+
+MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs SLURM and munge: {', '.join(MISSING)} not installed"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="starting SLURM's daemons needs root"),
+]
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Run a command as a user of the cluster: `slurm("squeue", ...)` returns what it prints."""
+    folder = tmp_path_factory.mktemp("slurm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PORT": port, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    script = ("bash", "scripts/slurm/loopback.sh")
+    try:
+        # The daemons keep what they inherit open, so their output must not be a pipe that somebody reads to its end.
+        with (folder / "start.log").open("w") as log:
+            command = [*script, "start", str(folder)]
+            started = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=90)
+        assert started.returncode == 0, (folder / "start.log").read_text()
+        yield run
+    finally:
+        subprocess.run([*script, "stop", str(folder)], cwd=ROOT, env=environment, timeout=90)
+
+
+def submit(slurm, log: Path, script: str, *words: str) -> str:
+    """Submit with what this machine has, and return the job's number."""
+    own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}")
+    return slurm("sbatch", "--parsable", *own, f"scripts/slurm/{script}", *words)
+
+
+def until(happened, log: Path, seconds: float = 80) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else f"{log} was never written"
+        time.sleep(0.1)
+
+
+def field(slurm, job: str, name: str) -> str:
+    words = dict(word.partition("=")[::2] for word in slurm("scontrol", "show", "job", job).split())
+    return words[name]
+
+
+def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, train, tmp_path):
+    changes = ["--training.steps", str(STEPS), "--validation.freq", "20", "--checkpoint.interval", "1000"]
+    folder, log = tmp_path / "run", tmp_path / "job.log"
+    words = merge(tiny, [*changes, "--job.dump_folder", str(folder)])
+    job = submit(slurm, log, "one_node.sbatch", "--config", "configs/debug.toml", *words)
+    until((folder / "metrics.jsonl").exists, log)
+    # As SLURM does before the time limit, to the batch shell alone.
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: field(slurm, job, "JobState") == "PENDING", log)
+    stopped = max(rows(folder))
+    assert stopped < STEPS and f"stopped by a signal after step {stopped}" in log.read_text()
+    assert (folder / "checkpoint" / "latest").read_text() == f"step-{stopped}"
+
+    def starts() -> bool:
+        # SLURM lets a requeued job wait for two minutes, counted from when the last of it has ended: so say it again.
+        # And it does not run a job whose credential it revoked a moment ago: so wait first.
+        time.sleep(5)
+        if field(slurm, job, "JobState") == "PENDING":
+            slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(2)
+        return field(slurm, job, "JobState") != "PENDING"
+
+    until(starts, log)
+    until(lambda: field(slurm, job, "JobState") == "COMPLETED", log)
+    assert field(slurm, job, "Restarts") == "1"
+    text = log.read_text()
+    assert f"resumed after step {stopped}" in text and f"job {job} is finished" in text, text
+    torch.set_num_threads(1)  # as the job: several would add in another order now and then
+    assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
+
+
+def test_a_failed_job_keeps_its_status_and_is_not_requeued(slurm, tmp_path):
+    log = tmp_path / "job.log"
+    job = submit(slurm, log, "one_node.sbatch", "--config", str(tmp_path / "missing.toml"))
+    until(lambda: field(slurm, job, "JobState") == "FAILED", log)
+    assert field(slurm, job, "Restarts") == "0" and field(slurm, job, "ExitCode") != "0:0"
+    assert "missing.toml" in log.read_text() and "is not requeued" in log.read_text()
