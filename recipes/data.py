@@ -17,6 +17,10 @@ data-parallel rank r of R owns the rows r B/R, ..., (r+1) B/R - 1 and takes one 
 `training.local_batch_size` to a micro-batch. The global batch of every step is the same for any R and any number of
 gradient accumulation steps, which makes runs on 1 and on 8 GPUs comparable loss by loss.
 
+A data-loading process encodes some 300 to 400 thousand tokens a second. Where that holds a GPU up,
+training.dataloader.num_workers of them share the micro-batches of a step, and the rows with them, in turn: the
+micro-batches are the same for any number of processes, but a run resumes with its own.
+
 A row is a HuggingFaceTextDataset of torchtitan, and its state is what that keeps: its place in its documents and the
 tokens left over from packing. The state of a rank is the state of its rows and which row is next, so a run resumes with
 exactly the next sequence, also from between two micro-batches and across the end of an epoch.
@@ -409,12 +413,20 @@ def check_data(config: JobConfig) -> None:
     """Read the sources, so that whatever is wrong with them is said before processes, models and GPUs are set up.
 
     Raises:
-        ConfigError: a source is missing, unreadable or empty, or there are fewer documents than rows of the batch.
+        ConfigError: a source is missing, unreadable or empty, there are fewer documents than rows of the batch, or the
+            micro-batches cannot be shared out among the data-loading processes.
     """
     corpus = load_corpus(config)
     degrees = config.parallelism
     other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
-    rows = num_rows(config, max(1, int(os.environ.get("WORLD_SIZE", "1")) // other))
+    ranks = max(1, int(os.environ.get("WORLD_SIZE", "1")) // other)
+    rows = num_rows(config, ranks)
+    workers, key = config.training.dataloader.num_workers, "training.dataloader.num_workers"
+    if workers > 1 and corpus.streamed:
+        raise refuse(key, workers, "streamed sources are read by one process", "give 0 or 1")
+    if workers > 1 and (micro := rows // ranks // config.training.local_batch_size) % workers:
+        problem = f"the processes share the micro-batches of a step, and a rank has {micro}"
+        raise refuse(key, workers, problem, f"give a divisor of {micro}, or lower training.local_batch_size")
     if not corpus.streamed and len(corpus.documents) < rows:
         problem = f"{len(corpus.documents)} training documents for a global batch of {rows} rows, which each need one"
         remedy = "add documents or lower training.global_batch_size or training.local_batch_size"
@@ -460,6 +472,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         seq_len: tokens in a sequence.
         rows: numbers of the rows that this rank owns.
         num_rows: rows of the global batch, B.
+        micro_batch: rows of a micro-batch. Of several data-loading processes each owns whole ones.
         infinite: start a row over when it has read its documents. Else the stream ends with the first row that ends.
     """
 
@@ -470,8 +483,10 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         seq_len: int,
         rows: range,
         num_rows: int,
+        micro_batch: int = 1,
         infinite: bool = True,
     ):
+        self._micro_batch = micro_batch
         # torchtitan finds a row's documents by the registered name and a path, here "row/rows".
         DATASETS[DATASET] = DatasetConfig(
             path="0/1", loader=lambda path: corpus.row(*map(int, path.split("/"))), sample_processor=_text_of
@@ -487,8 +502,20 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         # States that have been loaded into rows that have not moved since. A stream that has not moved does not know
         # its state.
         self._loaded: list[dict[str, Any] | None] = [None] * len(self.rows)
+        self._shared = False
+
+    def _share(self) -> None:
+        """Keep the rows of this data-loading process's micro-batches; the others have theirs."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is None or self._shared:
+            return
+        self._shared = True
+        mine = [i for i in range(len(self.rows)) if i // self._micro_batch % worker.num_workers == worker.id]
+        self.rows = [self.rows[i] for i in mine]
+        self._loaded = [None] * len(mine)
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        self._share()
         iterators = [iter(row) for row in self.rows]
         while True:
             i = self._next_row
@@ -504,6 +531,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """Where every row is, as of the last sequence that was taken; a copy."""
+        self._share()
         return {
             "next_row": self._next_row,
             "epoch": self._epoch,
@@ -525,9 +553,13 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         Raises:
             ConfigError: the state is of another number of rows.
         """
+        self._share()
         if len(state_dict["rows"]) != len(self.rows):
-            problem = f"the checkpoint has {len(state_dict['rows'])} rows a rank and this run {len(self.rows)}"
-            raise ConfigError(f"training.global_batch_size: {problem}; resume with the batch size and ranks of the run")
+            problem = f"the checkpoint has {len(state_dict['rows'])} rows a data-loading process and this run "
+            raise ConfigError(
+                f"training.global_batch_size: {problem}{len(self.rows)}; resume with the batch size, the ranks and the "
+                "training.dataloader.num_workers of the run"
+            )
         self._next_row = state_dict["next_row"]
         self._epoch = state_dict["epoch"]
         self._loaded = list(state_dict["rows"])
@@ -568,6 +600,7 @@ def build_dataloader(
         training.seq_len,
         range(dp_rank * own, (dp_rank + 1) * own),
         rows,
+        training.local_batch_size,
         infinite,
     )
     return ParallelAwareDataloader(

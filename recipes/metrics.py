@@ -6,7 +6,9 @@ run goes on as the run that it was there.
 Columns (a row has those that apply):
 
     step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
-    tokens_per_second (all ranks), step_seconds, peak_memory_gib
+    tokens_per_second (all ranks), step_seconds
+    peak_memory_gib   most that the process held of the GPU's memory so far: what a GPU must have
+    peak_active_gib   most that tensors held since the row before: what the phase needs
     switch_seconds    entering the phase since the row before: clustering, fitting the scales
     graphs_compiled   graphs that torch.compile made since the row before: in the first step of either mode, then none
     mfu           model FLOPs utilisation in percent, dense-equivalent: FLOPs of the dense model over time and peak
@@ -103,6 +105,7 @@ class Metrics(MetricsProcessor):
         # Counted a rank; over the ranks that share a batch it is the same tokens.
         tokens_per_second = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size
         extra = extra_metrics or {}
+        memory = self.device_memory_monitor.get_peak_stats()
         self.row = {
             "step": step,
             "loss": float(global_avg_loss),
@@ -111,7 +114,8 @@ class Metrics(MetricsProcessor):
             "tokens": int(extra.get("n_tokens_seen", 0)),
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
             "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
-            "peak_memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+            "peak_memory_gib": memory.max_reserved_gib,
+            "peak_active_gib": memory.max_active_gib,
         }
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops

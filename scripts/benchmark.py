@@ -144,9 +144,15 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
 
 
 def parts_of(trace: list[dict[str, Any]], tokens: int, args: LlamaArgs) -> dict[str, float]:
-    """Milliseconds of a step by part, from the events of a Chrome trace of one step with shapes; see `part_of`."""
+    """Milliseconds of a step by part, from the events of a Chrome trace of one step with shapes; see `part_of`.
+
+    The host runs ahead of the GPU, so a trace begins with kernels of the step before: those that were not launched
+    within it are left out.
+    """
     ops = {event["args"].get("External id"): event for event in trace if event.get("cat") == "cpu_op"}
+    launched = {event["args"]["correlation"] for event in trace if event.get("cat") in ("cuda_runtime", "cuda_driver")}
     kernels = [event for event in trace if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = [event for event in kernels if event["args"]["correlation"] in launched]
     parts: Counter[str] = Counter()
     busy = end = 0.0
     for kernel in sorted(kernels, key=lambda event: event["ts"]):
@@ -177,14 +183,18 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What one run's rows say: see the module docstring for which of them count.
 
     Returns:
-        seconds: by mode, those of a step, a window each. peak_gib: by mode. switch_seconds: entering the sparse phase.
-        graphs: steps at which graphs were compiled, and how many. losses: first and last.
+        seconds: by mode, those of a step, a window each. peak_gib: by mode, held by the process, which gives nothing
+        back after a phase that needed more. active_gib: by mode, held by tensors. switch_seconds: entering the sparse
+        phase. graphs: steps at which graphs were compiled, and how many. losses: first and last.
     """
     seconds: dict[str, list[float]] = {}
     peak: dict[str, float] = {}
+    active: dict[str, float] = {}
     for row in rows:
         mode, step = row["phase"], row["step"]
         peak[mode] = max(peak.get(mode, 0.0), row["peak_memory_gib"])
+        if "peak_active_gib" in row:
+            active[mode] = max(active.get(mode, 0.0), row["peak_active_gib"])
         # Its last steps warm the profiler up, or its first ones wait for the trace of the step before to be written.
         traced = step % PROFILED in (0, WINDOW) and step > WINDOW
         if step > WINDOW and not traced and not row["graphs_compiled"]:
@@ -192,6 +202,7 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "peak_gib": peak,
+        "active_gib": active,
         "switch_seconds": max(row["switch_seconds"] for row in rows),
         "graphs": {row["step"]: row["graphs_compiled"] for row in rows if row["graphs_compiled"]},
         "losses": [rows[0]["loss"], rows[-1]["loss"]],
@@ -303,7 +314,7 @@ def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]
         speedup = ms["dense"] / ms["sparse"]
         whole = 1 / (1 - sparse_share + sparse_share / speedup)
         entry |= {"speedup": speedup, "sparse_share": sparse_share, "whole": whole}
-    kept = ("peak_gib", "parts", "switch_seconds", "graphs", "losses", "tokens", "about")
+    kept = ("peak_gib", "active_gib", "parts", "switch_seconds", "graphs", "losses", "tokens", "about")
     return entry | {key: last[key] for key in kept}
 
 

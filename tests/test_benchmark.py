@@ -39,7 +39,12 @@ def test_part_of(op, shapes, kernel, part):
 
 def test_parts_of_a_trace():
     def kernel(at, dur, number, name="k"):
-        return {"cat": "kernel", "ts": at, "dur": dur, "name": name, "args": {"External id": number}}
+        args = {"External id": number, "correlation": 10 * number}
+        return {"cat": "kernel", "ts": at, "dur": dur, "name": name, "args": args}
+
+    def launch(number):
+        args = {"correlation": 10 * number}
+        return {"cat": "cuda_driver", "ts": 0, "dur": 1, "name": "cuLaunchKernelEx", "args": args}
 
     def op(number, name, shapes):
         return {"cat": "cpu_op", "ts": 0, "name": name, "args": {"External id": number, "Input Dims": shapes}}
@@ -47,9 +52,11 @@ def test_parts_of_a_trace():
     trace = [
         op(1, "aten::mm", [[TOKENS, D], [D, F]]),
         op(2, "aten::_fused_adamw_", [[[D, D], [D]], []]),  # a list of tensors has a list of shapes
+        kernel(100, 900, 9, "nvjet_of_the_step_before"),
         kernel(1000, 2000, 1),
         kernel(2000, 500, 3, "ncclDevKernel"),  # beside the product, on another stream
         kernel(5000, 1000, 2),
+        *map(launch, (1, 2, 3)),
         {"cat": "python_function", "ts": 0, "dur": 9999, "name": "x", "args": {}},
     ]
     assert benchmark.parts_of(trace, TOKENS, ARGS) == pytest.approx(
@@ -68,7 +75,7 @@ def test_only_undisturbed_steps_count():
         row(5, "dense", 0.9),  # allocates
         row(10, "dense", 0.30),
         row(15, "sparse", 3.0, 3, switch_seconds=0.5),  # compiles
-        row(20, "sparse", 0.20, peak_memory_gib=2.0),
+        row(20, "sparse", 0.20, peak_memory_gib=2.0, peak_active_gib=0.5),
         row(25, "sparse", 0.22),
         row(30, "sparse", 0.90),  # profiled
         row(35, "dense", 0.90),  # waits for the trace
@@ -77,7 +84,7 @@ def test_only_undisturbed_steps_count():
     ]
     result = benchmark.measured(rows)
     assert result["seconds"] == {"dense": [0.30, 0.32], "sparse": [0.20, 0.22]}
-    assert result["peak_gib"] == {"dense": 1.0, "sparse": 2.0}
+    assert result["peak_gib"] == {"dense": 1.0, "sparse": 2.0} and result["active_gib"] == {"sparse": 0.5}
     assert result["switch_seconds"] == 0.5 and result["graphs"] == {1: 3, 15: 3}
     turn = result | {"tokens": 1000, "about": {}, "parts": {}, "failed": ""}
     entry = benchmark.combined([turn, turn], 0.5)

@@ -1,6 +1,7 @@
 """Sources, split, mixture, row streams and tokenizer: what a step trains on, also when it resumes."""
 
 import gzip
+import itertools
 import json
 import os
 import sysconfig
@@ -280,8 +281,26 @@ def test_global_batch_does_not_depend_on_ranks(tmp_path, hub, kind):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_share_the_micro_batches(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))), rows=8)
+    config.training.local_batch_size = 2
+    expected = global_batches(config, ranks=1, steps=25)
+    for workers in (2, 4):
+        config.training.dataloader.num_workers = workers
+        data.check_data(config)
+        for one, other in zip(expected, global_batches(config, ranks=1, steps=25), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_processes_that_cannot_share_are_refused(tmp_path, hub):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))), rows=8, workers=3)
+    with pytest.raises(ConfigError, match=r"num_workers = 3: .* a rank has 8; give a divisor of 8, or lower"):
+        data.check_data(config)
+    with pytest.raises(ConfigError, match=r"num_workers = 2: streamed sources are read by one process; give 0 or 1"):
+        data.check_data(make_config(*source_of("many shards", tmp_path, hub), workers=2))
+
+
+@pytest.mark.parametrize(("kind", "workers"), [*itertools.product(KINDS, (0, 1)), ("local", 2)])
 def test_resume_is_exact(tmp_path, hub, kind, workers):
     config = make_config(*source_of(kind, tmp_path, hub), rows=4, workers=workers)
     total = 220
@@ -327,7 +346,7 @@ def test_resume_with_another_batch_size_is_refused(tmp_path):
     config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
     state = data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4).state_dict()
     rows = data.RowStreams(data.load_corpus(config), Characters(), 16, range(8), 8)
-    with pytest.raises(ConfigError, match=r"training.global_batch_size: the checkpoint has 4 rows a rank"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: the checkpoint has 4 rows a data-loading process"):
         rows.load_state_dict(state)
 
 

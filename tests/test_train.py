@@ -62,6 +62,7 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
         "tokens_per_second",
         "step_seconds",
         "peak_memory_gib",
+        "peak_active_gib",
     }
     assert all(keys <= set(row) for row in run.values())
     assert run[LAST_STEP]["tokens"] == LAST_STEP * 4 * 32
