@@ -5,15 +5,17 @@
 
 A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
 all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
-dense for 10 steps, sparse for 20 and dense for 30 again, so that its sparse steps are compared with dense steps of the
-same process, seconds apart; what is dense throughout takes 30 steps. Contenders take turns, `--rounds` times.
+dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. Contenders take turns,
+`--rounds` times.
 
 A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
 graphs were compiled or memory was new, the profiler was on or its trace was written are left out. A contender whose
 loss does not fall by 0.2 gets no time.
 
-The whole run is reckoned from that: the recipe's own dense and sparse steps at these times, over all of them dense. The
-one trace of a step in each mode says where its time goes: kernels by the operator that launched them, a matrix product
+A sparse step is compared with a step of the contender `dense`, which is the run that a user would have instead; where
+that is left out, with the run's own dense steps. These may be slower: after 2:4 products, whose tensor cores draw more
+power, an H100 at its power limit was seen to run the dense steps of the same process 4% slower. The whole run is
+reckoned from that: the recipe's own dense and sparse steps at these times, over as many of `dense`. The one trace of a step in each mode says where its time goes: kernels by the operator that launched them, a matrix product
 by its shapes, `idle` being what is left of the step.
 """
 
@@ -294,9 +296,8 @@ def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]
         sparse_share: share of the recipe's steps that are sparse.
 
     Returns:
-        failed; and where nothing did: ms and tokens_per_second by mode (medians), rounds (all windows, ms), speedup
-        (own dense step over sparse step), whole (all steps dense over the recipe's), and what the last turn says of
-        memory, parts, switch, graphs and losses.
+        failed; and where nothing did: ms and tokens_per_second by mode (medians), rounds (all windows, ms),
+        sparse_share, and what the last turn says of memory, parts, switch, graphs and losses.
     """
     failed = "; ".join(dict.fromkeys(turn["failed"] for turn in turns if turn["failed"]))
     if failed:
@@ -309,20 +310,30 @@ def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]
         "ms": ms,
         "rounds": windows,
         "tokens_per_second": {mode: 1e3 * last["tokens"] / time for mode, time in ms.items()},
+        "sparse_share": sparse_share,
     }
-    if "sparse" in ms:
-        speedup = ms["dense"] / ms["sparse"]
-        whole = 1 / (1 - sparse_share + sparse_share / speedup)
-        entry |= {"speedup": speedup, "sparse_share": sparse_share, "whole": whole}
     kept = ("peak_gib", "active_gib", "parts", "switch_seconds", "graphs", "losses", "tokens", "about")
     return entry | {key: last[key] for key in kept}
+
+
+def compare(contenders: dict[str, dict[str, Any]]) -> None:
+    """Add to each entry with sparse steps: speedup (a dense step over the sparse one), own_speedup (the same by the
+    run's own dense steps) and whole (all steps dense over the recipe's); see the module docstring.
+    """
+    dense = contenders.get("dense", {}).get("ms", {}).get("dense")
+    for entry in contenders.values():
+        if "sparse" in entry.get("ms", {}):
+            own, sparse, share = entry["ms"]["dense"], entry["ms"]["sparse"], entry["sparse_share"]
+            base = dense or own
+            whole = base / ((1 - share) * own + share * sparse)
+            entry |= {"speedup": base / sparse, "own_speedup": own / sparse, "whole": whole}
 
 
 def text_table(result: dict[str, Any]) -> str:
     """The result for a terminal."""
     lines = [
-        f"{'':<22}{'dense ms':>10}{'sparse ms':>11}{'tokens/s':>10}{'sparse/dense':>14}{'whole run':>11}"
-        f"{'peak GiB':>10}  backend"
+        f"{'':<22}{'dense ms':>10}{'sparse ms':>11}{'tokens/s':>10}{'over dense':>14}{'whole run':>11}"
+        f"{'peak GiB':>10}{'active':>8}  backend"
     ]
     for name, entry in result["contenders"].items():
         if entry["failed"]:
@@ -333,7 +344,9 @@ def text_table(result: dict[str, Any]) -> str:
         line += f"{entry['ms']['sparse']:>11.1f}" if mode == "sparse" else f"{'-':>11}"
         line += f"{entry['tokens_per_second'][mode]:>10,.0f}"
         line += f"{entry['speedup']:>13.2f}x{entry['whole']:>10.2f}x" if mode == "sparse" else f"{'-':>14}{'-':>11}"
-        lines.append(line + f"{entry['peak_gib'][mode]:>10.1f}  {entry['about'].get('backend', {}).get('name', '')}")
+        active = f"{entry['active_gib'][mode]:.1f}" if mode in entry["active_gib"] else "-"
+        line += f"{entry['peak_gib'][mode]:>10.1f}{active:>8}  {entry['about'].get('backend', {}).get('name', '')}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -359,7 +372,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.set_yticks(range(len(bars)), labels)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_xlabel("milliseconds of a training step; x: over a dense step of the same run")
+        against = "dense" if "dense" in result["contenders"] else "the run's own dense steps"
+        axes.set_xlabel(f"milliseconds of a training step; x: over {against}")
         handles, names = axes.get_legend_handles_labels()
         unique = dict(zip(names, handles, strict=True))
         figure.legend(
@@ -421,6 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"round {number}, {turn.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
             about = {"what": CONTENDERS[turn.name].about}
             summary["contenders"][turn.name] = about | combined(results[turn.name], turn.sparse_share)
+            compare(summary["contenders"])
             (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{text_table(summary)}\n\n{out / 'training.json'}")
     failed = [name for name, entry in summary["contenders"].items() if entry["failed"]]

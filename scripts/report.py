@@ -307,6 +307,7 @@ def training_table(file: Path) -> str:
     contenders: dict[str, dict[str, Any]] = result["contenders"]
     timed = {name: entry for name, entry in contenders.items() if not entry["failed"]}
     swiglu = timed.get("torchtitan_swiglu")
+    over_dense = "over `dense`" if "dense" in timed else "over its own dense"
     rows = []
     for name, entry in timed.items():
         mode = "sparse" if "sparse" in entry["ms"] else "dense"
@@ -319,18 +320,19 @@ def training_table(file: Path) -> str:
                 "dense step, ms": f"{entry['ms']['dense']:.0f}",
                 "sparse step, ms": f"{entry['ms']['sparse']:.0f}" if mode == "sparse" else "-",
                 "tokens/s": amount(float(f"{entry['tokens_per_second'][mode]:.3g}")),
-                "over its dense": f"{entry['speedup']:.2f}x" if mode == "sparse" else "-",
+                over_dense: f"{entry['speedup']:.2f}x" if mode == "sparse" else "-",
                 "over SwiGLU": f"{over:.2f}x" if over else "-",
                 "whole run": f"{entry['whole']:.2f}x ({share} sparse)" if mode == "sparse" else "-",
-                "peak memory": f"{entry['peak_gib'][mode]:.1f} GiB",
+                "peak memory": f"{entry['active_gib'].get(mode, entry['peak_gib'][mode]):.1f} GiB",
             }
         )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
-        "Medians of means of five steps. Whole run: the recipe's share of sparse steps at these times, over all steps "
-        f"dense. {result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
+        "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
+        "dense ones. Peak memory: of tensors; of torchtitan's trainer, which reports that alone, what the process held. "
+        f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {(result['commit'] or 'unknown')[:10]}, `{result['command']}`."
     )
     if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:

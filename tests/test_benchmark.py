@@ -89,8 +89,13 @@ def test_only_undisturbed_steps_count():
     turn = result | {"tokens": 1000, "about": {}, "parts": {}, "failed": ""}
     entry = benchmark.combined([turn, turn], 0.5)
     assert entry["ms"] == pytest.approx({"dense": 310, "sparse": 210})
-    assert entry["speedup"] == pytest.approx(310 / 210)
-    assert entry["whole"] == pytest.approx(310 / 260)
+    alone, beside = {"sparse": dict(entry)}, {"sparse": dict(entry), "dense": {"ms": {"dense": 300}}}
+    benchmark.compare(alone)
+    benchmark.compare(beside | {"broken": {"failed": "no"}})
+    assert alone["sparse"]["speedup"] == alone["sparse"]["own_speedup"] == pytest.approx(310 / 210)
+    assert alone["sparse"]["whole"] == pytest.approx(310 / 260)
+    assert beside["sparse"]["speedup"] == pytest.approx(300 / 210)
+    assert beside["sparse"]["whole"] == pytest.approx(300 / 260)
     assert entry["tokens_per_second"]["sparse"] == pytest.approx(1000 / 0.21)
     assert benchmark.combined([turn, turn | {"failed": "no"}], 0.5) == {"failed": "no"}
 
