@@ -5,18 +5,18 @@
 
 A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
 all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
-dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. Contenders take turns,
-`--rounds` times.
+dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. Contenders take
+turns, `--rounds` times.
 
 A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
 graphs were compiled or memory was new, the profiler was on or its trace was written are left out. A contender whose
 loss does not fall by 0.2 gets no time.
 
 A sparse step is compared with a step of the contender `dense`, which is the run that a user would have instead; where
-that is left out, with the run's own dense steps. These may be slower: after 2:4 products, whose tensor cores draw more
-power, an H100 at its power limit was seen to run the dense steps of the same process 4% slower. The whole run is
-reckoned from that: the recipe's own dense and sparse steps at these times, over as many of `dense`. The one trace of a step in each mode says where its time goes: kernels by the operator that launched them, a matrix product
-by its shapes, `idle` being what is left of the step.
+that is left out, with the run's own dense steps. These may be slower: after 2:4 products, an H100 was seen to run the
+dense steps of the same process 4% slower. The whole run is reckoned from that: the recipe's own dense and sparse steps
+at these times, over as many of `dense`. The one trace of a step in each mode says where its time goes: kernels by the
+operator that launched them, a matrix product by its shapes, `idle` being what is left of the step.
 """
 
 import argparse
@@ -376,13 +376,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.set_xlabel(f"milliseconds of a training step; x: over {against}")
         handles, names = axes.get_legend_handles_labels()
         unique = dict(zip(names, handles, strict=True))
-        figure.legend(
-            [unique[part] for part in PARTS if part in unique],
-            [part for part in PARTS if part in unique],
-            loc="outside upper center",
-            ncols=len(PARTS),
-            fontsize=9,
-        )
+        if any(entry["parts"] for _, _, entry in bars):
+            figure.legend(
+                [unique[part] for part in PARTS if part in unique],
+                [part for part in PARTS if part in unique],
+                loc="outside upper center",
+                ncols=len(PARTS),
+                fontsize=9,
+            )
         figure.savefig(file)
 
 

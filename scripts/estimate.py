@@ -193,11 +193,11 @@ def ffn_reached(args: LlamaArgs) -> tuple[float, str] | None:
     """An FFN's measured speed-up over dense and where it stands, of this recipe at this shape; None: not measured."""
     wanted = dataclasses.replace(args.sparsity, clusters=0)
     names = [name for name, (_, sparsity) in CONTENDERS.items() if sparsity == wanted]
-    for file in sorted((ROOT / "docs" / "kernels").glob("*/kernels.json")):
+    for file in sorted((ROOT / "docs" / "kernels").rglob("kernels.json")):
         for shape in json.loads(file.read_bytes())["shapes"]:
             if (shape["dim"], shape["hidden_dim"]) == (args.dim, args.hidden_dim):
                 for name in names:
-                    if speedup := shape["contenders"].get(name, {}).get("speedup"):
+                    if speedup := shape["contenders"].get(name, {}).get("graph_speedup"):
                         return speedup, f"{name} in {file.relative_to(ROOT)}"
     return None
 

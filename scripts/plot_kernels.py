@@ -61,7 +61,7 @@ def _speedups(axes: Axes, shapes: list[dict[str, Any]], replayed: bool) -> None:
         axes.bar_label(bars, texts, padding=3, fontsize=9)
     axes.axvline(1, color=GREY, linewidth=0.8)
     axes.margins(x=0.1)
-    axes.legend(loc="lower right", ncols=len(shapes), bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    axes.legend(loc="lower right")
     _names(axes, names)
 
 

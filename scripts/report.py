@@ -331,7 +331,7 @@ def training_table(file: Path) -> str:
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
         "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
-        "dense ones. Peak memory: of tensors; of torchtitan's trainer, which reports that alone, what the process held. "
+        "dense ones. Peak memory: of tensors; of torchtitan's trainer, which reports nothing else, of the process. "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {(result['commit'] or 'unknown')[:10]}, `{result['command']}`."
     )

@@ -142,7 +142,7 @@ def test_report():
     per_step = 1e3 * dense[1] / dense[0]
     assert 1e3 * sparse[2] / sparse[0] == pytest.approx(per_step - ffn * (1 - 0.375), rel=0.01)
     assert run[0] == 60000 and run[4] == pytest.approx(dense[4] + sparse[4] + tail[4], abs=0.02)
-    assert "(groups_quarter in docs/kernels/d2048/kernels.json)" in report
+    assert "(groups_quarter in docs/kernels/kernels.json)" in report
     assert "has not this recipe" in estimate(["--config", "configs/160m.toml", *QUARTER])
     assert "reference" in estimate([*SLICE, *QUARTER, "--training.mixed_precision_param", "float32"])
     assert math.isfinite(
@@ -154,7 +154,7 @@ def test_nothing_is_asked_of_this_machine(tmp_path):
     folder = tmp_path / "run"
     estimate([*SLICE, "--job.dump_folder", str(folder), "--model.converters", "quantize.linear.float8"])
     assert not folder.exists()
-    assert (ROOT / "docs" / "kernels" / "d4096" / "kernels.json").exists()
+    assert (ROOT / "docs" / "kernels" / "kernels.json").exists()
 
 
 @pytest.mark.parametrize(
