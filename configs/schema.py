@@ -147,6 +147,12 @@ class Router:
     cluster_size: int = _in(64, 1)
     """Neurons in a cluster, a divisor of the FFN's width."""
 
+    cluster_by: Literal["activations", "weights"] = "activations"
+    """
+    What makes neurons alike. activations: firing for the same tokens of the batch at hand. weights: the directions of
+    their rows in W1 (arXiv 2602.06183).
+    """
+
     spread: bool = False
     """Place the neurons of a cluster apart, every C-th of C clusters, so that a Venom block holds neurons of many."""
 

@@ -12,7 +12,7 @@ the six matrix products of a squared-ReLU FFN:
 """
 
 from kernels.causal import Preceding
-from kernels.clustering import balanced_clusters, permute_rows, route_tokens
+from kernels.clustering import activation_clusters, balanced_clusters, permute_rows, route_tokens
 from kernels.feed_forward import Pattern, backend, hidden_activations, sparse_feed_forward
 from kernels.groups import Groups, group_mask
 from kernels.two_four.reference import soft_threshold_2_4, soft_threshold_scale
@@ -27,6 +27,7 @@ __all__ = [
     "Pattern",
     "Preceding",
     "Venom",
+    "activation_clusters",
     "backend",
     "balanced_clusters",
     "group_mask",

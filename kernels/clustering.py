@@ -3,15 +3,18 @@
 Which neurons of a squared-ReLU FFN fire depends on the token, so a pattern shared by V tokens fits well only
 if the V tokens are alike. Two permutations bring that about.
 
-Neurons, once, when sparsity starts: W1's rows are clustered by direction (balanced k-means under cosine
-distance, all clusters of one size) and W1's rows and W2's columns are put into cluster order. The
-network computes the same function; only the order of the neurons changed.
+Neurons, once, when sparsity starts: they are clustered (balanced k-means under cosine distance, all clusters of one
+size), and W1's rows and W2's columns are put into cluster order. The network computes the same function; only the order
+of the neurons changed. Alike are neurons that fire for the same tokens, which is what a group of them is kept for.
+Rows of W1 that point the same way do so too, but seldom are there any: in a space of d dimensions most rows are nearly
+at right angles, and yet fire together. A cluster's centroid, for the router, is the direction of its rows of W1.
 
 Tokens, every step: a token goes to the cluster c of largest x . centroid_c, and the tokens of the batch are sorted by
-cluster. The FFN acts on each token alone, so sorting before it and undoing that after it changes nothing
-but which tokens share a block.
+cluster, those of a cluster by the second largest. The FFN acts on each token alone, so sorting before it and undoing
+that after it changes nothing but which tokens share a block.
 
-Source: arXiv 2602.06183; the distance and the router's form are this project's choice.
+Source: arXiv 2602.06183, which clusters rows of W1; the distance, the likeness by activations and the router's form are
+this project's choice.
 """
 
 import torch
@@ -42,10 +45,10 @@ def _balanced_assignment(scores: Tensor, size: int) -> Tensor:
 
 
 def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Balanced k-means of a weight's rows under cosine distance.
+    """Balanced k-means of rows under cosine distance.
 
     Args:
-        weight: `[f, d]`, floating point: W1, a row a neuron.
+        weight: `[f, d]`, floating point, a row a neuron: W1, or what else tells neurons apart.
         size: neurons in a cluster, a divisor of f.
         iterations: rounds of assignment and centroid update at most; ends earlier when no row moves.
         seed: chooses the first centroids among the rows.
@@ -79,6 +82,30 @@ def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int
     return order, centroids
 
 
+def activation_clusters(
+    x: Tensor, weight: Tensor, size: int, iterations: int = 10, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Balanced clusters of neurons that fire for the same tokens: of the columns of h = relu(x W1^T)^2.
+
+    Args:
+        x: `[T, d]`, floating point: tokens that stand for all, some thousands.
+        weight: `[f, d]`, floating point: W1.
+        size, iterations, seed: as in `balanced_clusters`.
+
+    Returns:
+        order `[f]` int64 and centroids `[f / size, d]` float32, as `balanced_clusters` gives them; the centroids are
+        the directions of the clusters' rows of W1, since it is with tokens that the router multiplies them.
+
+    Raises:
+        ValueError: as `balanced_clusters`.
+    """
+    weight = weight.detach().float()
+    active = (x.detach().float() @ weight.T).relu()
+    order, _ = balanced_clusters((active * active).T, size, iterations, seed)
+    rows = F.normalize(weight, dim=1)[order]
+    return order, F.normalize(rows.unflatten(0, (-1, size)).sum(1), dim=1)
+
+
 def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Send each token to the cluster whose centroid has the largest dot product with it.
 
@@ -87,13 +114,15 @@ def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         centroids: `[C, d]`, any floating dtype.
 
     Returns:
-        clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, stably, so that tokens of a cluster
-        keep their order.
+        clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, those of a cluster by the cluster
+        of second-largest product, and else in their order.
     """
-    clusters = (x.detach() @ centroids.to(x.dtype).T).argmax(dim=1)
+    count = centroids.shape[0]
+    best = (x.detach() @ centroids.to(x.dtype).T).topk(min(2, count), dim=1).indices
+    keys = best[:, 0] * count + best[:, -1]
     # A radix sort's time goes with the bytes of its keys.
-    keys = clusters.to(torch.int16) if centroids.shape[0] <= torch.iinfo(torch.int16).max else clusters
-    return clusters, keys.sort(stable=True).indices
+    keys = keys.to(torch.int16 if count**2 <= 2**15 else torch.int32)
+    return best[:, 0], keys.sort(stable=True).indices
 
 
 class _PermuteRows(torch.autograd.Function):

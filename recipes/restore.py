@@ -77,14 +77,17 @@ class Checkpoint:
         return state
 
     @torch.no_grad()
-    def model(self, device: torch.device | None = None) -> tuple[Llama, Sparsity]:
+    def model(self, device: torch.device | None = None, tokens: Tensor | None = None) -> tuple[Llama, Sparsity]:
         """The model, float32, dense and in evaluation mode, and what runs its FFNs in other modes.
 
         What a sparse phase prepares, scales and centroids, is the checkpoint's. Where it has none, being from before
-        the first such phase or of the model alone, it is what that phase would begin with if it began here.
+        the first such phase or of the model alone, it is what that phase would begin with if it began here, with these
+        tokens.
 
         Args:
             device: where the model is to be; None: on the CPU.
+            tokens: `[B, S]` int64, that the neurons are clustered by where the checkpoint has no clusters; None: then
+                the FFNs run densely alone.
 
         Raises:
             ConfigError: the checkpoint holds another model than run.json says.
@@ -99,8 +102,10 @@ class Checkpoint:
             state["sparsity"] = sparsity
         self._load(state)
         first = next((span for span in spans if span.mode == "sparse"), None)
-        if first is not None and not sparsity.prepared:
-            sparsity.enter(first.start + 1)
+        if first is not None and not sparsity.prepared and tokens is not None:
+            batch = tokens.to(device or "cpu")
+            with self.autocast(batch.device):
+                sparsity.enter(first.start + 1, lambda: model(batch))
         sparsity.run_as(None)
         return model.eval(), sparsity
 

@@ -4,13 +4,14 @@ At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the
 every re-clustering, it prepares them: W1's rows are clustered and the neurons put into cluster order, with their
 optimizer moments; at the first step also the scales of the 2:4 weights are fitted, once and for the whole phase.
 
-Preparation reads nothing but the weights, the step and the seed. So a run killed before the switch prepares at its
-resume what it would have prepared, and one killed after it finds scales, centroids and the neurons' order in
-the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or, spread, every C-th).
+Preparation reads nothing but the weights, the step, the seed and the step's first micro-batch. So a run killed before
+the switch prepares at its resume what it would have prepared, and one killed after it finds scales, centroids and the
+neurons' order in the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or,
+spread, every C-th).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +23,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from configs.schema import Activations, JobConfig
-from kernels import Groups, Pattern, Venom, backend, balanced_clusters, soft_threshold_2_4, soft_threshold_scale
+from kernels import (
+    Groups,
+    Pattern,
+    Venom,
+    activation_clusters,
+    backend,
+    balanced_clusters,
+    soft_threshold_2_4,
+    soft_threshold_scale,
+)
 from models.feed_forward import FeedForward, FeedForwardSparsity
 from models.llama import LlamaArgs
 from recipes.schedule import Span, span_at
 
 MASK_ROWS = 1024  # of a matrix whose mask is watched
+SAMPLE = 8192  # tokens by whose activations neurons are clustered
 
 
 def activation_pattern(activations: Activations) -> Pattern | None:
@@ -120,14 +131,22 @@ class Sparsity(Stateful):
         # What the FFNs are prepared for: a phase, by its start, and a recipe. A resumed run may have been given others.
         self.prepared = ""
 
-    def enter(self, step: int) -> bool:
-        """Put the FFNs into the mode of this step. Returns whether the phase differs from the step before."""
+    def enter(self, step: int, forward: Callable[[], Any] | None = None) -> bool:
+        """Put the FFNs into the mode of this step.
+
+        Args:
+            step: from 1.
+            forward: runs the model on the step's tokens; called where the neurons are clustered by activations.
+
+        Returns:
+            whether the phase differs from that of the step before.
+        """
         span = span_at(self.spans, step)
         since = step - span.start - 1
         every = self.config.router.recluster_every
         wanted = f"{span.start} {self.config.weights} {self.config.activations} {self.config.router}"
         if span.mode == "sparse" and (self.prepared != wanted or (every and since % every == 0)):
-            self._prepare(step, first=self.prepared != wanted)
+            self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
         changed, self.phase = span.mode != self.phase, span.mode
         for feed_forward in self.feed_forwards:
@@ -135,7 +154,13 @@ class Sparsity(Stateful):
         return changed
 
     def run_as(self, mode: FeedForwardSparsity | None) -> None:
-        """Run the FFNs as inference may: densely, for None, or with a sparsity that need not be the recipe's."""
+        """Run the FFNs as inference may: densely, for None, or with a sparsity that need not be the recipe's.
+
+        Raises:
+            ValueError: the mode has a router or 2:4 weights, and nothing has been prepared for them.
+        """
+        if mode is not None and (mode.clusters or mode.weight_products) and not self.prepared:
+            raise ValueError("the FFNs are not prepared for a sparse mode: enter one first")
         self.phase = "dense" if mode is None else "sparse"
         for feed_forward in self.feed_forwards:
             feed_forward.sparse, feed_forward.sparsity = mode is not None, mode or feed_forward.sparsity
@@ -152,23 +177,48 @@ class Sparsity(Stateful):
                 feed_forward.sparse = self.phase == "sparse"
 
     @torch.no_grad()
-    def _prepare(self, step: int, first: bool) -> None:
-        for index, feed_forward in enumerate(self.feed_forwards):
+    def _prepare(self, step: int, first: bool, forward: Callable[[], Any] | None) -> None:
+        by_activations = self.config.router.enable and self.config.router.cluster_by == "activations"
+        inputs = self._inputs(forward) if by_activations else [None] * len(self.feed_forwards)
+        for index, (feed_forward, x) in enumerate(zip(self.feed_forwards, inputs, strict=True)):
             if self.config.router.enable:
                 seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
-                self._cluster(feed_forward, seed % 2**31)
+                self._cluster(feed_forward, x, seed % 2**31)
             if first and self.config.weights.pattern == "2:4":
                 # Rounded here, since some products multiply by beta in bf16 and some in float32.
                 feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)).bfloat16())
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 
-    def _cluster(self, feed_forward: FeedForward, seed: int) -> None:
-        size = self.config.router.cluster_size
-        order, centroids = balanced_clusters(_full(feed_forward.w1.weight), size, seed=seed)
+    def _inputs(self, forward: Callable[[], Any] | None) -> list[Tensor]:
+        """What each FFN reads, `[T, d]` of SAMPLE tokens at most, while `forward` runs the model densely."""
+        if forward is None:
+            raise ValueError("neurons are clustered by activations: give the step's forward pass")
+        inputs: list[Tensor] = []
+
+        def keep(_, arguments: tuple[Tensor]) -> None:
+            x = arguments[0].flatten(0, -2)
+            inputs.append(x[:: -(-x.shape[0] // SAMPLE)].clone())
+
+        hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
+        try:
+            # The hooks are for this once: not to be compiled, nor missed by what has been.
+            with torch.compiler.set_stance("force_eager"), self.dense():
+                forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+    def _cluster(self, feed_forward: FeedForward, x: Tensor | None, seed: int) -> None:
+        size, weight = self.config.router.cluster_size, _full(feed_forward.w1.weight)
+        if x is None:
+            order, centroids = balanced_clusters(weight, size, seed=seed)
+        else:
+            order, centroids = activation_clusters(x, weight, size, seed=seed)
         if self.config.router.spread:
             order = order.view(-1, size).T.flatten()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # All ranks computed the same up to the order of floating-point sums, which is not enough here.
+            # The ranks have seen different tokens, and even of the same ones sums differ in their last bits.
             dist.broadcast(order, src=0)
             dist.broadcast(centroids, src=0)
         feed_forward.centroids.copy_(centroids)

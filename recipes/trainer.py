@@ -6,7 +6,6 @@ be interrupted by a signal at any time, and it resumes exactly.
 """
 
 import importlib.metadata
-import itertools
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,6 +43,24 @@ from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator
 
 logger = logging.getLogger("sparsetitan")
+
+
+class _Batches:
+    """An iterator of micro-batches, the next of which can be looked at before it is taken."""
+
+    def __init__(self, batches: Iterator) -> None:
+        self._batches = batches
+        self._next: list = []
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self):
+        return self._next.pop() if self._next else next(self._batches)
+
+    def peek(self):
+        self._next = self._next or [next(self._batches)]
+        return self._next[0]
 
 
 class SparseTrainer(titan.Trainer):
@@ -83,8 +101,8 @@ class SparseTrainer(titan.Trainer):
             logger.info(f"{config.job.dump_folder} is complete, {self.step} steps: raise training.steps to go on")
             return
         # The first batch is taken before anything is written: a loader that refuses its state leaves the run as it was.
-        batches = self.batch_generator(self.dataloader)
-        batches = itertools.chain([next(batches)], batches)
+        batches = _Batches(self.batch_generator(self.dataloader))
+        batches.peek()
         self.metrics_processor.start(self.step)
         dtype = titan.TORCH_DTYPE_MAP[config.training.mixed_precision_param]
         device = torch.device(titan.device_type)
@@ -105,7 +123,7 @@ class SparseTrainer(titan.Trainer):
             while self.step < config.training.steps and not self._any_rank_interrupted():
                 self.step += 1
                 self.gc_handler.run(self.step)
-                self._enter_phase()
+                self._enter_phase(batches)
                 self._train_validate_log(batches)
                 self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
                 for each in (profiler, memory_profiler):
@@ -126,9 +144,14 @@ class SparseTrainer(titan.Trainer):
         super().close()
         self.lock.release()
 
-    def _enter_phase(self) -> None:
+    def _enter_phase(self, batches: "_Batches") -> None:
+        def forward() -> None:
+            inputs, _, extra_inputs, extra_kwargs = self.post_dataloading_process(*batches.peek())
+            with self.train_context(), self.maybe_enable_amp:
+                self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
+
         began = time.perf_counter()
-        changed = self.sparsity.enter(self.step)
+        changed = self.sparsity.enter(self.step, forward)
         seconds = time.perf_counter() - began
         self.metrics_processor.switch_seconds += seconds
         if changed:

@@ -244,7 +244,7 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
     if checkpoint.args.sparsity.pattern is None:
         raise ConfigError(f"--pattern: {checkpoint.config.recipe} cuts no activations, so there is nothing to compare")
     modes = inference_modes(checkpoint.args.sparsity, length)
-    model, sparsity = checkpoint.model(device)
+    model, sparsity = checkpoint.model(device, text.batches(length, batch_size)[0][0])
 
     def logits(ids: Tensor) -> Tensor:
         with checkpoint.autocast(device):

@@ -77,12 +77,12 @@ class Probe:
         self.config = config = self.checkpoint.config
         self.tokenizer = load_tokenizer(str(self.checkpoint.tokenizer))
         self.bytes = token_bytes(str(self.checkpoint.tokenizer))
-        self.model, self.sparsity = self.checkpoint.model(torch.device(device_type))
         config.validation.sequences = sequences or config.validation.sequences
         rows = validation_sequences(self.tokenizer, config)
         # Whole micro-batches: in a smaller one, other tokens would share a pattern than in training.
         size = min(config.training.local_batch_size, len(rows))
         self.batches = rows[: len(rows) // size * size].split(size)
+        self.model, self.sparsity = self.checkpoint.model(torch.device(device_type), self.batches[0][:, :-1])
 
     def measure(self, items: int) -> dict[str, Any]:
         """Everything, as probe.json has it."""

@@ -102,10 +102,10 @@ def train(tiny):
         if stop_after is not None:
             original = trainer._enter_phase
 
-            def enter_phase():
+            def enter_phase(batches):
                 if trainer.step == stop_after + 1:
                     raise KeyboardInterrupt
-                original()
+                original(batches)
 
             trainer._enter_phase = enter_phase  # type: ignore[method-assign]
         try:

@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from configs.loader import load_config
-from kernels import Groups, Venom
+from kernels import Groups, Venom, activation_clusters
 from models.attention import rotate
 from models.feed_forward import FeedForwardSparsity
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
+from recipes.sparsity import Sparsity
 
 SMALL = {
     "dim": 48,
@@ -187,3 +189,36 @@ def test_rotary_embedding_is_torchtitan_s(dtype):
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     torch.testing.assert_close(actual, expected, **close)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (actual, expected)), **close)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sparse_phase_clusters_neurons_by_the_activations_of_its_first_tokens(compiled):
+    torch.manual_seed(0)
+    config, _ = load_config(["--config", "configs/debug.toml", "--recipe", "recipes/groups_quarter.toml"])
+    args, spans = check_config(config)
+    args.vocab_size, tokens = 64, torch.randint(64, (2, 48))
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+        for key, block in model.layers.items() if compiled else ():
+            model.layers.register_module(key, torch.compile(block, backend="eager", fullgraph=True))
+        expected, read = model(tokens), []
+        ffns = model.feed_forwards()
+        old = [ffn.w1.weight.clone() for ffn in ffns]
+        sparsity = Sparsity(config, ffns, [], spans)
+        with pytest.raises(ValueError, match="give the step's forward pass"):
+            sparsity.enter(spans[1].start + 1)
+        graphs = counters["stats"]["unique_graphs"]
+        hooks = [ffn.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, 1))) for ffn in ffns]
+        assert sparsity.enter(spans[1].start + 1, lambda: model(tokens))
+        for hook in hooks:
+            hook.remove()
+        assert len(read) == len(ffns) and all(ffn.sparse for ffn in ffns)
+        assert counters["stats"]["unique_graphs"] == graphs
+        for index, (ffn, x, weight) in enumerate(zip(ffns, read, old, strict=True)):
+            seed = (spans[1].start + 1) * 1_009 + index
+            order, centroids = activation_clusters(x, weight, config.router.cluster_size, seed=seed)
+            assert torch.equal(ffn.w1.weight, weight[order]) and torch.equal(ffn.centroids, centroids)
+            assert not ffn._forward_pre_hooks
+        with sparsity.dense():
+            torch.testing.assert_close(model(tokens), expected)

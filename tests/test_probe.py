@@ -57,7 +57,7 @@ def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_pat
     assert len({mode["loss"] for mode in modes.values()}) == len(modes)
     kept = {name: mode["health"].get("energy_kept") for name, mode in modes.items()}
     assert kept.pop("dense") is None and all(0 < share < 1 for share in kept.values())
-    assert max(kept, key=kept.__getitem__) == "token"  # the freest choice
+    assert kept["token"] > kept["preceding"]  # the same size of choice, with and without a look at the token
     assert {name for name in modes if "router_balance" in modes[name]["health"]} == leaking | {"cluster"}
 
 
@@ -97,9 +97,14 @@ def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, word
     about["config"]["parallelism"]["data_parallel_shard_degree"] = 8
     file.write_text(json.dumps(about))
     kept, _ = find_checkpoint(str(run / "checkpoint" / "step-8")).model()
-    # The final save has no centroids, nor has one from before the sparse phase: they are those of its weights.
+    # The final save has no centroids, nor has one from before the sparse phase: they are those of given tokens.
+    tokens = torch.arange(64).view(2, 32)
     for path in (run, run / "checkpoint" / "step-4"):
         model, sparsity = find_checkpoint(str(path)).model()
+        assert not sparsity.prepared and not model.training
+        with pytest.raises(ValueError, match="the FFNs are not prepared"):
+            sparsity.run_as(kept.feed_forwards()[0].sparsity)
+        model, sparsity = find_checkpoint(str(path)).model(tokens=tokens)
         assert sparsity.prepared and not model.training
         for ffn, old in zip(model.feed_forwards(), kept.feed_forwards(), strict=True):
             assert not ffn.sparse
