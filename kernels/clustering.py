@@ -117,12 +117,14 @@ def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, those of a cluster by the cluster
         of second-largest product, and else in their order.
     """
-    count = centroids.shape[0]
-    best = (x.detach() @ centroids.to(x.dtype).T).topk(min(2, count), dim=1).indices
-    keys = best[:, 0] * count + best[:, -1]
-    # A radix sort's time goes with the bytes of its keys.
-    keys = keys.to(torch.int16 if count**2 <= 2**15 else torch.int32)
-    return best[:, 0], keys.sort(stable=True).indices
+    scores, count = x.detach() @ centroids.to(x.dtype).T, centroids.shape[0]
+    clusters = scores.argmax(dim=1)
+    # Two passes that the compiler fuses, where topk is a kernel of its own.
+    others = torch.where(torch.arange(count, device=x.device) == clusters[:, None], -torch.inf, scores)
+    keys = clusters * count + others.argmax(dim=1)
+    # A radix sort's time goes with the bytes of its keys: two are enough for 256 clusters.
+    keys = (keys - 2**15).to(torch.int16) if count <= 256 else keys.to(torch.int32)
+    return clusters, keys.sort(stable=True).indices
 
 
 class _PermuteRows(torch.autograd.Function):

@@ -669,16 +669,16 @@ def test_neurons_that_fire_together_are_clustered(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_route_tokens_is_brute_force(dtype):
-    for seed, (tokens, clusters) in enumerate([(1, 1), (1, 4), (13, 3), (40, 8), (7, 1)]):
+    for seed, (tokens, clusters) in enumerate([(1, 1), (1, 4), (13, 3), (40, 8), (7, 1), (60, 256), (60, 257)]):
         rand = torch.Generator().manual_seed(seed)
         x = torch.randint(-2, 3, (tokens, 3), generator=rand).to(dtype).requires_grad_()
         centroids = torch.randint(-2, 3, (clusters, 3), generator=rand).float()
         assigned, order = route_tokens(x, centroids)
         products = [[sum(a * b for a, b in zip(t, c, strict=True)) for c in centroids.tolist()] for t in x.tolist()]
-        # Of equal products any may be the largest.
-        ranked = (x.detach().float() @ centroids.T).topk(min(2, clusters), dim=1)
-        assert ranked.values.tolist() == [sorted(row)[: -3 if clusters > 1 else -2 : -1] for row in products]
-        expected = ranked.indices.tolist()
+        expected = [
+            largest(row, 1) + largest([-math.inf if i in largest(row, 1) else p for i, p in enumerate(row)], 1)
+            for row in products
+        ]
         assert assigned.tolist() == [best[0] for best in expected]
         assert order.tolist() == sorted(range(tokens), key=lambda t: (*expected[t], t))
         assert assigned.dtype == order.dtype == torch.int64
