@@ -4,7 +4,7 @@ At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the
 every re-clustering, it prepares them: W1's rows are clustered and the neurons put into cluster order, with their
 optimizer moments; at the first step also the scales of the 2:4 weights are fitted, once and for the whole phase.
 
-Preparation reads nothing but the weights, the step, the seed and the step's first micro-batch. So a run killed before
+Preparation reads nothing but the weights, the step, the seed and the step's first micro-batches. So a run killed before
 the switch prepares at its resume what it would have prepared, and one killed after it finds scales, centroids and the
 neurons' order in the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or,
 spread, every C-th).
@@ -190,14 +190,20 @@ class Sparsity(Stateful):
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 
     def _inputs(self, forward: Callable[[], Any] | None) -> list[Tensor]:
-        """What each FFN reads, `[T, d]` of SAMPLE tokens at most, while `forward` runs the model densely."""
+        """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'."""
         if forward is None:
             raise ValueError("neurons are clustered by activations: give the step's forward pass")
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
         inputs: list[Tensor] = []
 
         def keep(_, arguments: tuple[Tensor]) -> None:
             x = arguments[0].flatten(0, -2)
-            inputs.append(x[:: -(-x.shape[0] // SAMPLE)].clone())
+            x = x[:: -(-x.shape[0] * ranks // SAMPLE)].float().contiguous()
+            if ranks > 1:
+                parts = [torch.empty_like(x) for _ in range(ranks)]
+                dist.all_gather(parts, x)
+                x = torch.cat(parts)
+            inputs.append(x)
 
         hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
         try:
@@ -218,7 +224,7 @@ class Sparsity(Stateful):
         if self.config.router.spread:
             order = order.view(-1, size).T.flatten()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # The ranks have seen different tokens, and even of the same ones sums differ in their last bits.
+            # All ranks computed the same up to the order of floating-point sums, which is not enough here.
             dist.broadcast(order, src=0)
             dist.broadcast(centroids, src=0)
         feed_forward.centroids.copy_(centroids)
