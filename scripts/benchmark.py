@@ -5,8 +5,8 @@
 
 A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
 all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
-dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. Contenders take
-turns, `--rounds` times.
+dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. A step is of one
+micro-batch, unless --training.global_batch_size says otherwise. Contenders take turns, `--rounds` times.
 
 A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
 graphs were compiled or memory was new, the profiler was on or its trace was written are left out. A contender whose
@@ -244,6 +244,9 @@ class Turn:
         self.config: JobConfig = load_config(self.words)[0]
         check_config(self.config)
         check_data(self.config)
+        # Of a step and GPU.
+        batch = self.config.training.global_batch_size
+        self.sequences = batch // gpus if batch > 0 else self.config.training.local_batch_size
 
     def run(self) -> dict[str, Any]:
         """Run it.
@@ -265,8 +268,7 @@ class Turn:
             tail = log.read_text(errors="replace").splitlines()[-1:]
             return {"failed": f"status {process.returncode}, see {log}: {' '.join(tail)[:200]}"}
         training = self.config.training
-        batch = training.global_batch_size
-        tokens = training.seq_len * (batch if batch > 0 else training.local_batch_size * self.gpus)
+        tokens = training.seq_len * self.sequences * self.gpus
         about: dict[str, Any] = {}
         if self.program == ("train.py",):
             rows = read_lines(self.folder / "metrics.jsonl")
@@ -416,6 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
     common = {"config": options.config} | {
         key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)
     }
+    common.setdefault("training.global_batch_size", "-1")
     stem = Path(options.config).stem
     out = options.out or ROOT / "docs" / "training" / stem
     names = list(dict.fromkeys(options.contenders))
@@ -458,7 +461,7 @@ def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "model": config.model.flavor,
         "sequence": config.training.seq_len,
-        "batch": config.training.local_batch_size,
+        "batch": turn.sequences,
         "activation_checkpoint": config.activation_checkpoint.mode,
         "compile": config.compile.enable,
         "contenders": {},
