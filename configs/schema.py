@@ -132,6 +132,9 @@ class Activations:
     active.
     """
 
+    sample: int = _in(1, 1)
+    """groups: a block chooses by every `sample`-th of its tokens, so that product (1) need not be computed for all."""
+
     cut_along_tokens: bool = False
     """
     2:4, venom: cut the operands of the weight gradients along the tokens as well, as the papers do for speed. Off:

@@ -23,16 +23,16 @@ approximate them, for speed:
                      up. With this option h and dy1 are cut a second time, along the tokens, for these two (arXiv
                      2503.16672, 2602.06183).
 
-The same six products are written four times below: `_Masked` is the reference, dense products over masked operands,
-right on any device; `_Groups`, `_Venom` and `_TwoFour` compute only what their pattern keeps. `backend` says which one
-runs, and why.
+The same six products are written five times below: `_Masked` is the reference, dense products over masked operands,
+right on any device; `_Groups`, `_Columns`, `_Venom` and `_TwoFour` compute only what their pattern keeps. `backend`
+says which one runs, and why.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import groups, hopper, two_four, venom
+from kernels import columns, groups, hopper, two_four, venom
 from kernels.causal import Preceding
 from kernels.clustering import permute_rows
 from kernels.groups import TILE, Groups
@@ -42,6 +42,8 @@ from kernels.venom import Venom, densest_neurons, token_mask
 from kernels.venom.reference import COLUMNS
 
 Pattern = Venom | Groups
+
+LARGE = 512  # tokens in a block from which gathering what it keeps is cheap beside its products
 
 CUSPARSELT = torch.backends.cusparselt.is_available()
 
@@ -110,6 +112,33 @@ class _Groups(torch.autograd.Function):
         dx = groups.reduce_neurons(dy1, lists, _thresholded(w1, w1_scale), order, x.shape[0])  # (5)
         dw1 = groups.reduce_tokens(dy1, lists, x, w1.shape[0], False)  # (6)
         return dx, dw1, dw2, None, None, None, None
+
+
+class _Columns(torch.autograd.Function):
+    """Groups that large blocks keep, `kernels.columns`; `order` as in `sparse_feed_forward`."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, pattern, order):
+        blocks = columns.in_blocks(x if order is None else x.index_select(0, order), pattern.v)
+        chosen = columns.choose(blocks, w1, pattern)
+        active = torch.bmm(blocks, columns.gathered(w1, chosen).mT).relu()  # (1)
+        h = active * active
+        y = torch.bmm(h, columns.gathered(w2.T.contiguous(), chosen)).flatten(0, 1)[: x.shape[0]]  # (2)
+        ctx.save_for_backward(blocks, w1, w2, h, chosen, order)
+        return y.contiguous() if order is None else torch.empty_like(y).index_copy_(0, order, y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        blocks, w1, w2, h, chosen, order = ctx.saved_tensors
+        tokens, hidden_dim = dy.shape[0], w1.shape[0]
+        dy = columns.in_blocks(dy if order is None else dy.index_select(0, order), blocks.shape[1])
+        dh = torch.bmm(dy, columns.gathered(w2.T.contiguous(), chosen).mT)  # (3)
+        dw2 = columns.scatter_sum(torch.bmm(h.mT, dy), chosen, hidden_dim).T.contiguous()  # (4)
+        dy1 = 2 * h.sqrt() * dh
+        dx = torch.bmm(dy1, columns.gathered(w1, chosen)).flatten(0, 1)[:tokens]  # (5)
+        dw1 = columns.scatter_sum(torch.bmm(dy1.mT, blocks), chosen, hidden_dim)  # (6)
+        dx = dx.contiguous() if order is None else torch.empty_like(dx).index_copy_(0, order, dx)
+        return dx, dw1, dw2, None, None
 
 
 def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
@@ -227,7 +256,8 @@ def backend(
         here: whether the device is of this machine; else it is taken for a Hopper GPU with cuSPARSELt.
 
     Returns:
-        "groups", "venom", "two_four" (2:4 activations, or 2:4 weights alone) or "reference", and the reason in words.
+        "groups", "columns", "venom", "two_four" (2:4 activations, or 2:4 weights alone) or "reference", and the reason
+        in words.
     """
     if device.type != "cuda":
         return "reference", f"no kernels for the device {device.type}"
@@ -241,12 +271,17 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
-        case Preceding(Groups(v, g)) if v == g == TILE and not width % 64 and not weight_products:
+        case Preceding(Groups(v, g, sample=1)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
         case Preceding():
             return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
-        case Groups(v, g) if v != TILE or g != TILE or width % 64:
-            return "reference", f"kernels for groups need v = g = {TILE} and a width divisible by 64"
+        case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
+            return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
+        case Groups(v, g, sample=sample) if v != TILE or g != TILE or sample > 1 or width % 64:
+            return "reference", (
+                f"kernels for groups need v = g = {TILE}, sample = 1 and a width divisible by 64, or v of {LARGE} and "
+                'more with a budget of "block" and without 2:4 weights'
+            )
         case Groups():
             if not here or not hopper.missing(device):
                 return "groups", "column groups, CUDA C++ for Hopper"
@@ -311,6 +346,8 @@ def sparse_feed_forward(
         if isinstance(pattern, Preceding):
             return _preceding_groups(x, w1, w2, pattern)
         return _Groups.apply(x, w1, w2, pattern, w1_scale, w2_scale, order)
+    if chosen == "columns":
+        return _Columns.apply(x, w1, w2, pattern, order)
     if chosen == "venom":
         return _Venom.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order)
     if order is not None:

@@ -49,10 +49,16 @@ class FeedForwardSparsity:
         What a kernel executes can be more: one that gathers four columns of M executes 4 / M, whatever N.
         """
         density = self.pattern.density(hidden_dim) if self.pattern is not None else 1.0
-        first = 0.5 if 1 in self.weight_products else 1.0
+        first = 0.5 if 1 in self.weight_products else self._chosen_by(density)
         # (3) is needed where h is not zero, and reads a 2:4 weight: the better of both counts.
         third = min(density, 0.5) if 3 in self.weight_products else density
         return (first + third + 4 * density) / 6
+
+    def _chosen_by(self, density: float) -> float:
+        """Share of product (1) that it takes to choose what is kept, and to compute that."""
+        if isinstance(self.pattern, Groups) and self.pattern.sample > 1:
+            return min(1.0, 1 / self.pattern.sample + density)
+        return 1.0
 
     def executed_share(self, hidden_dim: int, backend: str) -> float:
         """FLOPs that a backend (`kernels.backend`, or "dense") executes, of the six products'.
@@ -62,6 +68,9 @@ class FeedForwardSparsity:
         if backend in ("dense", "reference"):
             return 1.0
         first = 0.5 if 1 in self.weight_products else 1.0
+        if backend == "columns":
+            assert isinstance(self.pattern, Groups)
+            return (1 / self.pattern.sample + 6 * self.pattern.density(hidden_dim)) / 6
         if self.pattern is None or backend == "two_four":
             third = 0.5 if 3 in self.weight_products else 1.0
             along_neurons = 0.5 if self.pattern is not None else 1.0
@@ -98,7 +107,8 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
     if 1 in sparsity.weight_products:
         modes["dense W1"] = replace(sparsity, weight_products=())
     if isinstance(pattern, Groups):
-        pattern = replace(pattern, budget="block")  # one for the whole batch would be shared with later tokens
+        # One budget for the whole batch would be shared with later tokens, and of one token there is no sample.
+        pattern = replace(pattern, budget="block", sample=1)
     alone = FeedForwardSparsity(replace(pattern, v=1))
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone

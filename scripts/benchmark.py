@@ -81,6 +81,8 @@ CONTENDERS = {
     "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
     "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
     "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
+    "columns_quarter": _recipe("columns_quarter", "a quarter of the neurons, blocks of 1024"),
+    "columns_eighth": _recipe("columns_eighth", "an eighth of the neurons, blocks of 1024"),
     "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),
     "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", FIRST_2OF4),
     "groups_eighth_float8": _recipe("groups_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
@@ -125,6 +127,8 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
     """
     if "nccl" in kernel or op.startswith(("c10d::", "fsdp::")):
         return "communication"
+    if op == "aten::bmm":  # of blocks and the neurons that they keep; attention has kernels of its own
+        return "FFN"
     if "mm" in op and len(shapes) > 1:
         sizes = [*shapes[0], shapes[1][1]]
         if tokens in sizes:

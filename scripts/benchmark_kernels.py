@@ -57,6 +57,7 @@ from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weigh
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
 QUARTER, EIGHTH = Groups(128, 128, 0.25), Groups(128, 128, 0.125)
+COLUMNS_QUARTER, COLUMNS_EIGHTH = Groups(1024, 1, 0.25, sample=8), Groups(1024, 1, 0.125, sample=8)
 FOUR, TWO = Venom(128, 4, 16), Venom(128, 2, 16)
 
 # What is measured. A pattern whose blocks hold more than one token gets the router.
@@ -64,6 +65,8 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "dense": ("nothing sparse: the baseline", FeedForwardSparsity()),
     "groups_quarter": ("a quarter of the groups of 128 neurons", FeedForwardSparsity(QUARTER)),
     "groups_eighth": ("an eighth of them", FeedForwardSparsity(EIGHTH)),
+    "columns_quarter": ("a quarter of the neurons, in blocks of 1024", FeedForwardSparsity(COLUMNS_QUARTER)),
+    "columns_eighth": ("an eighth of them", FeedForwardSparsity(COLUMNS_EIGHTH)),
     "groups_quarter_2of4": ("a quarter, and 2:4 W1", FeedForwardSparsity(QUARTER, (1,))),
     "groups_eighth_2of4": ("an eighth, and 2:4 W1", FeedForwardSparsity(EIGHTH, (1,))),
     "venom_4of16": ("4 of 16 neurons", FeedForwardSparsity(FOUR)),

@@ -101,7 +101,7 @@ def layout(config: JobConfig, gpus: int) -> Layout:
 def kept_share(args: LlamaArgs, backend: str) -> float:
     """What a sparse FFN keeps for its backward pass of h, in numbers over T f."""
     pattern = args.sparsity.pattern
-    if backend == "groups":
+    if backend in ("groups", "columns"):
         return pattern.density(args.hidden_dim)  # type: ignore[union-attr]
     if backend == "venom":
         return COLUMNS / pattern.m  # type: ignore[union-attr]
@@ -139,8 +139,10 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
     ffn = tokens * width * hidden * share
     copies = 0 if fsdp or width == on.state else width * count
     # Gradients of h and y1, whole unless the kernels keep those compacted, too.
-    compact = backend == "groups" or (backend == "venom" and args.sparsity.cut_along_tokens)
+    compact = backend in ("groups", "columns") or (backend == "venom" and args.sparsity.cut_along_tokens)
     work = tokens * (width * hidden * 2 * (share if compact else 1.0) + on.stream * d)
+    if backend == "columns":  # a weight's rows that the blocks keep, and as many of a gradient
+        work += 2 * width * d * hidden * share * -(-tokens // args.sparsity.pattern.v)  # type: ignore[union-attr]
 
     every, per_block = 1.0, attention + ffn + copies
     recomputed = tokens * on.stream * d

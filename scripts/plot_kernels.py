@@ -89,8 +89,8 @@ def draw(result: dict[str, Any]) -> Figure:
         if timed:
             shapes.append({"title": title, "timed": timed, "staged": all("stages" in e for e in timed.values())})
     panels = [shape for shape in shapes if shape["staged"]]
-    heights = [0.7 + 0.22 * sum(len(shape["timed"]) for shape in shapes)]
-    heights += [0.7 + 0.3 * len(shape["timed"]) for shape in panels]
+    heights = [0.7 + 0.2 * sum(len(shape["timed"]) for shape in shapes)]
+    heights += [0.7 + 0.28 * len(shape["timed"]) for shape in panels]
     with rc_context(STYLE):
         figure = Figure(figsize=(10, sum(heights) + 0.8), dpi=150, layout="constrained")
         axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]

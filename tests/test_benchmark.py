@@ -24,6 +24,7 @@ TOKENS, D, F = 16384, ARGS.dim, ARGS.hidden_dim
         ("aten::mm", [[D, TOKENS], [TOKENS, D]], "nvjet", "projections"),
         ("aten::_scaled_mm", [[TOKENS, D], [D, 10944], [1]], "nvjet", "FFN"),  # SwiGLU's two thirds
         ("aten::mm", [[TOKENS, D], [D, 32768]], "nvjet", "head and loss"),
+        ("aten::bmm", [[16, 1024, D], [16, D, 2048]], "nvjet", "FFN"),
         ("sparsetitan::groups_sample", [[TOKENS, D]], "sample", "FFN"),
         ("triton_poi_fused_mul_relu_3", [], "triton_poi_fused_mul_relu_3", "FFN"),
         ("aten::_cudnn_attention_backward", [[4, 32, 4096, 128]], "cudnn_sdpa", "attention"),

@@ -120,7 +120,7 @@ def test_a_choice_other_than_the_largest_fails(weights, monkeypatch):
     """The module keeps as many groups as it should, but not the largest; the reference is asked after it."""
     right, calls = kernels.groups.reference.group_mask, []
 
-    def second_best(h, v, g, keep, sums=None, budget="block"):
+    def second_best(h, v, g, keep, *rest):
         calls.append(h)
         blocks = h.shape[1] // g
         if len(calls) > 1:

@@ -9,6 +9,9 @@ along the tokens.
 Blocks differ in how many groups their tokens excite. With the budget "batch" the same number of groups is kept in all,
 and those of the largest sums wherever they are: what is computed stays the same, more of h is kept.
 
+A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
+have met W1.
+
 Source: this project. With G = 1 and the choice made in every window of M neurons it would be Venom with N = 4.
 """
 
@@ -23,7 +26,13 @@ from kernels.groups.tiles import TILE, TileLists
 
 
 def group_mask(
-    h: Tensor, v: int, g: int, keep: float, sums: Tensor | None = None, budget: Literal["block", "batch"] = "block"
+    h: Tensor,
+    v: int,
+    g: int,
+    keep: float,
+    sums: Tensor | None = None,
+    budget: Literal["block", "batch"] = "block",
+    sample: int = 1,
 ) -> Tensor:
     """Which entries of h lie in a kept group.
 
@@ -39,6 +48,7 @@ def group_mask(
         sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks makes its choice by instead of its own sums over
             the v tokens.
         budget: "batch": so many groups a block on average, those of largest sum of all blocks.
+        sample: sums are over the tokens 0, sample, 2 sample, ... of a block.
 
     Returns:
         bool mask `[T, f]`.
@@ -47,13 +57,13 @@ def group_mask(
         ValueError: a pattern outside these bounds.
     """
     tokens, hidden_dim = h.shape
-    pattern = Groups(v, g, keep)
+    pattern = Groups(v, g, keep, budget, sample)
     pattern.check(hidden_dim)
     h = h.detach()
     blocks, groups = -(-tokens // v), hidden_dim // g
     tiles = F.pad(h, (0, 0, 0, blocks * v - tokens)).view(blocks, v, groups, g)
     if sums is None:
-        energies = tiles.to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+        energies = tiles[:, ::sample].to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
     else:
         energies = sums.view(blocks, groups, g).sum(2)
     kept = pattern.kept_groups(hidden_dim)
@@ -73,6 +83,7 @@ class Groups:
     g: int
     keep: float
     budget: Literal["block", "batch"] = "block"
+    sample: int = 1
 
     def density(self, hidden_dim: int) -> float:
         """Share of h that is kept at most in an FFN of width `hidden_dim`."""
@@ -88,13 +99,15 @@ class Groups:
             raise ValueError(f"v = {self.v}: a block needs at least one token")
         if self.g < 1:
             raise ValueError(f"g = {self.g}: a group needs at least one neuron")
+        if not 1 <= self.sample <= self.v:
+            raise ValueError(f"sample = {self.sample}: a block of v = {self.v} tokens has every 1st to {self.v}th")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep = {self.keep}: the share of groups to keep is in (0, 1]")
         if hidden_dim % self.g:
             raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
 
     def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
-        return group_mask(h, self.v, self.g, self.keep, sums, self.budget)
+        return group_mask(h, self.v, self.g, self.keep, sums, self.budget, self.sample)
 
 
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, TileLists]:

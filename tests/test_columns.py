@@ -1,0 +1,143 @@
+"""Large blocks as dense FFNs of what they keep, against the specification: on a GPU as compiled, elsewhere in Triton's
+interpreter.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.testing import assert_close
+
+from kernels import Groups, columns, groups
+from kernels.feed_forward import _Columns, _Masked, backend
+from kernels.groups.reference import group_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
+
+# tokens, v, g, keep, sample: whole blocks, a short last one, one that is shorter than v, groups, no sample
+SHAPES = [
+    (64, 16, 1, 0.25, 4),
+    (75, 16, 1, 0.125, 8),
+    (7, 16, 1, 0.25, 3),
+    (70, 32, 4, 0.3, 5),
+    (40, 20, 8, 0.25, 1),
+    (33, 16, 1, 1.0, 16),
+]
+
+
+def operands(tokens, width=12, hidden=48, dtype=torch.float64, seed=0):
+    rand = torch.Generator().manual_seed(seed)
+    x, w1, w2, dy = (
+        torch.randn(shape, generator=rand, dtype=torch.float64)
+        for shape in ((tokens, width), (hidden, width), (width, hidden), (tokens, width))
+    )
+    w1[: hidden // 4] -= 10 * x.mean(0)  # neurons that never fire: sums that are equal
+    w1[: hidden // 4] = -w1[: hidden // 4].abs()
+    x[:, : width // 2] = x[:, : width // 2].abs()
+    return tuple(each.to(DEVICE, dtype) for each in (x, w1, w2, dy))
+
+
+@pytest.mark.parametrize("tokens, v, g, keep, sample", SHAPES)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, ordered):
+    pattern = Groups(v, g, keep, sample=sample)
+    for seed in range(3):
+        x, w1, w2, dy = operands(tokens, seed=seed)
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
+        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
+        y = _Columns.apply(*leaves, pattern, order)
+        found = (y, *torch.autograd.grad(y, leaves, dy))
+        # The same in the blocks' order, by the reference.
+        place = torch.arange(tokens, device=DEVICE) if order is None else order
+        leaves = [each.clone().requires_grad_() for each in (x[place], w1, w2)]
+        y = _Masked.apply(*leaves, pattern, None, None, False, False)
+        dx, dw1, dw2 = torch.autograd.grad(y, leaves, dy[place])
+        inverse = place.argsort()
+        for one, other in zip(found, (y[inverse], dx[inverse], dw1, dw2), strict=True):
+            assert_close(one, other, rtol=1e-10, atol=1e-10)
+            assert one.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens, v, g, keep, sample", SHAPES)
+def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
+    pattern = Groups(v, g, keep, sample=sample)
+    x, w1, *_ = operands(tokens)
+    chosen = columns.choose(columns.in_blocks(x, v), w1, pattern)
+    assert chosen.dtype == torch.int64 and (chosen.diff(dim=1) > 0).all()
+    assert chosen.shape == (-(-tokens // v), pattern.kept_groups(48) * g)
+    kept = torch.zeros(len(chosen), 48, dtype=torch.bool, device=DEVICE).scatter_(1, chosen, True)
+    h = (x @ w1.T).relu() ** 2
+    expected = kept.repeat_interleave(v, 0)[:tokens] & (h != 0)
+    assert torch.equal(group_mask(h, v, g, keep, sample=sample), expected)
+
+
+def test_nan_in_a_sample_shows():
+    x, w1, w2, _ = operands(64)
+    x[16, 3] = torch.nan  # the first token of a block, which is in its sample
+    y = _Columns.apply(x, w1, w2, Groups(16, 1, 0.25, sample=4), None)
+    assert y[16].isnan().all() and y[:16].isfinite().all() and y[32:].isfinite().all()
+
+
+@pytest.mark.parametrize("blocks, kept, hidden, width", [(3, 5, 16, 12), (1, 4, 4, 1030), (5, 1, 40, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scatter_sum_adds_up_the_blocks(blocks, kept, hidden, width, dtype):
+    rand = torch.Generator().manual_seed(0)
+    parts = torch.randint(-8, 9, (blocks, kept, width), generator=rand).to(DEVICE, dtype)
+    chosen = torch.stack([torch.randperm(hidden, generator=rand)[:kept].sort().values for _ in range(blocks)])
+    found = columns._launch(parts, chosen.to(DEVICE), hidden)
+    assert torch.equal(found, columns._reference(parts, chosen.to(DEVICE), hidden))
+    assert torch.equal(found, columns.scatter_sum(parts, chosen.to(DEVICE), hidden))
+    assert found.dtype == dtype and not found.isnan().any()
+    none = torch.ones(hidden, dtype=torch.bool).index_fill_(0, chosen.flatten(), False)
+    assert not found[none.to(DEVICE)].any()
+
+
+def test_which_patterns_run_as_columns():
+    def chosen(pattern, *products, dtype=torch.bfloat16):
+        return backend(pattern, products, False, 768, 4608, torch.device("cuda"), dtype, here=False)[0]
+
+    assert chosen(Groups(1024, 1, 0.25, sample=8)) == chosen(Groups(512, 128, 0.25)) == "columns"
+    assert chosen(Groups(256, 1, 0.25)) == chosen(Groups(1024, 1, 0.25, "batch")) == "reference"
+    assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25), dtype=torch.float32) == "reference"
+    assert chosen(Groups(groups.TILE, groups.TILE, 0.25)) == "groups"
+    assert chosen(Groups(groups.TILE, groups.TILE, 0.25, sample=2)) == "reference"
+
+
+def test_a_compiled_graph_holds_through_it():
+    x, w1, w2, dy = operands(40, dtype=torch.float32)
+    pattern = Groups(16, 1, 0.25, sample=4)
+
+    def call(x, w1, w2):
+        return _Columns.apply(x, w1, w2, pattern, None)
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.columns import WIDTH, _add_rows
+
+pointers = {"parts": "*bf16", "slot": "*i32", "out": "*bf16"}
+signature = pointers | dict.fromkeys(("blocks", "hidden_dim", "kept", "D"), "i32") | {"WIDTH": "constexpr"}
+for arch in (80, 90):
+    source = ASTSource(_add_rows, signature, {"WIDTH": WIDTH})
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    assert "ld.global" in kernel.asm["ptx"]
+"""
+
+
+def test_kernels_compile_for_ampere_and_hopper():
+    subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
