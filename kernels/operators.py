@@ -1,6 +1,6 @@
-"""Functions as operators of torch.library: torch.compile takes them as they are, and the profiler names them.
+"""Functions as PyTorch operators: torch.compile takes them as they are, and the profiler names them.
 
-`torch.library.custom_op` is made for operators that have gradients, and what it wraps around a function costs the host
+PyTorch's `custom_op` is made for operators that have gradients, and what it wraps around a function costs the host
 four times an operator's own call. Ours are called by `autograd.Function`s, which have the gradients. So the function
 itself is registered; where autograd would pass it by, it refuses.
 """
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 F = TypeVar("F", bound=Callable)
 
-_library = torch.library.Library("sparsetitan", "FRAGMENT")
+_library = library.Library("sparsetitan", "FRAGMENT")
 
 
 def operator(name: str) -> Callable[[F], F]:
@@ -26,10 +26,10 @@ def operator(name: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = library.infer_schema(function, mutates_args=())
         _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
         _library.impl(name, _refusing_gradients(f"sparsetitan::{name}", function), "CompositeExplicitAutograd")
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _library.impl(name, library.fallthrough_kernel, "Autograd")
         registered = getattr(torch.ops.sparsetitan, name).default
         registered.__doc__ = function.__doc__
         return registered
@@ -42,7 +42,7 @@ def register_fake(registered: Callable) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         name = registered.name()  # type: ignore[attr-defined]
-        torch.library.register_fake(name, _refusing_gradients(name, function), lib=_library)
+        library.register_fake(name, _refusing_gradients(name, function), lib=_library)
         return function
 
     return register
