@@ -5,9 +5,8 @@ if the V tokens are alike. Two permutations bring that about.
 
 Neurons, once, when sparsity starts: they are clustered (balanced k-means under cosine distance, all clusters of one
 size), and W1's rows and W2's columns are put into cluster order. The network computes the same function; only the order
-of the neurons changed. Alike are neurons that fire for the same tokens, which is what a group of them is kept for.
-Rows of W1 that point the same way do so too, but seldom are there any: in a space of d dimensions most rows are nearly
-at right angles, and yet fire together. A cluster's centroid, for the router, is the direction of its rows of W1.
+of the neurons changed. Alike are neurons that fire for the same tokens, which is what a group of them is kept for;
+their rows of W1 need not point the same way. A cluster's centroid, for the router, is the direction of its rows of W1.
 
 Tokens, every step: a token goes to the cluster c of largest x . centroid_c, and the tokens of the batch are sorted by
 cluster, those of a cluster by the second largest. The FFN acts on each token alone, so sorting before it and undoing

@@ -5,14 +5,13 @@ gathered once and used by a thousand tokens, so the gathering costs little besid
 dense ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and `[B, K]` the neurons that each keeps:
 
     choose       sums of h over every `sample`-th token of a block, the K neurons of largest sum: [B, K]
-    gathered     rows of a weight: [f, d] to [B, K, d]
+    embedding    rows of a weight: [f, d] to [B, K, d]
     bmm          (1) x W1^T, (2) h W2^T, (3) dy W2, (5) dy1 W1 in the gathered rows; (4) and (6) to parts [B, K, d]
     scatter_sum  parts [B, K, d] to the weight's gradient [f, d]
 
 Product (1) is needed at the kept neurons alone, once they are chosen; and for choosing, a sample of the block's tokens
-does. Of the dense product 1/sample + keep is left, where tiles of 128 tokens need all of it. That is what makes this
-family the fastest, at a loss of h that is smaller than that of groups of 128 neurons in blocks of 128 tokens, since a
-neuron is kept for what it does itself.
+does. Of the dense product 1/sample + keep is left, where tiles of 128 tokens need all of it. What that gains, and what
+choosing neurons one by one for so many tokens loses, is predicted (kernels/README.md) and not measured yet.
 
 The specification is `kernels.groups.group_mask`. Source: this project.
 """
@@ -53,11 +52,6 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
     kept = sums.sort(dim=1, descending=True, stable=True).indices[:, : pattern.kept_groups(hidden_dim)]
     groups = kept.sort(dim=1).values
     return (groups[:, :, None] * pattern.g + torch.arange(pattern.g, device=w1.device)).view(count, -1)
-
-
-def gathered(weight: Tensor, chosen: Tensor) -> Tensor:
-    """Rows `chosen [B, K]` of a weight `[f, d]`: `[B, K, d]`."""
-    return weight.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
 
 
 @triton.jit

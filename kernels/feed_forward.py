@@ -121,9 +121,9 @@ class _Columns(torch.autograd.Function):
     def forward(ctx, x, w1, w2, pattern, order):
         blocks = columns.in_blocks(x if order is None else x.index_select(0, order), pattern.v)
         chosen = columns.choose(blocks, w1, pattern)
-        active = torch.bmm(blocks, columns.gathered(w1, chosen).mT).relu()  # (1)
+        active = torch.bmm(blocks, F.embedding(chosen, w1).mT).relu()  # (1)
         h = active * active
-        y = torch.bmm(h, columns.gathered(w2.T.contiguous(), chosen)).flatten(0, 1)[: x.shape[0]]  # (2)
+        y = torch.bmm(h, F.embedding(chosen, w2.T.contiguous())).flatten(0, 1)[: x.shape[0]]  # (2)
         ctx.save_for_backward(blocks, w1, w2, h, chosen, order)
         return y.contiguous() if order is None else torch.empty_like(y).index_copy_(0, order, y)
 
@@ -132,10 +132,10 @@ class _Columns(torch.autograd.Function):
         blocks, w1, w2, h, chosen, order = ctx.saved_tensors
         tokens, hidden_dim = dy.shape[0], w1.shape[0]
         dy = columns.in_blocks(dy if order is None else dy.index_select(0, order), blocks.shape[1])
-        dh = torch.bmm(dy, columns.gathered(w2.T.contiguous(), chosen).mT)  # (3)
+        dh = torch.bmm(dy, F.embedding(chosen, w2.T.contiguous()).mT)  # (3)
         dw2 = columns.scatter_sum(torch.bmm(h.mT, dy), chosen, hidden_dim).T.contiguous()  # (4)
         dy1 = 2 * h.sqrt() * dh
-        dx = torch.bmm(dy1, columns.gathered(w1, chosen)).flatten(0, 1)[:tokens]  # (5)
+        dx = torch.bmm(dy1, F.embedding(chosen, w1)).flatten(0, 1)[:tokens]  # (5)
         dw1 = columns.scatter_sum(torch.bmm(dy1.mT, blocks), chosen, hidden_dim)  # (6)
         dx = dx.contiguous() if order is None else torch.empty_like(dx).index_copy_(0, order, dx)
         return dx, dw1, dw2, None, None

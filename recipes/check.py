@@ -116,7 +116,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         try:
             pattern.check(args.hidden_dim)
         except ValueError as error:
-            raise ConfigError(f"activations.{error}; change it or model.hidden_dim") from None
+            raise ConfigError(f"activations.{error}; change it or what it has to fit") from None
     tokens = config.training.local_batch_size * config.training.seq_len
     if pattern is not None and pattern.v > tokens:
         raise ConfigError(

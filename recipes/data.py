@@ -17,9 +17,9 @@ data-parallel rank r of R owns the rows r B/R, ..., (r+1) B/R - 1 and takes one 
 `training.local_batch_size` to a micro-batch. The global batch of every step is the same for any R and any number of
 gradient accumulation steps, which makes runs on 1 and on 8 GPUs comparable loss by loss.
 
-A data-loading process encodes some 300 to 400 thousand tokens a second. Where that holds a GPU up,
-training.dataloader.num_workers of them share the micro-batches of a step, and the rows with them, in turn: the
-micro-batches are the same for any number of processes, but a run resumes with its own.
+Where one data-loading process encodes too slowly for a GPU, training.dataloader.num_workers of them share the
+micro-batches of a step, and the rows with them, in turn. For local files the micro-batches are the same for any number
+of processes; a run resumes with its own number.
 
 A row is a HuggingFaceTextDataset of torchtitan, and its state is what that keeps: its place in its documents and the
 tokens left over from packing. The state of a rank is the state of its rows and which row is next, so a run resumes with
@@ -542,8 +542,8 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
     def _row_state(row: Row) -> dict[str, Any]:
         state = row.state_dict()
         state["epoch"] = row.epoch
-        # With each micro-batch a process sends the state that it left: as a list of hundreds of thousands of numbers,
-        # the tokens left over would keep the trainer's own process from launching kernels for tens of milliseconds.
+        # With each micro-batch a process sends the state that it left. The tokens left over can be hundreds of
+        # thousands: as a list of numbers they would keep the trainer's process busy where it should launch kernels.
         state["token_buffer"] = np.array(state["token_buffer"], np.int32).tobytes()
         if isinstance(row._data, datasets.IterableDataset):
             state["stream_epoch"] = row._data.epoch

@@ -323,8 +323,8 @@ def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]
 
 
 def compare(contenders: dict[str, dict[str, Any]]) -> None:
-    """Add to each entry with sparse steps: speedup (a dense step over the sparse one), own_speedup (the same by the
-    run's own dense steps) and whole (all steps dense over the recipe's); see the module docstring.
+    """Add to each entry with sparse steps: speedup (a dense step over the sparse one) and whole (all steps dense over
+    the recipe's); see the module docstring.
     """
     dense = contenders.get("dense", {}).get("ms", {}).get("dense")
     for entry in contenders.values():
@@ -332,7 +332,7 @@ def compare(contenders: dict[str, dict[str, Any]]) -> None:
             own, sparse, share = entry["ms"]["dense"], entry["ms"]["sparse"], entry["sparse_share"]
             base = dense or own
             whole = base / ((1 - share) * own + share * sparse)
-            entry |= {"speedup": base / sparse, "own_speedup": own / sparse, "whole": whole}
+            entry |= {"speedup": base / sparse, "whole": whole}
 
 
 def text_table(result: dict[str, Any]) -> str:

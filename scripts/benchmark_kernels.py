@@ -17,7 +17,7 @@ step by step, as Python launches the kernels, and replayed from a CUDA graph, in
 model trains, the host runs ahead of the GPU as long as it can, so the second is what an FFN adds to a step, unless the
 host is too slow for the whole model. Each turn starts with a step that is not timed. Python's garbage collector is off,
 as torchtitan's trainer has it. cuBLAS's dense products take their turns in the same rounds. Our products' rates come
-from the short profile that follows, when the GPU is a little cooler: there cuBLAS itself reaches 100 to 112% of its
+from the short profile that follows, when the GPU is a little cooler: there cuBLAS itself reaches 100 to 105% of its
 rate in the rounds. Memory is the peak of forward and backward beyond inputs and weights, results included.
 
 Where the time goes is read off the profiler's kernels. Ours are known by the operator that launched them and its

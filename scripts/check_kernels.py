@@ -102,7 +102,7 @@ def definition(x: Tensor, dy: Tensor, weights: Weights, sparsity: FeedForwardSpa
     x, dy, w1, w2, centroids, w1_scale, w2_scale = (tensor.detach().double() for tensor in (x, dy, *weights))
     order = torch.arange(len(x), device=x.device)
     if sparsity.clusters:
-        order = (x @ centroids.T).argmax(1).sort(stable=True).indices
+        order = route_tokens(x, centroids)[1]
     x, dy, w2_thresholded = x[order], dy[order], w2
     if 1 in sparsity.weight_products:
         w1 = w1_scale * soft_threshold_2_4(w1)

@@ -1,7 +1,7 @@
 """Reckon what a job takes before it runs: parameters, memory of a GPU, FLOPs, time. Needs no GPU and no data.
 
     python -m scripts.estimate --config configs/1b.toml --gpus 8
-    python -m scripts.estimate --config configs/7b_slice.toml --recipe recipes/groups_quarter.toml --mfu 0.57
+    python -m scripts.estimate --config configs/7b_slice.toml --recipe recipes/groups_quarter.toml --mfu 0.59
 
 Every other key is train.py's. `--gpus` is by default what the degrees of parallelism multiply to, `--peak-tflops` an
 H100's. The model is built on the meta device, so none of it is allocated.
@@ -15,13 +15,15 @@ the backend keeps it: column groups and Venom compacted, 2:4 packed, by anything
 Against what was measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled,
 one GPU), tests/test_estimate.py:
 
-    7b-slice, our trainer          31.4 GiB reserved     reckoned 31.0, 1% less
-    1b, torchtitan's trainer       37.6 GiB reserved     reckoned 36.0, 4% less
-    7b-slice, a dense step         242 ms                reckoned 277 at the default --mfu 0.5, 14% more; 243 at 0.57
+    7b-slice, dense            32.5 GiB reserved     reckoned 31.0, 4% less
+    1b, dense                  36.1 GiB of tensors   reckoned 36.0
+    1b, groups_quarter         25.6 GiB of tensors   reckoned 25.5
+    1b, groups_eighth          24.9 GiB of tensors   reckoned 24.8
+    7b-slice, a dense step     236 ms                reckoned 277 at the default --mfu 0.5, 17% more; 235 at 0.59
 
-What an allocator loses to fragments is not in it, nor NCCL's buffers, CUDA's context (about 1 GiB together) and what
-kernels use for a moment; float8 is reckoned as bf16, an eager model as a compiled one. Sparse phases, FSDP and
-checkpointing are reckoned by the same rules and not compared with a measurement yet.
+The measured ones are those of docs/training. What an allocator loses to fragments is not reckoned, nor NCCL's buffers,
+CUDA's context (about 1 GiB together) and what kernels use for a moment; float8 is taken for bf16, an eager model for a
+compiled one. Other patterns, FSDP and checkpointing follow the same rules, not compared with a measurement yet.
 
 **Time.** FLOPs over GPUs x peak x MFU. For a sparse step they are those that the backend executes, at the *same* MFU:
 a bound, since products of fewer FLOPs run at a lower rate, and selection and packing execute none. How much of that

@@ -308,6 +308,9 @@ def training_table(file: Path) -> str:
     timed = {name: entry for name, entry in contenders.items() if not entry["failed"]}
     swiglu = timed.get("torchtitan_swiglu")
     over_dense = "over `dense`" if "dense" in timed else "over its own dense"
+    peak = "Peak memory: of tensors; of torchtitan's trainer, which reports nothing else, of the process."
+    if not any(entry["active_gib"] for entry in timed.values()):
+        peak = "Peak memory: of the process, which gives nothing back after the dense phase."
     rows = []
     for name, entry in timed.items():
         mode = "sparse" if "sparse" in entry["ms"] else "dense"
@@ -331,7 +334,7 @@ def training_table(file: Path) -> str:
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
         "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
-        "dense ones. Peak memory: of tensors; of torchtitan's trainer, which reports nothing else, of the process. "
+        f"dense ones. {peak} "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {(result['commit'] or 'unknown')[:10]}, `{result['command']}`."
     )

@@ -60,8 +60,9 @@ from recipes.data import check_data
 from scripts.plot import STYLE, draw_front, plot, read_lines
 from scripts.report import flops_share, load_groups, runs_table
 
-# What a run writes and where does not change what it computes, nor does how many processes encode its text.
-INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.", "training.dataloader.")
+# What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
+AHEAD = "training.dataloader.prefetch_factor"
+INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.", AHEAD)
 PROGRESS_SECONDS = 30.0
 # A run is a job of its own, whatever started the study.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -36,9 +36,10 @@ def operands(tokens, width=12, hidden=48, dtype=torch.float64, seed=0):
         torch.randn(shape, generator=rand, dtype=torch.float64)
         for shape in ((tokens, width), (hidden, width), (width, hidden), (tokens, width))
     )
-    w1[: hidden // 4] -= 10 * x.mean(0)  # neurons that never fire: sums that are equal
-    w1[: hidden // 4] = -w1[: hidden // 4].abs()
+    # Neurons that never fire: sums that are equal.
     x[:, : width // 2] = x[:, : width // 2].abs()
+    w1[: hidden // 4] = -w1[: hidden // 4].abs()
+    w1[: hidden // 4, width // 2 :] = 0
     return tuple(each.to(DEVICE, dtype) for each in (x, w1, w2, dy))
 
 
