@@ -152,8 +152,8 @@ class Router:
 
     cluster_by: Literal["activations", "weights"] = "activations"
     """
-    What makes neurons alike. activations: firing for the same tokens of the batch at hand. weights: the directions of
-    their rows in W1 (arXiv 2602.06183).
+    What makes neurons alike: firing for the same tokens of the batch at hand, or the directions of their rows in W1
+    ("weights", arXiv 2602.06183).
     """
 
     spread: bool = False
