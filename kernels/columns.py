@@ -31,7 +31,8 @@ WIDTH = 1024  # entries of a row that a program adds up
 def in_blocks(x: Tensor, v: int) -> Tensor:
     """`[T, d]` to `[B, V, d]`, V = min(v, T), the last block filled up with zeros."""
     v = min(v, x.shape[0])
-    return F.pad(x, (0, 0, 0, -x.shape[0] % v)).view(-1, v, x.shape[1])
+    missing = -x.shape[0] % v
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).view(-1, v, x.shape[1])
 
 
 def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
@@ -56,13 +57,14 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
 
 @triton.jit
 def _add_rows(parts, slot, out, blocks, hidden_dim, kept, D, WIDTH: tl.constexpr):
+    SUM: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
     neuron, column = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], tl.float32)
+    total = tl.zeros([WIDTH], SUM)
     for block in range(blocks):
         place = tl.load(slot + block * hidden_dim + neuron)
         row = (block * kept + place).to(tl.int64)
         width = tl.where(place >= 0, D, 0)
-        total += tl.load(parts + row * D + column, mask=column < width, other=0.0).to(tl.float32)
+        total += tl.load(parts + row * D + column, mask=column < width, other=0.0).to(SUM)
     tl.store(out + neuron.to(tl.int64) * D + column, total.to(out.dtype.element_ty), mask=column < D)
 
 

@@ -115,30 +115,26 @@ class _Groups(torch.autograd.Function):
 
 
 class _Columns(torch.autograd.Function):
-    """Groups that large blocks keep, `kernels.columns`; `order` as in `sparse_feed_forward`."""
+    """Groups that large blocks keep, `kernels.columns`; x, y and their gradients `[B, V, d]`, in blocks."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, pattern, order):
-        blocks = columns.in_blocks(x if order is None else x.index_select(0, order), pattern.v)
-        chosen = columns.choose(blocks, w1, pattern)
-        active = torch.bmm(blocks, F.embedding(chosen, w1).mT).relu()  # (1)
+    def forward(ctx, x, w1, w2, pattern):
+        chosen = columns.choose(x, w1, pattern)
+        active = torch.bmm(x, F.embedding(chosen, w1).mT).relu()  # (1)
         h = active * active
-        y = torch.bmm(h, F.embedding(chosen, w2.T.contiguous())).flatten(0, 1)[: x.shape[0]]  # (2)
-        ctx.save_for_backward(blocks, w1, w2, h, chosen, order)
-        return y.contiguous() if order is None else torch.empty_like(y).index_copy_(0, order, y)
+        ctx.save_for_backward(x, w1, w2, h, chosen)
+        return torch.bmm(h, F.embedding(chosen, w2.T.contiguous()))  # (2)
 
     @staticmethod
     def backward(ctx, dy):
-        blocks, w1, w2, h, chosen, order = ctx.saved_tensors
-        tokens, hidden_dim = dy.shape[0], w1.shape[0]
-        dy = columns.in_blocks(dy if order is None else dy.index_select(0, order), blocks.shape[1])
+        x, w1, w2, h, chosen = ctx.saved_tensors
+        hidden_dim = w1.shape[0]
         dh = torch.bmm(dy, F.embedding(chosen, w2.T.contiguous()).mT)  # (3)
         dw2 = columns.scatter_sum(torch.bmm(h.mT, dy), chosen, hidden_dim).T.contiguous()  # (4)
         dy1 = 2 * h.sqrt() * dh
-        dx = torch.bmm(dy1, F.embedding(chosen, w1)).flatten(0, 1)[:tokens]  # (5)
-        dw1 = columns.scatter_sum(torch.bmm(dy1.mT, blocks), chosen, hidden_dim)  # (6)
-        dx = dx.contiguous() if order is None else torch.empty_like(dx).index_copy_(0, order, dx)
-        return dx, dw1, dw2, None, None
+        dx = torch.bmm(dy1, F.embedding(chosen, w1))  # (5)
+        dw1 = columns.scatter_sum(torch.bmm(dy1.mT, x), chosen, hidden_dim)  # (6)
+        return dx, dw1, dw2, None
 
 
 def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
@@ -227,6 +223,12 @@ def _two_four(
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
     y = _TwoFour.apply(x.flatten(0, 1), w1, w2, w1_scale, w2_scale, cut_along_tokens)
     return y.unflatten(0, (parts, -1))[:, :tokens].flatten(0, 1)
+
+
+def _columns(x: Tensor, w1: Tensor, w2: Tensor, pattern: Groups) -> Tensor:
+    """`_Columns` for any T."""
+    # Not inside: a contiguous view as its result gets gradients of zero where torch 2.11 compiles it.
+    return _Columns.apply(columns.in_blocks(x, pattern.v), w1, w2, pattern).flatten(0, 1)[: x.shape[0]]
 
 
 def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) -> Tensor:
@@ -346,15 +348,15 @@ def sparse_feed_forward(
         if isinstance(pattern, Preceding):
             return _preceding_groups(x, w1, w2, pattern)
         return _Groups.apply(x, w1, w2, pattern, w1_scale, w2_scale, order)
-    if chosen == "columns":
-        return _Columns.apply(x, w1, w2, pattern, order)
     if chosen == "venom":
         return _Venom.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, order)
     if order is not None:
         inverse = order.argsort()
         x = permute_rows(x, order, inverse)
     packed = chosen == "two_four"
-    if packed and pattern is not None:
+    if chosen == "columns":
+        y = _columns(x, w1, w2, pattern)
+    elif packed and pattern is not None:
         y = _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens)
     else:
         y = _Masked.apply(x, w1, w2, pattern, w1_scale, w2_scale, cut_along_tokens, packed)

@@ -80,8 +80,8 @@ class SparseTrainer(titan.Trainer):
         set_up_process(config)
         self.lock = _lock(config)
         self.interrupted = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._interrupt)
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self.handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
         config.model.hf_assets_path = prepare_tokenizer(config)
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
@@ -142,6 +142,8 @@ class SparseTrainer(titan.Trainer):
 
     def close(self) -> None:
         super().close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.lock.release()
 
     def _enter_phase(self, batches: "_Batches") -> None:

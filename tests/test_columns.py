@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from kernels import Groups, columns, groups
-from kernels.feed_forward import _Columns, _Masked, backend
+from kernels import Groups, columns, feed_forward, groups, sparse_feed_forward
+from kernels.feed_forward import _Masked, backend
 from kernels.groups.reference import group_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,15 +43,22 @@ def operands(tokens, width=12, hidden=48, dtype=torch.float64, seed=0):
     return tuple(each.to(DEVICE, dtype) for each in (x, w1, w2, dy))
 
 
+@pytest.fixture
+def by_columns(monkeypatch):
+    """`sparse_feed_forward` by columns, in any dtype and on any device."""
+    monkeypatch.setattr(feed_forward, "backend", lambda *_: ("columns", ""))
+    return sparse_feed_forward
+
+
 @pytest.mark.parametrize("tokens, v, g, keep, sample", SHAPES)
 @pytest.mark.parametrize("ordered", [False, True])
-def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, ordered):
+def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, ordered):
     pattern = Groups(v, g, keep, sample=sample)
     for seed in range(3):
         x, w1, w2, dy = operands(tokens, seed=seed)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
         leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = _Columns.apply(*leaves, pattern, order)
+        y = by_columns(*leaves, pattern, order=order)
         found = (y, *torch.autograd.grad(y, leaves, dy))
         # The same in the blocks' order, by the reference.
         place = torch.arange(tokens, device=DEVICE) if order is None else order
@@ -77,10 +84,10 @@ def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
     assert torch.equal(group_mask(h, v, g, keep, sample=sample), expected)
 
 
-def test_nan_in_a_sample_shows():
+def test_nan_in_a_sample_shows(by_columns):
     x, w1, w2, _ = operands(64)
     x[16, 3] = torch.nan  # the first token of a block, which is in its sample
-    y = _Columns.apply(x, w1, w2, Groups(16, 1, 0.25, sample=4), None)
+    y = by_columns(x, w1, w2, Groups(16, 1, 0.25, sample=4))
     assert y[16].isnan().all() and y[:16].isfinite().all() and y[32:].isfinite().all()
 
 
@@ -109,12 +116,15 @@ def test_which_patterns_run_as_columns():
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25, sample=2)) == "reference"
 
 
-def test_a_compiled_graph_holds_through_it():
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_compiled_graph_holds_through_it(by_columns, ordered):
     x, w1, w2, dy = operands(40, dtype=torch.float32)
     pattern = Groups(16, 1, 0.25, sample=4)
 
+    order = torch.randperm(40, device=DEVICE) if ordered else None
+
     def call(x, w1, w2):
-        return _Columns.apply(x, w1, w2, pattern, None)
+        return by_columns(x, w1, w2, pattern, order=order)
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.gpu
 
 BACKENDS = {
     "activations_2of4": "two_four",
+    "columns_eighth": "columns",
+    "columns_quarter": "columns",
     "dense": "dense",
     "groups_eighth": "groups",
     "groups_quarter": "groups",
@@ -21,14 +23,16 @@ BACKENDS = {
     "weights_2of4": "two_four",
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
-# A width and blocks that the kernels take.
 BF16 = ("--training.mixed_precision_param", "bfloat16", "--compile.enable", "true")
+# A width and blocks that the kernels take.
 WIDE = ("--model.dim", "64", "--activations.v", "128")
+WIDE_COLUMNS = ("--model.dim", "64", "--activations.v", "512", "--training.seq_len", "128")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_kernels_follow_the_reference(train, tmp_path, monkeypatch, recipe):
-    words = (*WIDE, *DENSE) if recipe == "dense" else WIDE
+    words = WIDE_COLUMNS if BACKENDS[recipe] == "columns" else WIDE
+    words += DENSE if recipe == "dense" else ()
     torch._dynamo.reset()
     compiled = train(tmp_path / "compiled", *words, *BF16, recipe=recipe)
     assert compiled[LAST_STEP]["loss"] < compiled[1]["loss"] - 0.3
