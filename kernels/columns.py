@@ -4,14 +4,15 @@ With blocks of a thousand sorted tokens a block can keep single neurons: the row
 gathered once and used by a thousand tokens, so the gathering costs little beside the products, which are batches of
 dense ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and `[B, K]` the neurons that each keeps:
 
-    choose       sums of h over every `sample`-th token of a block, the K neurons of largest sum: [B, K]
-    embedding    rows of a weight: [f, d] to [B, K, d]
-    bmm          (1) x W1^T, (2) h W2^T, (3) dy W2, (5) dy1 W1 in the gathered rows; (4) and (6) to parts [B, K, d]
-    scatter_sum  parts [B, K, d] to the weight's gradient [f, d]
+    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum: [B, K]
+    sample           (1) x W1^T and (3) dy W2 at the chosen neurons: [B, V, K]
+    reduce_neurons   (2) h W2^T and (5) dy1 W1: [B, V, d]
+    reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], added up to the weight's gradient
 
 Product (1) is needed at the kept neurons alone, once they are chosen; and for choosing, a sample of the block's tokens
-does. Of the dense product 1/sample + keep is left, where tiles of 128 tokens need all of it. What that gains, and what
-choosing neurons one by one for so many tokens loses, is predicted (kernels/README.md) and not measured yet.
+does. Of the dense product 1/sample + keep is left, where tiles of 128 tokens need all of it. The gathered rows live as
+long as a product: the operators hide them from torch.compile, which would find the same gathering in the backward pass
+and keep them for it.
 
 The specification is `kernels.groups.group_mask`. Source: this project.
 """
@@ -24,8 +25,6 @@ from torch import Tensor
 
 from kernels.groups.reference import Groups
 from kernels.operators import operator, register_fake
-
-WIDTH = 1024  # entries of a row that a program adds up
 
 
 def in_blocks(x: Tensor, v: int) -> Tensor:
@@ -44,61 +43,149 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
         pattern: with a budget of every block's own.
 
     Returns:
-        `[B, K]` int64, ascending in a row.
+        `[B, K]` int32, ascending in a row.
     """
     count, hidden_dim = blocks.shape[0], w1.shape[0]
     active = (blocks[:, :: pattern.sample].flatten(0, 1) @ w1.T).relu()
     h = (active * active).view(count, -1, hidden_dim)
     sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum(1).view(count, -1, pattern.g).sum(2)
     kept = sums.sort(dim=1, descending=True, stable=True).indices[:, : pattern.kept_groups(hidden_dim)]
-    groups = kept.sort(dim=1).values
-    return (groups[:, :, None] * pattern.g + torch.arange(pattern.g, device=w1.device)).view(count, -1)
+    groups = kept.int().sort(dim=1).values  # int32 sorts in half the passes
+    return (groups[:, :, None] * pattern.g + torch.arange(pattern.g, dtype=torch.int32, device=w1.device)).view(
+        count, -1
+    )
 
 
 @triton.jit
-def _add_rows(parts, slot, out, blocks, hidden_dim, kept, D, WIDTH: tl.constexpr):
+def _copy_rows(weight, chosen, out, blocks, kept, D, WIDTH: tl.constexpr):
+    # The blocks take turns: the rows that one of them reads are still in the cache when another wants them.
+    row = tl.program_id(0) % blocks * kept + tl.program_id(0) // blocks
+    source, target = weight + tl.load(chosen + row).to(tl.int64) * D, out + row.to(tl.int64) * D
+    for start in range(0, D, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        tl.store(target + column, tl.load(source + column, mask=column < D), mask=column < D)
+
+
+@triton.jit
+def _add_rows(
+    parts,
+    slot,
+    out,
+    blocks,
+    hidden_dim,
+    kept,
+    D,
+    neuron_stride,
+    column_stride,
+    NEURONS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     SUM: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
-    neuron, column = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], SUM)
+    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    exists = (neuron < hidden_dim)[:, None] & (column < D)[None, :]
+    total = tl.zeros([NEURONS, WIDTH], SUM)
     for block in range(blocks):
-        place = tl.load(slot + block * hidden_dim + neuron)
-        row = (block * kept + place).to(tl.int64)
-        width = tl.where(place >= 0, D, 0)
-        total += tl.load(parts + row * D + column, mask=column < width, other=0.0).to(SUM)
-    tl.store(out + neuron.to(tl.int64) * D + column, total.to(out.dtype.element_ty), mask=column < D)
+        place = tl.load(slot + block * hidden_dim + neuron, mask=neuron < hidden_dim, other=-1)
+        row = parts + (block * kept + place).to(tl.int64) * D
+        total += tl.load(row[:, None] + column[None, :], mask=exists & (place >= 0)[:, None], other=0.0).to(SUM)
+    at = out + (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=exists)
 
 
-def _launch(parts: Tensor, chosen: Tensor, hidden_dim: int) -> Tensor:
-    blocks, kept, width = parts.shape
-    place = torch.arange(kept, dtype=torch.int32, device=parts.device).expand(blocks, -1)
-    slot = torch.full((blocks, hidden_dim), -1, dtype=torch.int32, device=parts.device).scatter_(1, chosen, place)
-    out = parts.new_empty(hidden_dim, width)
-    grid = hidden_dim, triton.cdiv(width, WIDTH)
-    _add_rows[grid](parts.contiguous(), slot, out, blocks, hidden_dim, kept, width, WIDTH=WIDTH)
+def _launch_copy(weight: Tensor, chosen: Tensor) -> Tensor:
+    (blocks, kept), width = chosen.shape, weight.shape[1]
+    out = weight.new_empty(blocks, kept, width)
+    _copy_rows[(blocks * kept,)](weight.contiguous(), chosen, out, blocks, kept, width, WIDTH=1024)
     return out
 
 
-def _reference(parts: Tensor, chosen: Tensor, hidden_dim: int) -> Tensor:
+def _launch_add(parts: Tensor, chosen: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
+    blocks, kept, width = parts.shape
+    place = torch.arange(kept, dtype=torch.int32, device=parts.device).expand(blocks, -1)
+    slot = torch.full((blocks, hidden_dim), -1, dtype=torch.int32, device=parts.device)
+    slot.scatter_(1, chosen.long(), place)
+    out = parts.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
+    column, neuron = out.stride() if transposed else out.stride()[::-1]
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128)
+    _add_rows[grid](parts, slot, out, blocks, hidden_dim, kept, width, neuron, column, NEURONS=32, WIDTH=128)
+    return out
+
+
+def _reference_add(parts: Tensor, chosen: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
     wide = parts.to(torch.promote_types(parts.dtype, torch.float32)).flatten(0, 1)
-    return wide.new_zeros(hidden_dim, parts.shape[2]).index_add_(0, chosen.flatten(), wide).to(parts.dtype)
+    out = wide.new_zeros(hidden_dim, parts.shape[2]).index_add_(0, chosen.flatten(), wide).to(parts.dtype)
+    return out.T.contiguous() if transposed else out
 
 
-@operator("columns_scatter_sum")
-def scatter_sum(parts: Tensor, chosen: Tensor, hidden_dim: int) -> Tensor:
-    """Add up the blocks' rows of a weight's gradient, in the order of the blocks, so that every run adds alike.
+def _rows(weight: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen rows of a weight, `[B, K, d]`."""
+    if not weight.is_cuda:
+        return F.embedding(chosen, weight)
+    with torch.cuda.device_of(weight):
+        return _launch_copy(weight, chosen)
+
+
+@operator("columns_sample")
+def sample(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """x times the transposed weight, at the neurons that a block keeps: products (1) and (3).
 
     Args:
-        parts: `[B, K, d]`, summed in float32 or wider.
-        chosen: `[B, K]` int64: the neuron of each row, none twice in a block.
-        hidden_dim: f.
+        x: `[B, V, d]`: x, or dy.
+        weight: `[f, d]`, same dtype: W1, or W2^T.
+        chosen: `[B, K]` int32, as of `choose`. So below.
 
     Returns:
-        `[f, d]`, dtype of parts; zero where no block keeps a neuron.
+        `[B, V, K]`.
     """
-    with torch.cuda.device_of(parts):
-        return (_launch if parts.is_cuda else _reference)(parts, chosen, hidden_dim)
+    return torch.bmm(x, _rows(weight, chosen).mT)
 
 
-@register_fake(scatter_sum)
-def _(parts: Tensor, chosen: Tensor, hidden_dim: int) -> Tensor:
-    return parts.new_empty(hidden_dim, parts.shape[2])
+@register_fake(sample)
+def _(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], chosen.shape[1])
+
+
+@operator("columns_reduce_neurons")
+def reduce_neurons(h: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """The kept columns times a weight's rows: products (2) and (5).
+
+    Args:
+        h: `[B, V, K]`: h, or dy1.
+        weight: `[f, d]`, same dtype: W2^T, or W1.
+        chosen: `[B, K]`.
+
+    Returns:
+        `[B, V, d]`.
+    """
+    return torch.bmm(h, _rows(weight, chosen))
+
+
+@register_fake(reduce_neurons)
+def _(h: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    return h.new_empty(*h.shape[:2], weight.shape[1])
+
+
+@operator("columns_reduce_tokens")
+def reduce_tokens(h: Tensor, x: Tensor, chosen: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
+    """The transposed kept columns times x, blocks added up in their order: products (6) and, transposed, (4).
+
+    Args:
+        h: `[B, V, K]`: h, or dy1.
+        x: `[B, V, d]`, same dtype: dy, or x.
+        chosen: `[B, K]`.
+        hidden_dim: f.
+        transposed: give `[d, f]` instead of `[f, d]`.
+
+    Returns:
+        `[f, d]` or `[d, f]`, a block's part in the dtype of x, their sum in float32 or wider; zero where no block keeps
+        a neuron.
+    """
+    parts = torch.bmm(h.mT, x)
+    with torch.cuda.device_of(x):
+        return (_launch_add if x.is_cuda else _reference_add)(parts, chosen, hidden_dim, transposed)
+
+
+@register_fake(reduce_tokens)
+def _(h: Tensor, x: Tensor, chosen: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[2], hidden_dim) if transposed else (hidden_dim, x.shape[2]))

@@ -120,20 +120,19 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, w2, pattern):
         chosen = columns.choose(x, w1, pattern)
-        active = torch.bmm(x, F.embedding(chosen, w1).mT).relu()  # (1)
+        active = columns.sample(x, w1, chosen).relu()  # (1)
         h = active * active
         ctx.save_for_backward(x, w1, w2, h, chosen)
-        return torch.bmm(h, F.embedding(chosen, w2.T.contiguous()))  # (2)
+        return columns.reduce_neurons(h, w2.T, chosen)  # (2)
 
     @staticmethod
     def backward(ctx, dy):
         x, w1, w2, h, chosen = ctx.saved_tensors
-        hidden_dim = w1.shape[0]
-        dh = torch.bmm(dy, F.embedding(chosen, w2.T.contiguous()).mT)  # (3)
-        dw2 = columns.scatter_sum(torch.bmm(h.mT, dy), chosen, hidden_dim).T.contiguous()  # (4)
-        dy1 = 2 * h.sqrt() * dh
-        dx = torch.bmm(dy1, F.embedding(chosen, w1))  # (5)
-        dw1 = columns.scatter_sum(torch.bmm(dy1.mT, x), chosen, hidden_dim)  # (6)
+        dy = dy.contiguous()
+        dy1 = 2 * h.sqrt() * columns.sample(dy, w2.T, chosen)  # (3)
+        dw2 = columns.reduce_tokens(h, dy, chosen, w1.shape[0], True)  # (4)
+        dx = columns.reduce_neurons(dy1, w1, chosen)  # (5)
+        dw1 = columns.reduce_tokens(dy1, x, chosen, w1.shape[0], False)  # (6)
         return dx, dw1, dw2, None
 
 
@@ -355,6 +354,7 @@ def sparse_feed_forward(
         x = permute_rows(x, order, inverse)
     packed = chosen == "two_four"
     if chosen == "columns":
+        assert isinstance(pattern, Groups)
         y = _columns(x, w1, w2, pattern)
     elif packed and pattern is not None:
         y = _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens)

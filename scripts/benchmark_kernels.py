@@ -91,6 +91,9 @@ OPERATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "groups_reduce_neurons": (("(2)",), ("(5)",)),
     "groups_sample": ((), ("(3)",)),
     "groups_reduce_tokens": ((), ("(4)", "(6)")),
+    "columns_sample": (("(1)",), ("(3)",)),
+    "columns_reduce_neurons": (("(2)",), ("(5)",)),
+    "columns_reduce_tokens": ((), ("(4)", "(6)")),
     "venom_select_columns": (("selection",), ()),
     "venom_reduce_columns": (("(2)",), ("(5)",)),
     "venom_sample_columns": ((), ("(3)",)),
@@ -197,12 +200,13 @@ def capture(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -> Cap
     return Captured(graph, (module, x, dy, outputs), error)
 
 
-def product_of(op: dict[str, Any], forward: int, dim: int, hidden_dim: int) -> str:
-    """Which of the six products an operator of PRODUCTS_BY_SHAPE in the trace is, or "router".
+def product_of(op: dict[str, Any], forward: int, tokens: int, dim: int, hidden_dim: int) -> str:
+    """Which of the six products an operator of PRODUCTS_BY_SHAPE in the trace is, or "router" or "selection".
 
     Args:
         op: the trace's event.
         forward: thread that ran the forward pass.
+        tokens: of a step; a product (1) of fewer is one to choose by.
     """
     (rows, _), (inner, columns) = op["args"]["Input Dims"][:2]
     if op["name"] != "aten::mm":  # by a packed matrix: of a weight, which reduces over d, or of h or dy1
@@ -212,11 +216,11 @@ def product_of(op: dict[str, Any], forward: int, dim: int, hidden_dim: int) -> s
     if {inner, columns} != {dim, hidden_dim}:
         return "router"
     if inner == dim:
-        return "(1)" if op["tid"] == forward else "(3)"
+        return "(3)" if op["tid"] != forward else "(1)" if rows == tokens else "selection"
     return "(2)" if op["tid"] == forward else "(5)"
 
 
-def stages_of(trace: list[dict[str, Any]], dim: int, hidden_dim: int, reference: bool) -> dict[str, float]:
+def stages_of(trace: list[dict[str, Any]], tokens: int, dim: int, hidden_dim: int, reference: bool) -> dict[str, float]:
     """Milliseconds on the device by stage, of a step; see STAGES in scripts/plot_kernels.py.
 
     Args:
@@ -239,7 +243,7 @@ def stages_of(trace: list[dict[str, Any]], dim: int, hidden_dim: int, reference:
                 stage = turns[calls[name] % len(turns)]
                 within[thread] = (op["ts"] + op["dur"], stage)
             elif name in PRODUCTS_BY_SHAPE and "Input Dims" in op["args"]:
-                stage = product_of(op, forward, dim, hidden_dim)
+                stage = product_of(op, forward, tokens, dim, hidden_dim)
                 within[thread] = (op["ts"] + op["dur"], stage)
         if stage:
             operators[op["args"]["External id"]] = stage
@@ -258,7 +262,9 @@ def stages_of(trace: list[dict[str, Any]], dim: int, hidden_dim: int, reference:
     return stages
 
 
-def profiled_stages(call: Callable[[], Any], dim: int, hidden_dim: int, reference: bool) -> dict[str, float]:
+def profiled_stages(
+    call: Callable[[], Any], tokens: int, dim: int, hidden_dim: int, reference: bool
+) -> dict[str, float]:
     """Where the time of a step goes, see `stages_of`."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
         for _ in range(PROFILED):
@@ -267,7 +273,7 @@ def profiled_stages(call: Callable[[], Any], dim: int, hidden_dim: int, referenc
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         trace = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
-    return stages_of(trace, dim, hidden_dim, reference)
+    return stages_of(trace, tokens, dim, hidden_dim, reference)
 
 
 def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
@@ -324,7 +330,7 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
         reference = name != "dense" and implementation(name, dim, hidden_dim, device)[0] == "reference"
         result["peak_bytes"] = peak_memory(call)
         result["waits"] = waits_for_device(call)
-        result["stages"] = stages = profiled_stages(call, dim, hidden_dim, reference)
+        result["stages"] = stages = profiled_stages(call, tokens, dim, hidden_dim, reference)
         one = captured[name]
         result["replay_error"] = one.error if isinstance(one, Captured) else one
         if name in replays and "dense" in replays:
@@ -341,10 +347,13 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
 def executed(sparsity: FeedForwardSparsity, product: str, hidden_dim: int) -> float:
     """Share of a dense product's multiplications that our kernels execute; a 2:4 product counts as the dense one."""
     pattern = sparsity.pattern
-    if pattern is None or product == "(1)":
+    if pattern is None:
         return 1.0
     if not isinstance(pattern, Venom):
-        return pattern.density(hidden_dim)
+        whole = product == "(1)" and pattern.sample == 1
+        return 1.0 if whole else pattern.density(hidden_dim)
+    if product == "(1)":
+        return 1.0
     return 1.0 if product in ("(4)", "(6)") and not sparsity.cut_along_tokens else COLUMNS / pattern.m
 
 

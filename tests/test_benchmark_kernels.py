@@ -209,6 +209,9 @@ def trace():
     operator(23, 200, "two_four_matmul", 19.0, cusparselt, of_h)  # (5)
     operator(24, 200, "two_four_reduce_tokens", 20.0, "aten::mm", of_h)  # (6)
     operator(25, 200, "two_four_unpack", 21.0)
+    matmul(26, 100, (32, 64), (64, 256))  # (1) of a sample, to choose by
+    operator(27, 100, "columns_sample", 1.0, "aten::bmm")  # (1)
+    operator(28, 200, "columns_sample", 2.0, "aten::bmm")  # (3)
     kernel("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>", 8.0)
     kernel("triton_red_fused_argmax_0", 9.0)
     kernel("void at::native::indexSelectLargeIndex<...>", 10.0)
@@ -221,12 +224,18 @@ def trace():
 
 
 def test_kernels_are_told_apart():
-    products = {"(1)": 35, "(2)": 47, "(3)": 59, "(4)": 71, "(5)": 83, "(6)": 95, "products": 12}
-    rest = {"packing": 35, "selection": 13, "router": 27, "permutation": 10, "other": 12}
+    products = {"(1)": 36, "(2)": 47, "(3)": 61, "(4)": 71, "(5)": 83, "(6)": 95, "products": 12}
+    rest = {"packing": 35, "selection": 273, "router": 27, "permutation": 10, "other": 12}
     times = {stage: ms / 1e3 / benchmark_kernels.PROFILED for stage, ms in (products | rest).items()}
-    assert stages_of(trace(), 64, 256, reference=False) == pytest.approx(times)
+    assert stages_of(trace(), 256, 64, 256, reference=False) == pytest.approx(times)
     assert set(times) <= set(plot_kernels.STAGES)
-    assert set(stages_of(trace(), 64, 256, reference=True)) == {*products, "packing", "selection", "router", "other"}
+    assert set(stages_of(trace(), 256, 64, 256, reference=True)) == {
+        *products,
+        "packing",
+        "selection",
+        "router",
+        "other",
+    }
 
 
 def measured(replayed=True):

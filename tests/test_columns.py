@@ -76,9 +76,9 @@ def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
     pattern = Groups(v, g, keep, sample=sample)
     x, w1, *_ = operands(tokens)
     chosen = columns.choose(columns.in_blocks(x, v), w1, pattern)
-    assert chosen.dtype == torch.int64 and (chosen.diff(dim=1) > 0).all()
+    assert chosen.dtype == torch.int32 and (chosen.diff(dim=1) > 0).all()
     assert chosen.shape == (-(-tokens // v), pattern.kept_groups(48) * g)
-    kept = torch.zeros(len(chosen), 48, dtype=torch.bool, device=DEVICE).scatter_(1, chosen, True)
+    kept = torch.zeros(len(chosen), 48, dtype=torch.bool, device=DEVICE).scatter_(1, chosen.long(), True)
     h = (x @ w1.T).relu() ** 2
     expected = kept.repeat_interleave(v, 0)[:tokens] & (h != 0)
     assert torch.equal(group_mask(h, v, g, keep, sample=sample), expected)
@@ -92,17 +92,21 @@ def test_nan_in_a_sample_shows(by_columns):
 
 
 @pytest.mark.parametrize("blocks, kept, hidden, width", [(3, 5, 16, 12), (1, 4, 4, 1030), (5, 1, 40, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scatter_sum_adds_up_the_blocks(blocks, kept, hidden, width, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kernels_are_their_references(blocks, kept, hidden, width, dtype):
     rand = torch.Generator().manual_seed(0)
     parts = torch.randint(-8, 9, (blocks, kept, width), generator=rand).to(DEVICE, dtype)
     chosen = torch.stack([torch.randperm(hidden, generator=rand)[:kept].sort().values for _ in range(blocks)])
-    found = columns._launch(parts, chosen.to(DEVICE), hidden)
-    assert torch.equal(found, columns._reference(parts, chosen.to(DEVICE), hidden))
-    assert torch.equal(found, columns.scatter_sum(parts, chosen.to(DEVICE), hidden))
-    assert found.dtype == dtype and not found.isnan().any()
-    none = torch.ones(hidden, dtype=torch.bool).index_fill_(0, chosen.flatten(), False)
-    assert not found[none.to(DEVICE)].any()
+    chosen = chosen.to(DEVICE, torch.int32)
+    for transposed in (False, True):
+        found = columns._launch_add(parts, chosen, hidden, transposed)
+        assert torch.equal(found, columns._reference_add(parts, chosen, hidden, transposed))
+        assert found.dtype == dtype and found.is_contiguous() and not found.isnan().any()
+    none = torch.ones(hidden, dtype=torch.bool).index_fill_(0, chosen.cpu().long().flatten(), False)
+    assert not found.T[none.to(DEVICE)].any()
+    weight = torch.randn(hidden, width, generator=rand).to(DEVICE, dtype)
+    for each in (weight, weight.T.contiguous().T):
+        assert torch.equal(columns._launch_copy(each, chosen), weight[chosen.long()])
 
 
 def test_which_patterns_run_as_columns():
@@ -139,14 +143,18 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.columns import WIDTH, _add_rows
+from kernels.columns import _add_rows, _copy_rows
 
-pointers = {"parts": "*bf16", "slot": "*i32", "out": "*bf16"}
-signature = pointers | dict.fromkeys(("blocks", "hidden_dim", "kept", "D"), "i32") | {"WIDTH": "constexpr"}
+ADD = {"parts": "*bf16", "slot": "*i32", "out": "*bf16"}
+ADD |= dict.fromkeys(("blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"), "i32")
+COPY = {"weight": "*bf16", "chosen": "*i32", "out": "*bf16"} | dict.fromkeys(("blocks", "kept", "D"), "i32")
 for arch in (80, 90):
-    source = ASTSource(_add_rows, signature, {"WIDTH": WIDTH})
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-    assert "ld.global" in kernel.asm["ptx"]
+    for kernel, signature, constants in (
+        (_add_rows, ADD, {"NEURONS": 32, "WIDTH": 128}),
+        (_copy_rows, COPY, {"WIDTH": 1024}),
+    ):
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        assert "ld.global" in triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
 """
 
 
