@@ -119,20 +119,20 @@ class _Columns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, pattern):
-        chosen = columns.choose(x, w1, pattern)
-        active = columns.sample(x, w1, chosen).relu()  # (1)
+        place = columns.choose(x, w1, pattern)
+        kept = pattern.kept_groups(w1.shape[0]) * pattern.g
+        active = columns.sample(x, w1, place, kept).relu()  # (1)
         h = active * active
-        ctx.save_for_backward(x, w1, w2, h, chosen)
-        return columns.reduce_neurons(h, w2.T, chosen)  # (2)
+        ctx.save_for_backward(x, w1, w2, h, place)
+        return columns.reduce_neurons(h, w2.T, place)  # (2)
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, w2, h, chosen = ctx.saved_tensors
-        dy = dy.contiguous()
-        dy1 = 2 * h.sqrt() * columns.sample(dy, w2.T, chosen)  # (3)
-        dw2 = columns.reduce_tokens(h, dy, chosen, w1.shape[0], True)  # (4)
-        dx = columns.reduce_neurons(dy1, w1, chosen)  # (5)
-        dw1 = columns.reduce_tokens(dy1, x, chosen, w1.shape[0], False)  # (6)
+        x, w1, w2, h, place = ctx.saved_tensors
+        dy1 = 2 * h.sqrt() * columns.sample(dy, w2.T, place, h.shape[2])  # (3)
+        dw2 = columns.reduce_tokens(h, dy, place, True)  # (4)
+        dx = columns.reduce_neurons(dy1, w1, place)  # (5)
+        dw1 = columns.reduce_tokens(dy1, x, place, False)  # (6)
         return dx, dw1, dw2, None
 
 

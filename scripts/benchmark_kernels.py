@@ -91,6 +91,7 @@ OPERATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "groups_reduce_neurons": (("(2)",), ("(5)",)),
     "groups_sample": ((), ("(3)",)),
     "groups_reduce_tokens": ((), ("(4)", "(6)")),
+    "columns_keep_largest": (("selection",), ()),
     "columns_sample": (("(1)",), ("(3)",)),
     "columns_reduce_neurons": (("(2)",), ("(5)",)),
     "columns_reduce_tokens": ((), ("(4)", "(6)")),
@@ -349,11 +350,10 @@ def executed(sparsity: FeedForwardSparsity, product: str, hidden_dim: int) -> fl
     pattern = sparsity.pattern
     if pattern is None:
         return 1.0
-    if not isinstance(pattern, Venom):
-        whole = product == "(1)" and pattern.sample == 1
-        return 1.0 if whole else pattern.density(hidden_dim)
-    if product == "(1)":
+    if product == "(1)" and not (isinstance(pattern, Groups) and pattern.sample > 1):
         return 1.0
+    if not isinstance(pattern, Venom):
+        return pattern.density(hidden_dim)
     return 1.0 if product in ("(4)", "(6)") and not sparsity.cut_along_tokens else COLUMNS / pattern.m
 
 

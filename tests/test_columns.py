@@ -75,12 +75,13 @@ def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, samp
 def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
     pattern = Groups(v, g, keep, sample=sample)
     x, w1, *_ = operands(tokens)
-    chosen = columns.choose(columns.in_blocks(x, v), w1, pattern)
-    assert chosen.dtype == torch.int32 and (chosen.diff(dim=1) > 0).all()
-    assert chosen.shape == (-(-tokens // v), pattern.kept_groups(48) * g)
-    kept = torch.zeros(len(chosen), 48, dtype=torch.bool, device=DEVICE).scatter_(1, chosen.long(), True)
+    place = columns.choose(columns.in_blocks(x, v), w1, pattern)
+    assert place.dtype == torch.int32 and place.shape == (-(-tokens // v), 48)
+    count = pattern.kept_groups(48) * g
+    for row in place:
+        assert torch.equal(row[row >= 0], torch.arange(count, device=DEVICE, dtype=torch.int32)) and row.min() >= -1
     h = (x @ w1.T).relu() ** 2
-    expected = kept.repeat_interleave(v, 0)[:tokens] & (h != 0)
+    expected = (place >= 0).repeat_interleave(v, 0)[:tokens] & (h != 0)
     assert torch.equal(group_mask(h, v, g, keep, sample=sample), expected)
 
 
@@ -91,22 +92,38 @@ def test_nan_in_a_sample_shows(by_columns):
     assert y[16].isnan().all() and y[:16].isfinite().all() and y[32:].isfinite().all()
 
 
-@pytest.mark.parametrize("blocks, kept, hidden, width", [(3, 5, 16, 12), (1, 4, 4, 1030), (5, 1, 40, 8)])
+@pytest.mark.parametrize("blocks, kept, hidden, width", [(3, 5, 16, 12), (1, 4, 4, 1030), (6, 1, 40, 8)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kernels_are_their_references(blocks, kept, hidden, width, dtype):
+def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype):
     rand = torch.Generator().manual_seed(0)
-    parts = torch.randint(-8, 9, (blocks, kept, width), generator=rand).to(DEVICE, dtype)
-    chosen = torch.stack([torch.randperm(hidden, generator=rand)[:kept].sort().values for _ in range(blocks)])
-    chosen = chosen.to(DEVICE, torch.int32)
-    for transposed in (False, True):
-        found = columns._launch_add(parts, chosen, hidden, transposed)
-        assert torch.equal(found, columns._reference_add(parts, chosen, hidden, transposed))
-        assert found.dtype == dtype and found.is_contiguous() and not found.isnan().any()
-    none = torch.ones(hidden, dtype=torch.bool).index_fill_(0, chosen.cpu().long().flatten(), False)
-    assert not found.T[none.to(DEVICE)].any()
+    place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept).to(DEVICE)
     weight = torch.randn(hidden, width, generator=rand).to(DEVICE, dtype)
     for each in (weight, weight.T.contiguous().T):
-        assert torch.equal(columns._launch_copy(each, chosen), weight[chosen.long()])
+        found = columns._launch_copy(each, place, kept)
+        assert torch.equal(found, columns._reference_copy(weight, place, kept))
+        for block in range(blocks):
+            assert torch.equal(found[block], weight[place[block] >= 0])
+    parts = torch.randint(-8, 9, (blocks, kept, width), generator=rand).to(DEVICE, dtype)
+    for transposed in (False, True):
+        found = columns._launch_add(parts, place, transposed)
+        assert torch.equal(found, columns._reference_add(parts, place, transposed))
+        assert found.dtype == dtype and found.is_contiguous() and not found.isnan().any()
+    assert not found[:, (place < 0).all(0)].any()
+
+
+@pytest.mark.parametrize("groups", [1, 37, 128, 1000])
+def test_the_largest_are_a_stable_sort_s(groups):
+    rand = torch.Generator().manual_seed(groups)
+    sums = torch.rand(6, groups, generator=rand)
+    sums[1] = 0
+    sums[2] = (sums[2] * 4).floor()  # many equals
+    sums[3, ::3] = torch.nan
+    sums[4, ::5] = torch.inf
+    sums[5] *= 1e-40  # denormal
+    for kept in {1, -(-groups // 3), groups}:
+        found = columns._launch_largest(sums.to(DEVICE), kept)
+        assert torch.equal(found.cpu(), columns._reference_largest(sums, kept))
+        assert ((found >= 0).sum(1) == kept).all()
 
 
 def test_which_patterns_run_as_columns():
@@ -143,18 +160,20 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.columns import _add_rows, _copy_rows
+from kernels.columns import _add_rows, _copy_rows, _keep_largest
 
-ADD = {"parts": "*bf16", "slot": "*i32", "out": "*bf16"}
-ADD |= dict.fromkeys(("blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"), "i32")
-COPY = {"weight": "*bf16", "chosen": "*i32", "out": "*bf16"} | dict.fromkeys(("blocks", "kept", "D"), "i32")
+SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
+ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
+LARGEST = {"sums": "*fp32", "place": "*i32", "groups": "i32", "kept": "i32"}
 for arch in (80, 90):
     for kernel, signature, constants in (
-        (_add_rows, ADD, {"NEURONS": 32, "WIDTH": 128}),
-        (_copy_rows, COPY, {"WIDTH": 1024}),
+        (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128, "UNROLLED": 4}),
+        (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}),
+        (_keep_largest, LARGEST, {"GROUPS": 16384}),
     ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        assert "ld.global" in triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 16})
+        assert "ld.global" in compiled.asm["ptx"]
 """
 
 
