@@ -93,6 +93,9 @@ class Schedule:
     decay_with_tail: bool = False
     """The learning rate starts to decay where the last phase starts (sets lr_scheduler.decay_ratio)."""
 
+    dense_layers: int = _in(0, 0)
+    """FFNs of so many first layers stay dense in sparse phases: an error made there goes through all the others."""
+
 
 @dataclass
 class Weights:

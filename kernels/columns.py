@@ -166,13 +166,14 @@ def keep_largest(sums: Tensor, kept: int) -> Tensor:
     """Of each row the `kept` largest, the first of equals, NaN above all.
 
     Args:
-        sums: `[B, G]`, not negative; on a GPU float32.
+        sums: `[B, G]`, not negative; the kernel ranks float32, any other dtype PyTorch's sort.
 
     Returns:
         `[B, G]` int32: how many kept ones stand before a kept one in its row; -1 for the others.
     """
+    ranked = sums.is_cuda and sums.dtype == torch.float32  # by its bits, as an int32
     with torch.cuda.device_of(sums):
-        return (_launch_largest if sums.is_cuda else _reference_largest)(sums, kept)
+        return (_launch_largest if ranked else _reference_largest)(sums, kept)
 
 
 @register_fake(keep_largest)

@@ -123,6 +123,7 @@ class FeedForward(nn.Module):
     """y = W2 relu(W1 x)^2, `[..., dim]` to `[..., dim]`.
 
     Attributes:
+        always_dense: whether it stays dense in a sparse phase.
         sparse: whether the forward pass is the sparse one; False until a sparse phase sets it.
         w1_scale, w2_scale: `[]` float32, beta of W1 and of W2 along d.
         centroids: `[clusters, dim]` float32, unit length.
@@ -138,8 +139,9 @@ class FeedForward(nn.Module):
     activity: Tensor
     routed: Tensor
 
-    def __init__(self, dim: int, hidden_dim: int, sparsity: FeedForwardSparsity) -> None:
+    def __init__(self, dim: int, hidden_dim: int, sparsity: FeedForwardSparsity, always_dense: bool = False) -> None:
         super().__init__()
+        self.always_dense = always_dense
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.sparsity = sparsity

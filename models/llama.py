@@ -23,11 +23,15 @@ from models.feed_forward import FeedForward, FeedForwardSparsity
 
 @dataclass
 class LlamaArgs(TransformerModelArgs):
-    """torchtitan's arguments and the FFN's: its width f, its kind, and what a sparse phase does to it."""
+    """torchtitan's arguments and the FFN's: its width f, its kind, and what a sparse phase does to it.
+
+    dense_layers: so many first layers stay dense in a sparse phase.
+    """
 
     hidden_dim: int = 768
     swiglu: bool = False
     sparsity: FeedForwardSparsity = field(default_factory=FeedForwardSparsity)
+    dense_layers: int = 0
     multiple_of: int = 64
     rope_theta: float = 500000
     # torchtitan stretches RoPE for long contexts by default, as Llama 3.1 does; a factor of 1 leaves it as it is.
@@ -56,9 +60,9 @@ class Llama(Transformer):
 
     def __init__(self, model_args: LlamaArgs) -> None:
         super().__init__(model_args)
-        for block in self.layers.values():
+        for index, block in enumerate(self.layers.values()):
             block.attention = Attention(model_args)
-            block.feed_forward = _feed_forward(model_args)
+            block.feed_forward = _feed_forward(model_args, index)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Initialise parameters and buffers as torchtitan does, to the same values on any number of ranks.
@@ -86,8 +90,8 @@ class Llama(Transformer):
         return [module for module in self.modules() if isinstance(module, FeedForward)]
 
 
-def _feed_forward(args: LlamaArgs) -> nn.Module:
+def _feed_forward(args: LlamaArgs, layer: int) -> nn.Module:
     if args.swiglu:
         # Takes two thirds of the width itself.
         return SwiGLU(args.dim, args.hidden_dim, args.multiple_of, ffn_dim_multiplier=None)
-    return FeedForward(args.dim, args.hidden_dim, args.sparsity)
+    return FeedForward(args.dim, args.hidden_dim, args.sparsity, always_dense=layer < args.dense_layers)

@@ -142,7 +142,12 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             )
         if activations.pattern == "none":
             raise ConfigError("router.enable = true has no meaning with activations.pattern = none: set it to false")
-    args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
+    if config.schedule.dense_layers >= args.n_layers:
+        raise ConfigError(
+            f"schedule.dense_layers = {config.schedule.dense_layers} leaves none of the {args.n_layers} layers to a "
+            "sparse phase: lower it, or use --recipe recipes/dense.toml"
+        )
+    args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
 
 
 def _check_parallelism(config: JobConfig, world: int) -> None:

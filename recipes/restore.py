@@ -150,7 +150,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     args = model_args(config)
     args.vocab_size = vocab_size
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
-        args.sparsity = feed_forward_sparsity(config, args.hidden_dim)
+        args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
     return Checkpoint(folder, run, config, args)
 
 

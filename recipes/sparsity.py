@@ -85,7 +85,7 @@ def flops_per_token(
     dense: float, args: LlamaArgs, feed_forwards: Sequence[FeedForward], backend: str
 ) -> dict[str, float]:
     """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the backend executes."""
-    ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards)
+    ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards if not ffn.always_dense)
     return {
         "dense": dense,
         "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
@@ -144,14 +144,18 @@ class Sparsity(Stateful):
         span = span_at(self.spans, step)
         since = step - span.start - 1
         every = self.config.router.recluster_every
-        wanted = f"{span.start} {self.config.weights} {self.config.activations} {self.config.router}"
+        layers = self.config.schedule.dense_layers
+        wanted = f"{span.start} {layers} {self.config.weights} {self.config.activations} {self.config.router}"
         if span.mode == "sparse" and (self.prepared != wanted or (every and since % every == 0)):
             self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
         changed, self.phase = span.mode != self.phase, span.mode
-        for feed_forward in self.feed_forwards:
-            feed_forward.sparse = span.mode == "sparse"
+        self._run(span.mode == "sparse")
         return changed
+
+    def _run(self, sparse: bool) -> None:
+        for feed_forward in self.feed_forwards:
+            feed_forward.sparse = sparse and not feed_forward.always_dense
 
     def run_as(self, mode: FeedForwardSparsity | None) -> None:
         """Run the FFNs as inference may: densely, for None, or with a sparsity that need not be the recipe's.
@@ -163,24 +167,25 @@ class Sparsity(Stateful):
             raise ValueError("the FFNs are not prepared for a sparse mode: enter one first")
         self.phase = "dense" if mode is None else "sparse"
         for feed_forward in self.feed_forwards:
-            feed_forward.sparse, feed_forward.sparsity = mode is not None, mode or feed_forward.sparsity
+            feed_forward.sparsity = mode or feed_forward.sparsity
+        self._run(mode is not None)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Run the FFNs densely, as inference does, whatever the phase."""
-        for feed_forward in self.feed_forwards:
-            feed_forward.sparse = False
+        self._run(False)
         try:
             yield
         finally:
-            for feed_forward in self.feed_forwards:
-                feed_forward.sparse = self.phase == "sparse"
+            self._run(self.phase == "sparse")
 
     @torch.no_grad()
     def _prepare(self, step: int, first: bool, forward: Callable[[], Any] | None) -> None:
         by_activations = self.config.router.enable and self.config.router.cluster_by == "activations"
         inputs = self._inputs(forward) if by_activations else [None] * len(self.feed_forwards)
         for index, (feed_forward, x) in enumerate(zip(self.feed_forwards, inputs, strict=True)):
+            if feed_forward.always_dense:
+                continue
             if self.config.router.enable:
                 seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
                 self._cluster(feed_forward, x, seed % 2**31)
@@ -285,9 +290,10 @@ class Sparsity(Stateful):
         if sparse and self.config.activations.pattern != "none":
             series["energy_kept"] = (activity[:, 3], activity[:, 2])
         if sparse and routed.shape[1] > 1 and routed.any():  # not every way to run the FFNs has a router
-            share = routed / routed.sum(1, keepdim=True)
+            total = routed.sum(1, keepdim=True)
+            share = routed / total.clamp(min=1)
             entropy = -torch.xlogy(share, share).sum(1)
-            series["router_balance"] = (entropy, torch.full_like(entropy, math.log(routed.shape[1])))
+            series["router_balance"] = (entropy, torch.where(total[:, 0] > 0, math.log(routed.shape[1]), 0.0))
         return _by_layer(series)
 
     def weight_masks(self) -> list[list[Tensor]]:
@@ -300,6 +306,7 @@ class Sparsity(Stateful):
             [
                 soft_threshold_2_4(local[:: max(1, local.shape[0] // MASK_ROWS)]) != 0
                 for local in _groups_of_four(feed_forward)
+                if not feed_forward.always_dense
             ]
             for feed_forward in self.feed_forwards
         ]
@@ -343,10 +350,11 @@ def _groups_of_four(feed_forward: FeedForward) -> Iterator[Tensor]:
 
 
 def _by_layer(series: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """{name: (numerators, denominators)} a layer to the shares in all and by layer."""
+    """{name: (numerators, denominators)} a layer to the shares in all and by layer, of layers that have any."""
     shares = {}
     for name, (numerator, denominator) in series.items():
         shares[name] = float(numerator.sum() / denominator.sum())
         for index, share in enumerate((numerator / denominator).tolist()):
-            shares[f"layers/{index}/{name}"] = share
+            if denominator[index]:
+                shares[f"layers/{index}/{name}"] = share
     return shares

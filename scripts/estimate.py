@@ -138,7 +138,8 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
     whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
     share = whole if backend is None else kept_share(args, backend)
-    ffn = tokens * width * hidden * share
+    dense_layers = args.dense_layers if backend else 0
+    ffn = tokens * width * hidden * (dense_layers * whole + (layers - dense_layers) * share) / layers
     copies = 0 if fsdp or width == on.state else width * count
     # Gradients of h and y1, whole unless the kernels keep those compacted, too.
     compact = backend in ("groups", "columns") or (backend == "venom" and args.sparsity.cut_along_tokens)

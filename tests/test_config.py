@@ -94,6 +94,7 @@ BAD = [
         f"{DEBUG} --recipe recipes/dense.toml --schedule.decay_with_tail true",
         ["schedule.decay_with_tail", "two phases"],
     ),
+    (f"{DEBUG} --schedule.dense_layers 4", ["schedule.dense_layers = 4", "4 layers", "recipes/dense.toml"]),
     (f"{DEBUG} --activations.pattern none --weights.pattern none --router.enable false", ["sparse phase", "set one"]),
     (f"{DEBUG} --parallelism.data_parallel_shard_degree 4", ["data_parallel_shard_degree = 4", "1 process", "-1"]),
     (f"{DEBUG} --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2", "dense phases only"]),

@@ -108,6 +108,7 @@ def test_a_sparse_step_keeps_h_as_its_backend_does():
     assert h("venom_2of16", "venom") == h("venom_4of16", "venom") == 1 / 8  # four columns of sixteen
     assert h("activations_2of4", "two_four") == 9 / 32
     assert h("weights_2of4", "two_four") == h("groups_quarter", "reference") == 1 / 2
+    assert h("groups_quarter", "groups", "--schedule.dense_layers", "3") == (1 + 1 / 8) / 2  # of six layers
 
 
 def test_gpus_share_the_states_and_a_node_accumulates_less():

@@ -191,6 +191,30 @@ def test_rotary_embedding_is_torchtitan_s(dtype):
     torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (actual, expected)), **close)
 
 
+def test_what_stays_dense_is_neither_clustered_nor_cut():
+    torch.manual_seed(0)
+    words = ["--config", "configs/debug.toml", "--recipe", "recipes/venom_2of16.toml", "--schedule.dense_layers", "3"]
+    config, _ = load_config(words)
+    args, spans = check_config(config)
+    args.vocab_size, tokens = 64, torch.randint(64, (2, 48))
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+        ffns = model.feed_forwards()
+        old = [ffn.w1.weight.clone() for ffn in ffns]
+        sparsity = Sparsity(config, ffns, [], spans)
+        sparsity.enter(spans[1].start + 1, lambda: model(tokens))
+        assert [ffn.sparse for ffn in ffns] == [False, False, False, True]
+        assert [torch.equal(ffn.w1.weight, weight) for ffn, weight in zip(ffns, old, strict=True)] == [True] * 3 + [
+            False
+        ]
+        sparsity.run_as(FeedForwardSparsity(Venom(1, 2, 4)))  # inference in another mode keeps to it
+        assert [ffn.sparse for ffn in ffns] == [False, False, False, True]
+        with sparsity.dense():
+            assert not any(ffn.sparse for ffn in ffns)
+        assert [len(masks) for masks in sparsity.weight_masks()] == [0, 0, 0, 2]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_sparse_phase_clusters_neurons_by_the_activations_of_its_first_tokens(compiled):
     torch.manual_seed(0)

@@ -82,6 +82,21 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
     assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
 
 
+def test_first_layers_can_stay_dense(train, tmp_path):
+    """The row of a sparse phase's validation, and FLOPs of the half that is sparse."""
+    whole = train(tmp_path / "whole")[8]
+    half = train(tmp_path / "half", "--schedule.dense_layers", "1")[8]
+    assert half["layers/0/energy_kept"] == 1 > half["layers/1/energy_kept"]
+    assert half["router_balance"] == pytest.approx(half["layers/1/router_balance"])
+    assert half["flip_rate"] == pytest.approx(half["layers/1/flip_rate"])
+    assert not {"layers/0/router_balance", "layers/0/flip_rate"} & set(half) and "layers/0/flip_rate" in whole
+    saved = []
+    for name in ("whole", "half"):
+        flops = json.loads((tmp_path / name / "run.json").read_text())["flops_per_token"]
+        saved.append(flops["dense"] - flops["sparse_pattern"])
+    assert saved[1] == pytest.approx(saved[0] / 2)
+
+
 def test_a_row_of_several_steps_says_the_time_of_one(train, tmp_path):
     run = train(tmp_path / "run", "--metrics.log_freq", "5", "--checkpoint.enable", "false")
     assert all(run[step]["step_seconds"] * run[step]["tokens_per_second"] == pytest.approx(4 * 32) for step in (1, 5))
