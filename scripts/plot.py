@@ -548,6 +548,50 @@ def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation:
     return figure
 
 
+def tokens_behind(run: Run, baseline: Run) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens later than the baseline a run reached each of its validation losses (dense inference).
+
+    Returns:
+        tokens at the run's validations, and how many fewer the baseline had needed, interpolated between its own
+        validations; NaN for a loss that it never had.
+    """
+    (tokens, losses), (base_tokens, base) = (
+        (each.tokens[at], each.values("val_loss")[at])
+        for each in (run, baseline)
+        for at in [np.isfinite(each.values("val_loss"))]
+    )
+    best = np.minimum.accumulate(base)
+    needed = np.interp(-losses, -best, base_tokens, left=math.nan, right=math.nan)
+    return tokens, tokens - needed
+
+
+def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
+    """Where a run loses tokens to the dense one, and whether it gains them back: `tokens_behind` against tokens.
+
+    A steady loss is a slope, which a longer run multiplies; a loss while the model takes shape is a step, which a
+    longer run does not repeat.
+
+    Args:
+        runs: by name, with val_loss and tokens.
+        baseline: the dense run.
+    """
+    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
+    colours = PALETTE if len(runs) <= len(PALETTE) else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
+    for (name, run), colour in zip(runs.items(), colours, strict=False):
+        tokens, behind = tokens_behind(run, baseline)
+        axes.plot(tokens, behind, "-o", color=colour, label=name, **MARKED)
+        sparse = np.isin(tokens, run.tokens[np.array(run._phases()) == "sparse"])
+        axes.plot(tokens[sparse], behind[sparse], "o", color=colour, markersize=4.6)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("tokens behind the dense run (filled: sparse phase)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(amount))
+    axes.legend(loc="upper left", ncols=2)
+    return figure
+
+
 def plot(paths: list[Path], out: Path | None = None, window: int | None = None, against: str = "tokens") -> Path:
     """Draw the runs into `out`, against "tokens" or "time", and return where it was written."""
     if window is not None and window < 1:

@@ -57,7 +57,7 @@ from configs.loader import ROOT, load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.data import check_data
-from scripts.plot import STYLE, draw_front, plot, read_lines
+from scripts.plot import STYLE, draw_behind, draw_front, load_run, plot, read_lines
 from scripts.report import flops_share, load_groups, runs_table
 
 # What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
@@ -341,6 +341,12 @@ def draw(study: Study) -> None:
         print(plot(alone, folder / "loss_time.png", against="time"))
     else:
         print("loss against time is not drawn: the runs shared a GPU (--jobs)")
+    dense = firsts.get(load_groups(folder)[1] or "")
+    sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
+    if dense is not None and sparse:
+        with rc_context(STYLE):
+            draw_behind(sparse, load_run(dense)).savefig(folder / "behind.png")
+        print(folder / "behind.png")
     front(folder)
 
 

@@ -174,6 +174,27 @@ def test_the_front_is_what_nobody_beats_in_both(tmp_path):
     pixels(tmp_path / "front.png")
 
 
+def test_tokens_behind_are_those_that_dense_did_not_need(tmp_path):
+    def run(name, losses):
+        lines = [{"step": 1, "tokens": 10, "phase": "dense", "loss": 9.0}]
+        lines += [
+            {"step": 10 * i, "tokens": 100 * i, "phase": "sparse" if i == 2 else "dense", "val_loss": loss}
+            for i, loss in enumerate(losses, 1)
+        ]
+        return plot.Run(name, "", "", tmp_path, lines)
+
+    # A loss that rises once is not what dense is measured by; one that it never had has no answer.
+    dense, other = run("dense", [8.0, 6.0, 7.0, 4.0]), run("other", [8.0, 7.0, 5.0, 3.9])
+    tokens, behind = plot.tokens_behind(other, dense)
+    assert list(tokens) == [100, 200, 300, 400]
+    assert list(behind[:3]) == [0, 50, -50] and np.isnan(behind[3])
+    figure = plot.draw_behind({"other": other, "dense": dense}, dense)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["other", "dense"]
+    figure.savefig(tmp_path / "behind.png")
+    pixels(tmp_path / "behind.png")
+
+
 def test_a_phase_without_values_breaks_the_line(tmp_path):
     phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
     run = plot.load_run(write_run(tmp_path / "run", phases))

@@ -79,7 +79,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, mo
     assert not (file.parent / "failing_s0").exists()
     assert json.loads((file.parent / "groups_s0" / "run.json").read_text())["runs_per_gpu"] == 3
     assert "+0.0000 (+0.0%)" in out and "groups" in out
-    assert (file.parent / "loss.png").exists() and (file.parent / "front.png").exists()
+    assert all((file.parent / f"{name}.png").exists() for name in ("loss", "front", "behind"))
     assert not (file.parent / "loss_time.png").exists(), "the runs shared a machine"
 
     assert study.main([*words, "--only", "dense", "groups_s0"]) == 0
