@@ -20,26 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUNDS = 16  # of an assignment that another follows: 1 or 2% of the rows have not found their place by then
 
-def _balanced_assignment(scores: Tensor, size: int) -> Tensor:
+
+def _balanced_assignment(scores: Tensor, size: int, rounds: int | None = None) -> Tensor:
     """Assign each row to one column, `size` rows a column, stably: no row and column both prefer each other.
 
     Deferred acceptance (Gale and Shapley), vectorised: every row stands at its favourite among the columns that have
     not turned it away, each column keeps its best `size` and turns the rest away, until nobody is turned away. It
-    ends because each round strikes at least one entry and there is a place for every row.
+    ends because each round strikes at least one entry and there is a place for every row. About as many rounds as there
+    are columns, most of them for a few rows that push one another on: after `rounds` (a multiple of 8) those who are
+    left take the free places in order.
     """
     scores = scores.clone()
     rows, columns = (torch.arange(length, device=scores.device) for length in scores.shape)
+    narrow = torch.int16 if len(columns) < 2**15 else torch.int64  # a radix sort's time goes with the bytes of its keys
+    done = 0
     while True:
-        # Some hundred rounds of small kernels: the host asks only now and then, and rounds past the end change nothing.
+        # Rounds of small kernels: the host asks only now and then, and rounds past the end change nothing.
         for _ in range(8):
             best, choice = scores.max(dim=1)
             order = best.sort(descending=True, stable=True).indices
-            column, at = choice[order].sort(stable=True)
+            column, at = choice[order].to(narrow).sort(stable=True)
+            column, row = column.long(), order[at]
             place = rows - torch.searchsorted(column, columns)[column]
-            rejected = torch.where(place < size, 0, -torch.inf)
-            scores[order[at], column] += rejected
+            rejected = place >= size
+            scores[row, column] += torch.where(rejected, -torch.inf, 0)
+        done += 8
         if not rejected.any():
+            return choice
+        if done == rounds:
+            free = size - column[~rejected].bincount(minlength=len(columns))
+            choice[row[rejected]] = columns.repeat_interleave(free)
             return choice
 
 
@@ -68,17 +80,21 @@ def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int
     rows = F.normalize(weight.detach().float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(neurons, generator=generator, device="cpu")[: neurons // size].to(weight.device)
-    centroids = rows[first]
-    assignment = order = torch.full((neurons,), -1, device=weight.device)
-    for _ in range(iterations):
-        previous, assignment = assignment, _balanced_assignment(rows @ centroids.T, size)
-        if torch.equal(previous, assignment):
+    centroids, previous = rows[first], None
+    for _ in range(iterations - 1):
+        assignment = _balanced_assignment(rows @ centroids.T, size, ROUNDS)
+        if previous is not None and torch.equal(previous, assignment):
             break
-        order = assignment.sort(stable=True).indices
-        # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed
-        # addition.
-        centroids = F.normalize(rows[order].unflatten(0, (-1, size)).sum(1), dim=1)
-    return order, centroids
+        _, centroids = _members(rows, assignment, size)
+        previous = assignment
+    return _members(rows, _balanced_assignment(rows @ centroids.T, size), size)
+
+
+def _members(rows: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The rows by cluster, and the clusters' centroids."""
+    order = assignment.sort(stable=True).indices
+    # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed addition.
+    return order, F.normalize(rows[order].unflatten(0, (-1, size)).sum(1), dim=1)
 
 
 def activation_clusters(

@@ -596,6 +596,15 @@ def test_balanced_assignment_is_stable(columns, size, seed):
     assert torch.equal(_balanced_assignment(skewed, size), brute_assignment(skewed, size))
 
 
+def test_a_short_assignment_is_balanced_and_nearly_the_long_one():
+    rand = torch.Generator().manual_seed(0)
+    scores = torch.randn(2560, 40, generator=rand) + torch.arange(40) / 10  # 40 columns, of which some are liked more
+    exact, short = _balanced_assignment(scores, 64), _balanced_assignment(scores, 64, rounds=16)
+    assert short.bincount(minlength=40).tolist() == [64] * 40
+    assert 0 < (short != exact).float().mean() < 0.2
+    assert torch.equal(_balanced_assignment(scores, 64, rounds=1600), exact)
+
+
 @pytest.mark.parametrize("rows, size", [(24, 4), (30, 5), (16, 16), (12, 1), (64, 8)])
 def test_clusters_are_a_fixed_point_of_balanced_k_means(rows, size):
     for seed in range(3):
