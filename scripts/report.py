@@ -78,6 +78,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
+            "reached": _reached(timed, groups[baseline]) if baseline is not None and name != baseline else "-",
         }
         if pad:
             del row["energy kept"]  # would not fit the width of a terminal
@@ -132,6 +133,16 @@ def _time(seconds: float) -> str:
     )
 
 
+def _reached(timed: list[Run], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+    """When runs first had the baseline's final loss, over the baseline's time; "-" where one of them never had it."""
+    level = mean(run.last("val_loss") for run, _ in baseline)
+    times = [float(run.seconds[-1]) for run, about in baseline if about.get("runs_per_gpu") == 1]
+    at = [run.seconds[run.values("val_loss") <= level] for run in timed]
+    if not times or not at or not all(map(len, at)):
+        return "-"
+    return f"{mean(float(seconds[0]) for seconds in at) / mean(times):.2f}"
+
+
 def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
     """The sentences under a table of runs: model, data, machine, and how to read the columns."""
     about = runs[0][1]
@@ -158,6 +169,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
         "graphs are compiled, count at its median speed.",
+        "reached": "Reached: when a validation first had the dense runs' final loss, over the dense runs' time.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
     return text

@@ -236,16 +236,22 @@ def test_table_of_seeds(tmp_path):
         write_result(tmp_path / f"dense_s{seed}", loss, seed, sparse=False)
     write_result(tmp_path / "groups_s0", 2.121, 0, sparse=True)
     write_result(tmp_path / "shared_s0", 2.0, 0, sparse=True, runs_per_gpu=2)
+    write_result(tmp_path / "better_s0", 2.09, 0, sparse=True)
     lines = runs_table(tmp_path).splitlines()
-    assert lines[0] == "| run | seeds | sparse | validation loss | minus dense | bits/byte | FLOPs | tokens/s | time |"
-    assert lines[2] == "| `shared` | 1 | 60% | 2.0000 | -0.1000 (-4.8%) | 1.0000 | 85% (70%) | -, - | - |"
-    # Dense: 100 tokens a step, 1000 a second. Groups: 60 of the 100 steps at twice that.
-    assert lines[3] == (
-        "| `dense` | 2 | 0% | 2.1000 ± 0.1414 | +0.0000 (+0.0%) | 1.0500 | 100% (100%) | 1k, - | 10 s |"
+    assert (
+        lines[0]
+        == "| run | seeds | sparse | validation loss | minus dense | bits/byte | FLOPs | tokens/s | time | reached |"
     )
-    assert lines[4] == "| `groups` | 1 | 60% | 2.1210 | +0.0210 (+1.0%) | 1.0605 | 85% (70%) | 1k, 2k | 7 s |"
-    assert "10 documents (2 MB, 3 copies left out); 1 x GPU" in lines[6]
-    assert "commit abcdefabcd" in lines[6]
+    assert lines[2] == "| `shared` | 1 | 60% | 2.0000 | -0.1000 (-4.8%) | 1.0000 | 85% (70%) | -, - | - | - |"
+    # At its last step, after 7 of dense's 10 seconds.
+    assert lines[3] == "| `better` | 1 | 60% | 2.0900 | -0.0100 (-0.5%) | 1.0450 | 85% (70%) | 1k, 2k | 7 s | 0.70 |"
+    # Dense: 100 tokens a step, 1000 a second. Groups: 60 of the 100 steps at twice that.
+    assert lines[4] == (
+        "| `dense` | 2 | 0% | 2.1000 ± 0.1414 | +0.0000 (+0.0%) | 1.0500 | 100% (100%) | 1k, - | 10 s | - |"
+    )
+    assert lines[5] == "| `groups` | 1 | 60% | 2.1210 | +0.0210 (+1.0%) | 1.0605 | 85% (70%) | 1k, 2k | 7 s | - |"
+    assert "10 documents (2 MB, 3 copies left out); 1 x GPU" in lines[7]
+    assert "commit abcdefabcd" in lines[7]
     padded = runs_table(tmp_path, pad=True).splitlines()
     assert " ".join(padded[0].split()) == lines[0].strip("| ").replace(" |", "")
     assert all(len(line) <= 120 for line in padded)
