@@ -167,8 +167,9 @@ def test_a_run_goes_over_what_all_share(write, tmp_path):
 def test_committed_studies_are_valid(file, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "check_data", lambda config: None)  # the corpus is not here
     found = study.read_study(file, tmp_path)
-    assert {run.config.training.steps for run in found.runs} <= {40, 1000}
-    assert any(run.name == "dense_s0" for run in found.runs)
+    (dense,) = (run for run in found.runs if run.name == "dense_s0")
+    # As long as dense, or a little longer to reach its loss.
+    assert all(1 <= run.config.training.steps / dense.config.training.steps <= 1.1 for run in found.runs)
 
 
 def test_list_prints_the_names_that_only_takes(write, capsys):
