@@ -82,6 +82,7 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
         "checkpoint.interval": "1",
         "checkpoint.keep_latest_k": "0",
         "schedule.phases": phases,
+        "schedule.dense_layers": "0",
     }
     return [word for key, value in keys.items() for word in (f"--{key}", value)]
 
