@@ -27,8 +27,6 @@ from kernels.groups.reference import Groups
 from kernels.groups.select import _sort_key
 from kernels.operators import operator, register_fake
 
-UNROLLED = 4  # blocks whose rows are under way at once
-
 
 def in_blocks(x: Tensor, v: int) -> Tensor:
     """`[T, d]` to `[B, V, d]`, V = min(v, T), the last block filled up with zeros."""
@@ -94,19 +92,17 @@ def _copy_rows(
 @triton.jit
 def _add_rows(
     parts, place, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
-    NEURONS: tl.constexpr, WIDTH: tl.constexpr, UNROLLED: tl.constexpr,
+    NEURONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = (neuron < hidden_dim)[:, None] & (column < D)[None, :]
     total = tl.zeros([NEURONS, WIDTH], SUM)
-    for first in range(0, blocks, UNROLLED):
-        for block in tl.static_range(UNROLLED):
-            neurons = tl.where(first + block < blocks, hidden_dim, 0)
-            where = tl.load(place + (first + block) * hidden_dim + neuron, mask=neuron < neurons, other=-1)
-            row = parts + ((first + block) * kept + where).to(tl.int64) * D
-            total += tl.load(row[:, None] + column[None, :], mask=exists & (where >= 0)[:, None], other=0.0).to(SUM)
+    for block in range(blocks):
+        where = tl.load(place + block * hidden_dim + neuron, mask=neuron < hidden_dim, other=-1)
+        row = parts + (block * kept + where).to(tl.int64) * D
+        total += tl.load(row[:, None] + column[None, :], mask=exists & (where >= 0)[:, None], other=0.0).to(SUM)
     at = (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=exists)
 
@@ -133,9 +129,7 @@ def _launch_add(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
     out = parts.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
     grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128)
     strides = (out.T if transposed else out).stride()
-    _add_rows[grid](
-        parts, place, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128, UNROLLED=UNROLLED
-    )
+    _add_rows[grid](parts, place, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
     return out
 
 

@@ -10,6 +10,7 @@ neurons' order in the checkpoint (the order is the weights' own: a cluster is a 
 spread, every C-th).
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from kernels import (
 from models.feed_forward import FeedForward, FeedForwardSparsity
 from models.llama import LlamaArgs
 from recipes.schedule import Span, span_at
+
+logger = logging.getLogger("sparsetitan")
 
 MASK_ROWS = 1024  # of a matrix whose mask is watched
 SAMPLE = 8192  # tokens by whose activations neurons are clustered
@@ -147,6 +150,8 @@ class Sparsity(Stateful):
         layers = self.config.schedule.dense_layers
         wanted = f"{span.start} {layers} {self.config.weights} {self.config.activations} {self.config.router}"
         if span.mode == "sparse" and (self.prepared != wanted or (every and since % every == 0)):
+            if self.prepared.split(" ", 1)[0] == str(span.start) and self.prepared != wanted:
+                logger.info(f"step {step}: the recipe is not the one that this phase began with; prepared anew")
             self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
         changed, self.phase = span.mode != self.phase, span.mode
@@ -276,7 +281,7 @@ class Sparsity(Stateful):
         nonzero_share: non-zero entries of h before the cut. energy_kept: share of the sum of h^2 that the pattern
         keeps. router_balance: entropy of the tokens' clusters over that of a uniform choice, 1 when all clusters get
         equally many. The aggregates are over all layers' entries and energies; router_balance is the mean over
-        layers.
+        layers. What tells of the pattern leaves out layers that are always dense.
         """
         if not self.feed_forwards:
             return {}
@@ -288,7 +293,10 @@ class Sparsity(Stateful):
         series = {"nonzero_share": (activity[:, 1], activity[:, 0])}
         sparse = self.phase == "sparse"
         if sparse and self.config.activations.pattern != "none":
-            series["energy_kept"] = (activity[:, 3], activity[:, 2])
+            cut = activity * torch.tensor(
+                [[not each.always_dense] for each in self.feed_forwards], device=activity.device
+            )
+            series["energy_kept"] = (cut[:, 3], cut[:, 2])
         if sparse and routed.shape[1] > 1 and routed.any():  # not every way to run the FFNs has a router
             total = routed.sum(1, keepdim=True)
             share = routed / total.clamp(min=1)
@@ -303,10 +311,11 @@ class Sparsity(Stateful):
         docs/training/1b, which was traced so).
         """
         return [
-            [
+            []
+            if feed_forward.always_dense
+            else [
                 soft_threshold_2_4(local[:: max(1, local.shape[0] // MASK_ROWS)]) != 0
                 for local in _groups_of_four(feed_forward)
-                if not feed_forward.always_dense
             ]
             for feed_forward in self.feed_forwards
         ]

@@ -131,7 +131,7 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
         return "FFN"
     if "mm" in op and len(shapes) > 1:
         sizes = [*shapes[0], shapes[1][1]]
-        if tokens in sizes:
+        if tokens in sizes[:2]:
             sizes.remove(tokens)  # what is left are the weight's; the FFN may be as wide as there are tokens
         if args.vocab_size in sizes:
             return "head and loss"

@@ -136,37 +136,43 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
     fsdp = on.shard > 1
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
-    whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
-    share = whole if backend is None else kept_share(args, backend)
-    dense_layers = args.dense_layers if backend else 0
-    ffn = tokens * width * hidden * (dense_layers * whole + (layers - dense_layers) * share) / layers
     copies = 0 if fsdp or width == on.state else width * count
-    # Gradients of h and y1, whole unless the kernels keep those compacted, too.
-    compact = backend in ("groups", "columns") or (backend == "venom" and args.sparsity.cut_along_tokens)
-    work = tokens * (width * hidden * 2 * (share if compact else 1.0) + on.stream * d)
-    if backend == "columns":  # a weight's rows that the blocks keep, and as many of a gradient
-        work += 2 * width * d * hidden * share * -(-tokens // args.sparsity.pattern.v)  # type: ignore[union-attr]
-
-    every, per_block = 1.0, attention + ffn + copies
-    recomputed = tokens * on.stream * d
-    if mode == "selective" and config.activation_checkpoint.selective_ac_option == "op":
-        # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
-        recomputed += tokens * (width * (2 * d + kv) + 4 * args.n_heads)
-        if backend is None:
-            recomputed += tokens * width * hidden
-        elif args.sparsity.clusters:
-            recomputed += tokens * width * args.sparsity.clusters
-        elif 1 not in args.sparsity.weight_products:
-            recomputed += tokens * width * hidden
-    elif mode == "selective":
+    by_operator = mode == "selective" and config.activation_checkpoint.selective_ac_option == "op"
+    every = 1.0
+    if mode == "selective" and not by_operator:
         every = layers // int(config.activation_checkpoint.selective_ac_option) / layers
     if mode == "memory_budget":
         every = 1 - config.activation_checkpoint.memory_budget
     every = 0.0 if mode == "none" else every
-    kept_attention = layers * ((1 - every) * attention + every * min(recomputed, per_block)) / on.tensor
-    kept_ffn = layers * (1 - every) * ffn / on.tensor
+
+    def of_a_layer(backend: str | None) -> tuple[float, float, float]:
+        """Bytes that it keeps of attention and norms, and of the FFN; that its backward pass works in."""
+        whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
+        share = whole if backend is None else kept_share(args, backend)
+        ffn = tokens * width * hidden * share
+        # Gradients of h and y1, whole unless the kernels keep those compacted, too.
+        compact = backend in ("groups", "columns") or (backend == "venom" and args.sparsity.cut_along_tokens)
+        work = tokens * (width * hidden * 2 * (share if compact else 1.0) + on.stream * d)
+        if backend == "columns":  # a weight's rows that the blocks keep, or as many of a gradient
+            work += width * d * hidden * share * -(-tokens // args.sparsity.pattern.v)  # type: ignore[union-attr]
+        recomputed = tokens * on.stream * d
+        if by_operator:
+            # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
+            recomputed += tokens * (width * (2 * d + kv) + 4 * args.n_heads)
+            if backend is None:
+                recomputed += tokens * width * hidden
+            elif args.sparsity.clusters:
+                recomputed += tokens * width * args.sparsity.clusters
+            elif 1 not in args.sparsity.weight_products:
+                recomputed += tokens * width * hidden / (args.sparsity.pattern.sample if backend == "columns" else 1)  # type: ignore[union-attr]
+        block = attention + ffn + copies
+        kept = (1 - every) * attention + every * min(recomputed, block)
+        return kept / on.tensor, (1 - every) * ffn / on.tensor, (work + (block if every else 0.0)) / on.tensor
+
+    dense_layers = args.dense_layers if backend else 0
+    first, last = of_a_layer(None if dense_layers else backend), of_a_layer(backend)
+    kept_attention, kept_ffn = (dense_layers * first[i] + (layers - dense_layers) * last[i] for i in (0, 1))
     kept_copies = layers * (1 - every) * copies / on.tensor
-    work = (work + (per_block if every else 0.0)) / on.tensor
 
     loss_compiled = config.compile.enable and "loss" in config.compile.components
     logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
@@ -177,8 +183,8 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
         gathered = (width * (count * (layers if never else min(layers, 2)) + head) + (width + 4) * count) / on.tensor
     else:
         gathered = kept_copies + (0 if width == on.state else width * head / on.tensor)
-    begins = kept_attention + kept_ffn + max(logits, work) + (states if on.accumulates > 1 else 0)
-    ends = states + work + (kept_attention + kept_ffn) / layers
+    begins = kept_attention + kept_ffn + max(logits, last[2]) + (states if on.accumulates > 1 else 0)
+    ends = states + sum(first)
     # Copies of the matrices go with the layers' activations.
     begins, ends = begins + gathered, ends + (gathered if fsdp else gathered / layers)
     return {
@@ -189,7 +195,7 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
         "activations: attention, norms": kept_attention,
         "activations: h, y1 of the FFN": kept_ffn,
         "logits and loss": logits,
-        "backward pass of one layer": work,
+        "backward pass of one layer": max(first[2], last[2]),
         "peak": 3 * states + max(begins, ends),
     }
 

@@ -168,7 +168,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
-        "graphs are compiled, count at its median speed.",
+        "graphs are compiled, count at its median speed, and with the switch to it.",
         "reached": "Reached: when a validation first had the dense runs' final loss, over the dense runs' time.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)

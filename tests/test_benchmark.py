@@ -20,6 +20,7 @@ TOKENS, D, F = 16384, ARGS.dim, ARGS.hidden_dim
     [
         ("aten::mm", [[TOKENS, D], [D, F]], "nvjet", "FFN"),
         ("aten::mm", [[F, TOKENS], [TOKENS, D]], "nvjet", "FFN"),
+        ("aten::mm", [[TOKENS // 8, D], [D, F]], "nvjet", "FFN"),  # of a sample; F is as large as TOKENS
         ("aten::mm", [[TOKENS, D], [D, D]], "nvjet", "projections"),  # as many tokens as the FFN is wide
         ("aten::mm", [[D, TOKENS], [TOKENS, D]], "nvjet", "projections"),
         ("aten::_scaled_mm", [[TOKENS, D], [D, 10944], [1]], "nvjet", "FFN"),  # SwiGLU's two thirds

@@ -166,13 +166,13 @@ SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
 ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
 LARGEST = {"sums": "*fp32", "place": "*i32", "groups": "i32", "kept": "i32"}
 for arch in (80, 90):
-    for kernel, signature, constants in (
-        (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128, "UNROLLED": 4}),
-        (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}),
-        (_keep_largest, LARGEST, {"GROUPS": 16384}),
+    for kernel, signature, constants, warps in (
+        (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
+        (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
+        (_keep_largest, LARGEST, {"GROUPS": 16384}, 16),
     ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 16})
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
         assert "ld.global" in compiled.asm["ptx"]
 """
 

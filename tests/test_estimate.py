@@ -45,6 +45,10 @@ def test_memory_is_that_of_an_h100():
         words = ("--config", "configs/1b.toml", "--recipe", f"recipes/{name}.toml", *ALONE)
         (*_, tensors) = measured("1b")[name]["active_gib"].values()  # of the sparse phase, where there is one
         assert parts(*words, backend=backend)["peak"] == pytest.approx(tensors, rel=0.01)
+    for name in ("columns_quarter", "columns_eighth"):
+        words = (*SLICE, "--recipe", f"recipes/{name}.toml", *ALONE, "--schedule.dense_layers", "0")
+        tensors = measured("7b_slice_columns")[name]["active_gib"]["sparse"]
+        assert parts(*words, backend="columns")["peak"] == pytest.approx(tensors, rel=0.01)
     held = measured("7b_slice")["dense"]["peak_gib"]["dense"]
     assert parts(*SLICE, *ALONE)["peak"] / held - 1 == pytest.approx(-0.04, abs=0.005)  # as the docstring says
 
@@ -109,6 +113,22 @@ def test_a_sparse_step_keeps_h_as_its_backend_does():
     assert h("activations_2of4", "two_four") == 9 / 32
     assert h("weights_2of4", "two_four") == h("groups_quarter", "reference") == 1 / 2
     assert h("groups_quarter", "groups", "--schedule.dense_layers", "3") == (1 + 1 / 8) / 2  # of six layers
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_layers_that_stay_dense_count_as_dense(mode):
+    """Their share of what is kept; and the backward pass ends in one of them, at the dense step's peak."""
+    words = (*SLICE, "--training.global_batch_size", "-1", "--activation_checkpoint.mode", mode)
+    words = (*words, "--recipe", "recipes/columns_eighth.toml")
+    dense, sparse, half = (
+        parts(*words, "--schedule.dense_layers", str(layers), mode=mode, backend=backend)
+        for layers, backend in ((0, None), (0, "columns"), (3, "columns"))
+    )
+    for name in ("activations: attention, norms", "activations: h, y1 of the FFN"):
+        assert half[name] == pytest.approx((dense[name] + sparse[name]) / 2)
+    assert sparse["peak"] < half["peak"] <= dense["peak"]
+    if mode == "full":
+        assert half["peak"] == dense["peak"]
 
 
 def test_gpus_share_the_states_and_a_node_accumulates_less():

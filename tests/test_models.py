@@ -153,7 +153,8 @@ def test_flops_that_a_backend_executes():
 @pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recipe):
     """Shapes of the real micro-batch and dtypes of the real step, without memory; two layers stand for all."""
-    config, _ = load_config(["--config", str(job), "--recipe", str(recipe), "--model.n_layers", "2"])
+    words = ["--config", str(job), "--recipe", str(recipe), "--model.n_layers", "2", "--schedule.dense_layers", "0"]
+    config, _ = load_config(words)
     args, _ = check_config(config)
     args.vocab_size = config.tokenizer.vocab_size
     with torch.device("meta"):

@@ -152,6 +152,11 @@ def test_training_time_leaves_compilation_out(tmp_path):
     # Two steps of 4096 tokens a line at 1e6 tokens a second; the first line, at 1e4, compiles.
     assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
     assert run.rate("dense") == run.rate("sparse") == 1e6
+    run.lines[20]["switch_seconds"] = 2.0  # where the sparse phase begins; elsewhere it is in the line's rate
+    run.lines[30]["switch_seconds"] = 0.5
+    del run.seconds
+    assert run.seconds == pytest.approx([8192e-6 * line + 2.0 * (line > 20) for line in range(1, 101)])
+    del run.seconds, run.lines[20]["switch_seconds"]
     picture = plot.Picture([run], None, "time")
     assert picture.x_label == "training time, seconds" and picture.spans[0][1] == ("sparse", *run.seconds[[19, 79]])
     out = plot.plot([tmp_path / "run"], tmp_path / "time.png", against="time")

@@ -25,6 +25,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 BLOCKS_OF_32 = ("--activations.v", "32")
+ONE_DENSE = ("--schedule.dense_layers", "1")  # of two
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,11 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
 def test_first_layers_can_stay_dense(train, tmp_path):
     """The row of a sparse phase's validation, and FLOPs of the half that is sparse."""
     whole = train(tmp_path / "whole")[8]
-    half = train(tmp_path / "half", "--schedule.dense_layers", "1")[8]
-    assert half["layers/0/energy_kept"] == 1 > half["layers/1/energy_kept"]
-    assert half["router_balance"] == pytest.approx(half["layers/1/router_balance"])
-    assert half["flip_rate"] == pytest.approx(half["layers/1/flip_rate"])
-    assert not {"layers/0/router_balance", "layers/0/flip_rate"} & set(half) and "layers/0/flip_rate" in whole
+    half = train(tmp_path / "half", *ONE_DENSE)[8]
+    for name in ("energy_kept", "router_balance", "flip_rate"):
+        assert half[name] == pytest.approx(half[f"layers/1/{name}"]) and half[name] < 1
+        assert f"layers/0/{name}" in whole and f"layers/0/{name}" not in half
+    assert half["layers/0/nonzero_share"] > 0
     saved = []
     for name in ("whole", "half"):
         flops = json.loads((tmp_path / name / "run.json").read_text())["flops_per_token"]
@@ -144,9 +145,9 @@ def test_a_second_resume_is_exact_and_so_is_one_from_an_older_checkpoint(train, 
 
 
 def test_reclustering_resumes_exactly_too(train, uninterrupted, tmp_path):
-    words = ("--router.recluster_every", "2")
+    words = ("--router.recluster_every", "2", *ONE_DENSE)
     whole = uninterrupted(train, "groups_quarter", *words)
-    assert losses(whole) != losses(uninterrupted(train, "groups_quarter"))
+    assert losses(whole) != losses(uninterrupted(train, "groups_quarter", *ONE_DENSE))
     for stop in (5, 6, None):
         run = train(tmp_path / "run", *words, recipe="groups_quarter", stop_after=stop)
     assert losses(run) == losses(whole)
@@ -166,6 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, cap
     "recipe, words, chosen",
     [
         ("groups_quarter", ("--activations.v", "128"), "groups"),
+        ("columns_quarter", (), "columns"),
         ("venom_2of16", (), "venom"),
         ("venom_4of16", ("--activations.cut_along_tokens", "true"), "venom"),
     ],
@@ -240,7 +242,7 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
         folder = tmp_path / recipe
         words = merge(tiny, [*half, "--job.dump_folder", str(folder)])
         # A block has to fit into the tokens of a rank.
-        extra = {"dense": DENSE, "groups_quarter": BLOCKS_OF_32}.get(recipe, ())
+        extra = {"dense": DENSE, "groups_quarter": (*BLOCKS_OF_32, *ONE_DENSE)}.get(recipe, ())
         result = launch(
             *["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *merge(words, list(extra))],
             processes=2,
@@ -267,8 +269,9 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
 
 def test_a_compiled_block_gives_the_eager_losses(train, uninterrupted, tmp_path):
     words = ("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager")
-    compiled = train(tmp_path / "run", *words)
-    assert losses(compiled) == pytest.approx(losses(uninterrupted(train, "venom_2of16")), rel=1e-3)
+    for more in ((), ONE_DENSE):
+        compiled = train(tmp_path / f"run{len(more)}", *words, *more)
+        assert losses(compiled) == pytest.approx(losses(uninterrupted(train, "venom_2of16", *more)), rel=1e-3)
 
 
 def test_gradient_accumulation_gives_the_losses_of_one_batch(train, uninterrupted, tmp_path):
