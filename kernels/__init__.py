@@ -6,6 +6,7 @@ the six matrix products of a squared-ReLU FFN:
     two_four         2:4 weights (S-STE) and activations, packing and products on the sparse tensor cores
     venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
+    columns          the same for large blocks, down to single neurons: dense FFNs of what a block keeps
     clustering       neurons into clusters, once; tokens to clusters, every step
     causal           patterns for inference, chosen from tokens before
     feed_forward     products (1) to (6), forward and backward

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.groups.reference import Groups
-from kernels.groups.select import _sort_key
+from kernels.groups.select import sort_key
 from kernels.operators import operator, register_fake
 
 
@@ -60,7 +60,7 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
 def _keep_largest(sums, place, groups, kept, GROUPS: tl.constexpr):
     group = tl.arange(0, GROUPS)
     at, inside = tl.program_id(0) * groups + group, group < groups
-    key = tl.where(inside, _sort_key(tl.load(sums + at, mask=inside, other=0.0)), -1)
+    key = tl.where(inside, sort_key(tl.load(sums + at, mask=inside, other=0.0)), -1)
     # The least key that is kept, bit by bit: the largest number that `kept` keys reach.
     least = 0
     for bit in range(31):

@@ -19,6 +19,8 @@ one GPU), tests/test_estimate.py:
     1b, dense                  36.1 GiB of tensors   reckoned 36.0
     1b, groups_quarter         25.6 GiB of tensors   reckoned 25.5
     1b, groups_eighth          24.9 GiB of tensors   reckoned 24.8
+    7b-slice, columns_quarter  25.9 GiB of tensors   reckoned 25.8
+    7b-slice, columns_eighth   25.5 GiB of tensors   reckoned 25.4
     7b-slice, a dense step     236 ms                reckoned 277 at the default --mfu 0.5, 17% more; 235 at 0.59
 
 The measured ones are those of docs/training. What an allocator loses to fragments is not reckoned, nor NCCL's buffers,

@@ -111,6 +111,7 @@ def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path)
     assert kept["versions"]["torch"] == torch.__version__
     flops = kept["flops_per_token"]
     assert 0 < flops["sparse_pattern"] < flops["dense"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a closed trainer gives the signals back"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -32,7 +32,7 @@ def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
 
 
 @triton.jit
-def _sort_key(value):
+def sort_key(value):
     """Integers that order as non-negative floats do, NaN above all."""
     return tl.where(value != value, 0x7FFFFFFF, value.to(tl.int32, bitcast=True))
 
@@ -53,10 +53,10 @@ def _choose(
         keep = tl.load(chosen + block * groups + group, mask=inside, other=0) != 0
         first = tl.load(start + block)
     else:
-        mine = _sort_key(tl.load(sums + block * groups + group, mask=inside, other=0.0))
+        mine = sort_key(tl.load(sums + block * groups + group, mask=inside, other=0.0))
         rank = tl.zeros([GROUPS], tl.int32)
         for other_group in range(groups):
-            other = _sort_key(tl.load(sums + block * groups + other_group))
+            other = sort_key(tl.load(sums + block * groups + other_group))
             better = (other > mine) | ((other == mine) & (other_group < group))
             rank += better.to(tl.int32)
         keep = inside & (rank < kept)
