@@ -138,6 +138,12 @@ class Activations:
     sample: int = _in(1, 1)
     """groups: a block chooses by every `sample`-th of its tokens, so that product (1) need not be computed for all."""
 
+    balance: float = _in(0.0, 0.0, 1.0)
+    """
+    groups: blocks choose by sums over a power of their mean over the blocks, so that neurons that fire weakly get
+    gradients too. 0: by the sums as they are. 1: every group is wanted equally often.
+    """
+
     cut_along_tokens: bool = False
     """
     2:4, venom: cut the operands of the weight gradients along the tokens as well, as the papers do for speed. Off:

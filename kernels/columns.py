@@ -4,7 +4,8 @@ With blocks of a thousand sorted tokens a block can keep single neurons: the row
 copied once and used by a thousand tokens, so the copying costs little beside the products, which are batches of dense
 ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and K the neurons that each keeps:
 
-    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum
+    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum, weighed by how
+                     active they are elsewhere
     sample           (1) x W1^T and (3) dy W2 at the chosen neurons: [B, V, K]
     reduce_neurons   (2) h W2^T and (5) dy1 W1: [B, V, d]
     reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], added up to the weight's gradient
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.groups.reference import Groups
+from kernels.groups.reference import Groups, balanced
 from kernels.groups.select import sort_key
 from kernels.operators import operator, register_fake
 
@@ -49,7 +50,8 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
     active = (blocks[:, :: pattern.sample].flatten(0, 1) @ w1.T).relu()
     h = (active * active).view(blocks.shape[0], -1, w1.shape[0])
     sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum(1)
-    place = keep_largest(sums.view(blocks.shape[0], -1, pattern.g).sum(2), pattern.kept_groups(w1.shape[0]))
+    sums = balanced(sums.view(blocks.shape[0], -1, pattern.g).sum(2), pattern.balance)
+    place = keep_largest(sums, pattern.kept_groups(w1.shape[0]))
     if pattern.g == 1:
         return place
     inside = torch.arange(pattern.g, dtype=torch.int32, device=w1.device)

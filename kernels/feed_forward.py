@@ -98,7 +98,7 @@ class _Groups(torch.autograd.Function):
         x_ordered = x.contiguous() if order is None else x.index_select(0, order)
         y1 = _linear(x_ordered, w1, w1_scale, packed=x.is_cuda)  # (1)
         kept, pooled = pattern.kept_groups(w1.shape[0]), pattern.budget == "batch"
-        tiles, lists = groups.select_tiles(y1, kept, pooled=pooled)
+        tiles, lists = groups.select_tiles(y1, kept, pooled=pooled, balance=pattern.balance)
         ctx.most = w1.shape[0] // TILE if pooled else kept
         ctx.save_for_backward(x_ordered, w1, w2, tiles, lists, order, w1_scale, w2_scale)
         return groups.reduce_neurons(tiles, lists, w2.T, order, x.shape[0])  # (2)
@@ -272,10 +272,13 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
-        case Preceding(Groups(v, g, sample=1)) if v == g == TILE and not width % 64 and not weight_products:
+        case Preceding(Groups(v, g, sample=1, balance=0)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
         case Preceding():
-            return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
+            return (
+                "reference",
+                f"kernels for a choice made from the block before need groups of v = g = {TILE}, unbalanced",
+            )
         case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
         case Groups(v, g, sample=sample) if v != TILE or g != TILE or sample > 1 or width % 64:

@@ -108,7 +108,7 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
         modes["dense W1"] = replace(sparsity, weight_products=())
     if isinstance(pattern, Groups):
         # One budget for the whole batch would be shared with later tokens, and of one token there is no sample.
-        pattern = replace(pattern, budget="block", sample=1)
+        pattern = replace(pattern, budget="block", sample=1, balance=0.0)
     alone = FeedForwardSparsity(replace(pattern, v=1))
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone

@@ -52,7 +52,14 @@ def activation_pattern(activations: Activations) -> Pattern | None:
         case "2:4":
             return Venom(v=1, n=2, m=4)
         case "groups":
-            return Groups(activations.v, activations.g, activations.keep, activations.budget, activations.sample)
+            return Groups(
+                activations.v,
+                activations.g,
+                activations.keep,
+                activations.budget,
+                activations.sample,
+                activations.balance,
+            )
         case _:
             return None
 

@@ -13,20 +13,20 @@ from torch.testing import assert_close
 
 from kernels import Groups, columns, feed_forward, groups, sparse_feed_forward
 from kernels.feed_forward import _Masked, backend
-from kernels.groups.reference import group_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
-# tokens, v, g, keep, sample: whole blocks, a short last one, one that is shorter than v, groups, no sample
+# tokens, v, g, keep, sample, balance: whole blocks, a short last one, one that is shorter than v, groups, no sample
 SHAPES = [
-    (64, 16, 1, 0.25, 4),
-    (75, 16, 1, 0.125, 8),
-    (7, 16, 1, 0.25, 3),
-    (70, 32, 4, 0.3, 5),
-    (40, 20, 8, 0.25, 1),
-    (33, 16, 1, 1.0, 16),
+    (64, 16, 1, 0.25, 4, 0.0),
+    (75, 16, 1, 0.25, 4, 0.5),
+    (75, 16, 1, 0.125, 8, 0.0),
+    (7, 16, 1, 0.25, 3, 0.0),
+    (70, 32, 4, 0.3, 5, 0.25),
+    (40, 20, 8, 0.25, 1, 0.0),
+    (33, 16, 1, 1.0, 16, 0.5),
 ]
 
 
@@ -50,10 +50,10 @@ def by_columns(monkeypatch):
     return sparse_feed_forward
 
 
-@pytest.mark.parametrize("tokens, v, g, keep, sample", SHAPES)
+@pytest.mark.parametrize("tokens, v, g, keep, sample, balance", SHAPES)
 @pytest.mark.parametrize("ordered", [False, True])
-def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, ordered):
-    pattern = Groups(v, g, keep, sample=sample)
+def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, ordered):
+    pattern = Groups(v, g, keep, sample=sample, balance=balance)
     for seed in range(3):
         x, w1, w2, dy = operands(tokens, seed=seed)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
@@ -71,9 +71,9 @@ def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, samp
             assert one.is_contiguous()
 
 
-@pytest.mark.parametrize("tokens, v, g, keep, sample", SHAPES)
-def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
-    pattern = Groups(v, g, keep, sample=sample)
+@pytest.mark.parametrize("tokens, v, g, keep, sample, balance", SHAPES)
+def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance):
+    pattern = Groups(v, g, keep, sample=sample, balance=balance)
     x, w1, *_ = operands(tokens)
     place = columns.choose(columns.in_blocks(x, v), w1, pattern)
     assert place.dtype == torch.int32 and place.shape == (-(-tokens // v), 48)
@@ -82,7 +82,7 @@ def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample):
         assert torch.equal(row[row >= 0], torch.arange(count, device=DEVICE, dtype=torch.int32)) and row.min() >= -1
     h = (x @ w1.T).relu() ** 2
     expected = (place >= 0).repeat_interleave(v, 0)[:tokens] & (h != 0)
-    assert torch.equal(group_mask(h, v, g, keep, sample=sample), expected)
+    assert torch.equal(pattern.mask(h), expected)
 
 
 def test_nan_in_a_sample_shows(by_columns):

@@ -73,16 +73,17 @@ def dense(tiles, lists):
 @pytest.mark.parametrize("kind", ["floats", "ties", "sparse", "zeros", "favourite"])
 @pytest.mark.parametrize("tokens, hidden, kept", [(300, 384, 2), (1, 128, 1), (256, 640, 5), (129, 768, 1)])
 @pytest.mark.parametrize("budget", ["block", "batch"])
-def test_selection_is_group_mask(kind, tokens, hidden, kept, budget):
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_selection_is_group_mask(kind, tokens, hidden, kept, budget, balance):
     y1, pooled = pre_activations(kind, tokens, hidden), budget == "batch"
     h = y1.relu() * y1.relu()
-    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE), budget=budget)
+    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE), budget=budget, balance=balance)
     for selection in (reference, select):
-        tiles, lists = selection.select_tiles(y1, kept, pooled=pooled)
+        tiles, lists = selection.select_tiles(y1, kept, pooled=pooled, balance=balance)
         assert torch.equal(dense(tiles, lists)[:tokens], torch.where(mask, h, 0))
         assert not dense(tiles, lists)[tokens:].any()
         check_lists(lists, None if pooled else kept)
-    expected = reference.select_tiles(y1, kept, pooled=pooled)[1]
+    expected = reference.select_tiles(y1, kept, pooled=pooled, balance=balance)[1]
     for name in ("start", "tile_group", "tile_block", "group_count", "group_order"):
         assert torch.equal(getattr(lists, name), getattr(expected, name)), name
 

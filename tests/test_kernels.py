@@ -45,6 +45,7 @@ PATTERNS = (
     Groups(3, 4, 0.4),
     Groups(4, 1, 0.3),
     Groups(3, 4, 0.4, "batch"),
+    Groups(3, 4, 0.4, balance=0.5),
 )
 TOKENS, WIDTH, HIDDEN = 13, 12, 40
 
@@ -73,11 +74,14 @@ def brute_venom(h, v, n, m):
     return mask
 
 
-def brute_groups(h, v, g, keep, budget="block"):
+def brute_groups(h, v, g, keep, budget="block", balance=0.0):
     value, mask = h.double().tolist(), torch.zeros(h.shape, dtype=torch.bool)
     groups, blocks = h.shape[1] // g, row_blocks(h.shape[0], v)
     count = max(1, int((Decimal(str(keep)) * groups).quantize(Decimal(1), ROUND_HALF_EVEN)))
     sums = [[math.fsum(value[r][j * g + c] for r in rows for c in range(g)) for j in range(groups)] for rows in blocks]
+    if balance:
+        means = [math.fsum(own[j] for own in sums) / len(blocks) for j in range(groups)]
+        sums = [[one / mean**balance if mean else 0.0 for one, mean in zip(own, means, strict=True)] for own in sums]
     if budget == "batch":
         kept = [divmod(place, groups) for place in largest([one for own in sums for one in own], count * len(blocks))]
     else:
@@ -94,7 +98,7 @@ def brute_mask(h, pattern):
         return torch.ones(h.shape, dtype=torch.bool)
     if isinstance(pattern, Venom):
         return brute_venom(h, pattern.v, pattern.n, pattern.m)
-    return brute_groups(h, pattern.v, pattern.g, pattern.keep, pattern.budget)
+    return brute_groups(h, pattern.v, pattern.g, pattern.keep, pattern.budget, pattern.balance)
 
 
 def brute_token_mask(h, pattern):
@@ -204,6 +208,27 @@ def test_group_mask_is_brute_force(kind, v, tokens):
                 assert torch.equal(mask, Groups(v, g, keep).mask(h))
                 batch = Groups(v, g, keep, "batch").mask(h)
                 assert torch.equal(batch, brute_groups(h, v, g, keep, "batch")), (g, groups, keep, dtype)
+
+
+@pytest.mark.parametrize("budget", ["block", "batch"])
+@BLOCKS
+def test_balanced_mask_is_brute_force(budget, v, tokens):
+    for seed, (g, groups) in enumerate([(1, 10), (4, 5), (3, 3), (8, 6), (12, 1)]):
+        for balance in (0.25, 0.5, 0.9):
+            for kind in ("floats", "sparse"):
+                h = activations(kind, tokens, g * groups, torch.float64, seed)
+                h[:, :g] = 0
+                pattern = Groups(v, g, 0.3, budget, balance=balance)
+                assert torch.equal(pattern.mask(h), brute_mask(h, pattern)), (g, groups, balance, kind)
+
+
+def test_balance_lets_a_weak_neuron_have_its_turn():
+    h = torch.tensor([[8.0, 1.0], [8.0, 0.0], [8.0, 0.0]])
+    chosen = {balance: Groups(1, 1, 0.5, balance=balance).mask(h)[:, 1].tolist() for balance in (0.0, 0.5, 1.0)}
+    assert chosen == {0.0: [False] * 3, 0.5: [False] * 3, 1.0: [True, False, False]}
+    h[0, 1] = 4.0
+    assert Groups(1, 1, 0.5, balance=0.5).mask(h)[:, 1].tolist() == [True, False, False]
+    assert not Groups(1, 1, 0.5).mask(h)[:, 1].any()
 
 
 @KINDS
@@ -513,6 +538,8 @@ def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, exp
         (Groups(4, 4, -0.5), "keep = -0.5"),
         (Groups(4, 4, 1.5), "keep = 1.5"),
         (Groups(4, 4, math.nan), "keep = nan"),
+        (Groups(4, 4, 0.5, balance=1.5), "balance = 1.5"),
+        (Groups(4, 4, 0.5, balance=-0.5), "balance = -0.5"),
     ],
     ids=str,
 )

@@ -62,7 +62,9 @@ def _check(width: int, **operands: Tensor) -> None:
 
 
 @operator("groups_select_tiles")
-def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, Tensor]:
+def select_tiles(
+    y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False, balance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
     Args:
@@ -71,6 +73,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
         by: `[T', f]`, T' at least T, same dtype and contiguous: a block chooses by the sums of the same block of `by`
             instead of its own.
         pooled: `kept` is what a block keeps on average: kept are those of the largest sums of all blocks.
+        balance: sums are divided by their mean over all blocks to this power, see `group_mask`.
 
     Returns:
         tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
@@ -80,12 +83,12 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
     """
     _check(0, y1=y1, by=y1 if by is None else by)
     with torch.cuda.device_of(y1):
-        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by, pooled)
+        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by, pooled, balance)
     return tiles, lists.buffer
 
 
 @register_fake(select_tiles)
-def _(y1, kept, by=None, pooled=False):
+def _(y1, kept, by=None, pooled=False, balance=0.0):
     blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
     buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
     return y1.new_empty(blocks * kept, TILE, TILE), buffer

@@ -9,6 +9,12 @@ along the tokens.
 Blocks differ in how many groups their tokens excite. With the budget "batch" the same number of groups is kept in all,
 and those of the largest sums wherever they are: what is computed stays the same, more of h is kept.
 
+By sums alone a neuron that fires weakly is chosen nowhere: it gets no gradient, and stays weak. In a block of 1024
+tokens that keeps a quarter this is more than a quarter of the neurons, and the optimizer, which scales every weight by
+its own gradients, does not mind how weak they are. `balance` weighs a group's sums by a power of their mean over the
+blocks: at 0 they count as they are, at 1 every group is wanted equally often, and what is kept of h is much less. Half
+way it is about as much as at 0, and few neurons are left out.
+
 A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
 have met W1.
 
@@ -33,6 +39,7 @@ def group_mask(
     sums: Tensor | None = None,
     budget: Literal["block", "batch"] = "block",
     sample: int = 1,
+    balance: float = 0.0,
 ) -> Tensor:
     """Which entries of h lie in a kept group.
 
@@ -49,6 +56,7 @@ def group_mask(
             the v tokens.
         budget: "batch": so many groups a block on average, those of largest sum of all blocks.
         sample: sums are over the tokens 0, sample, 2 sample, ... of a block.
+        balance: a group's sums are divided by their mean over all blocks to this power, in [0, 1].
 
     Returns:
         bool mask `[T, f]`.
@@ -57,7 +65,7 @@ def group_mask(
         ValueError: a pattern outside these bounds.
     """
     tokens, hidden_dim = h.shape
-    pattern = Groups(v, g, keep, budget, sample)
+    pattern = Groups(v, g, keep, budget, sample, balance)
     pattern.check(hidden_dim)
     h = h.detach()
     blocks, groups = -(-tokens // v), hidden_dim // g
@@ -66,13 +74,20 @@ def group_mask(
         energies = tiles[:, ::sample].to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
     else:
         energies = sums.view(blocks, groups, g).sum(2)
-    kept = pattern.kept_groups(hidden_dim)
+    energies, kept = balanced(energies, balance), pattern.kept_groups(hidden_dim)
     if budget == "batch":
         energies, kept = energies.view(1, -1), blocks * kept
     order = energies.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
     chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, order, True).view(blocks, groups)
     mask = chosen[:, None, :, None] & (tiles != 0)
     return mask.reshape(blocks * v, hidden_dim)[:tokens]
+
+
+def balanced(sums: Tensor, balance: float) -> Tensor:
+    """What a block ranks groups by: sums `[B, G]` over a power of their mean over the blocks."""
+    if not balance:
+        return sums
+    return sums * sums.mean(0).clamp(min=torch.finfo(sums.dtype).tiny).pow(-balance)
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ class Groups:
     keep: float
     budget: Literal["block", "batch"] = "block"
     sample: int = 1
+    balance: float = 0.0
 
     def density(self, hidden_dim: int) -> float:
         """Share of h that is kept at most in an FFN of width `hidden_dim`."""
@@ -101,16 +117,20 @@ class Groups:
             raise ValueError(f"g = {self.g}: a group needs at least one neuron")
         if not 1 <= self.sample <= self.v:
             raise ValueError(f"sample = {self.sample}: a block of v = {self.v} tokens has every 1st to {self.v}th")
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance = {self.balance}: the power of a group's mean is in [0, 1]")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep = {self.keep}: the share of groups to keep is in (0, 1]")
         if hidden_dim % self.g:
             raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
 
     def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
-        return group_mask(h, self.v, self.g, self.keep, sums, self.budget, self.sample)
+        return group_mask(h, self.v, self.g, self.keep, sums, self.budget, self.sample, self.balance)
 
 
-def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, TileLists]:
+def select_tiles(
+    y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False, balance: float = 0.0
+) -> tuple[Tensor, TileLists]:
     """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
 
     Args:
@@ -118,6 +138,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
         kept: groups that a block of TILE tokens keeps.
         by: `[T', f]`, T' at least T: a block chooses by the sums of relu(by)^2 over the same block; None: by its own.
         pooled: the budget "batch".
+        balance: as of `group_mask`.
 
     Returns:
         tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
@@ -132,6 +153,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
 
     h = squared_relu(y1)
     sums = (h if by is None else squared_relu(by)).to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+    sums = balanced(sums, balance)
     capacity = blocks * kept
     pools = sums.view(1, -1) if pooled else sums
     order = pools.sort(dim=1, descending=True, stable=True).indices[:, : capacity if pooled else kept]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.groups.reference import balanced
 from kernels.groups.tiles import COUNTERS, TILE, TileLists
 
 
@@ -107,7 +108,9 @@ def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.con
     tl.store(tiles + to, h)
 
 
-def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False) -> tuple[Tensor, TileLists]:
+def select_tiles(
+    y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False, balance: float = 0.0
+) -> tuple[Tensor, TileLists]:
     """Keep the `kept` groups of largest sum of relu(by)^2 of every block of tokens of h = relu(y1)^2.
 
     Args:
@@ -115,6 +118,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
         kept: groups that a block keeps.
         by: `[T', f]`, as y1, T' at least T: whose sums decide; None: y1's own.
         pooled: keep so many groups a block on average, those of largest sum of all blocks.
+        balance: as of `group_mask`.
 
     Returns:
         tiles of h `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and their lists.
@@ -129,6 +133,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool =
     slot = y1.new_empty((blocks, groups), dtype=torch.int32)
     tiles = y1.new_empty((capacity, TILE, TILE))
     _tile_sums[(groups, blocks)](by, sums, by.shape[0], groups, TILE=TILE)
+    sums = balanced(sums, balance)
     width = triton.next_power_of_2(groups)
     chosen = sums
     if pooled:
