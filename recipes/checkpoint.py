@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
@@ -39,6 +40,7 @@ from configs.titan import AsyncMode, CheckpointManager
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
+SPARSITY = "sparsity"  # what the patterns of the FFNs keep, `recipes.sparsity.Sparsity`
 CHUNK_BYTES = 4 << 20
 INCOMPLETE = f"no {MANIFEST}: the run ended before it was saved entirely"
 
@@ -91,6 +93,15 @@ class SafeCheckpointManager(CheckpointManager):
         if isinstance(saved, Future):
             return self._commit_after(saved)
         return None
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """Load; see CheckpointManager.dcp_load. A run that has been dense so far can go on with another recipe."""
+        if SPARSITY in state_dict and not from_hf:
+            found = {SPARSITY: {"prepared": ""}}
+            dcp.load(found, checkpoint_id=checkpoint_id)
+            if not found[SPARSITY]["prepared"]:  # the rest of it is nothing yet, of whatever pattern it is
+                state_dict = {key: value for key, value in state_dict.items() if key != SPARSITY}
+        super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:

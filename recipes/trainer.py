@@ -33,7 +33,7 @@ from configs.errors import ConfigError
 from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
-from recipes.checkpoint import SafeCheckpointManager
+from recipes.checkpoint import SPARSITY, SafeCheckpointManager
 from recipes.data import build_dataloader, load_corpus
 from recipes.metrics import Metrics, build_metrics
 from recipes.restore import check_initial_model, copy_tokenizer
@@ -91,7 +91,7 @@ class SparseTrainer(titan.Trainer):
         (model,) = self.model_parts
         self.sparsity = Sparsity(config, model.feed_forwards(), list(self.optimizers), spans)
         if self.sparsity.feed_forwards and self.checkpointer.enable:
-            self.checkpointer.states["sparsity"] = self.sparsity
+            self.checkpointer.states[SPARSITY] = self.sparsity
 
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""

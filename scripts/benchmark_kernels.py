@@ -57,7 +57,7 @@ from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weigh
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
 QUARTER, EIGHTH = Groups(128, 128, 0.25), Groups(128, 128, 0.125)
-COLUMNS_QUARTER, COLUMNS_EIGHTH = Groups(1024, 1, 0.25, sample=8), Groups(1024, 1, 0.125, sample=8)
+COLUMNS_QUARTER, COLUMNS_EIGHTH = (Groups(1024, 1, keep, sample=8, balance=0.5) for keep in (0.25, 0.125))
 FOUR, TWO = Venom(128, 4, 16), Venom(128, 2, 16)
 
 # What is measured. A pattern whose blocks hold more than one token gets the router.

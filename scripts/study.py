@@ -21,6 +21,12 @@ one of train.py's command line, and the run's own goes over the shared one:
     recipe = "recipes/groups_quarter.toml"
     schedule.phases = [{ mode = "dense", end = 0.1 }, { mode = "sparse", end = 0.6 }, { mode = "dense", end = 1.0 }]
 
+A run can go on from a checkpoint of another, to compare what follows and nothing else: what two runs of one seed
+learned before may differ more (a GPU's sums have no fixed order). It starts when that checkpoint is there, of the run
+of its own seed, with its data, its optimizer and its metrics so far:
+
+    after = "dense/step-500"              # the run of that name must save it: checkpoint.interval
+
 All runs and their data are checked before the first one starts. A run is a process of train.py in its own folder of
 `outputs/studies/NAME`, where its log is too. The same command again skips what is complete and resumes what was
 interrupted (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it
@@ -36,6 +42,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +63,7 @@ from configs.errors import ConfigError, exit_with
 from configs.loader import ROOT, load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
+from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
 from scripts.plot import STYLE, draw_behind, draw_front, load_run, plot, read_lines
 from scripts.report import flops_share, load_groups, runs_table
@@ -82,6 +90,26 @@ class StudyRun:
 
     results: Path
     """Its folder beside the study's file."""
+
+    after: Path | None = None
+    """The checkpoint of another run, `checkpoint/step-N` in its outputs, that it goes on from."""
+
+    def is_ready(self) -> bool:
+        """Whether what it starts from is there."""
+        return self.after is None or self._begun().exists() or (self.after / MANIFEST).exists()
+
+    def _begun(self) -> Path:
+        return self.outputs / self.config.checkpoint.folder / POINTER
+
+    def branch(self) -> None:
+        """Give it the checkpoint that it goes on from, unless it has begun."""
+        if self.after is None or self._begun().exists():
+            return
+        folder = self._begun().parent
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.after, folder / self.after.name)
+        shutil.copy(self.after.parent.parent / "metrics.jsonl", self.outputs)
+        self._begun().write_text(self.after.name)
 
 
 @dataclass
@@ -118,7 +146,7 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     names: list[str] = []
     runs: list[StudyRun] = []
     for place, table in enumerate(tables):
-        name, seeds = table.pop("name", None), table.pop("seeds", [0])
+        name, seeds, after = table.pop("name", None), table.pop("seeds", [0]), table.pop("after", None)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*[\w-]", name) or re.search(r"_s\d+$", name):
             raise ConfigError(
                 f"{file}: runs[{place}].name = {json.dumps(name, default=str)}: give letters, digits, _, - and ., "
@@ -149,12 +177,36 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
                 raise ConfigError(
                     f"{file}: run {name}: a study compares validation losses: set validation.enable = true"
                 )
-            runs.append(StudyRun(full, config, command, outputs / full, file.parent / full))
+            before = None if after is None else _find_before(f"{file}: run {name}", after, seed, runs, config)
+            runs.append(StudyRun(full, config, command, outputs / full, file.parent / full, before))
     if unknown := set(shown or []) - set(names):
         raise ConfigError(
             f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
         )
     return Study(file, runs, shown or names)
+
+
+def _find_before(where: str, after: Any, seed: int, runs: list[StudyRun], config: JobConfig) -> Path:
+    """The folder of the checkpoint that `after` names.
+
+    Raises:
+        ConfigError: `after` names no earlier run of that seed, or no checkpoint that it saves.
+    """
+    parts = re.fullmatch(r"([\w.-]+)/step-(\d+)", after) if isinstance(after, str) else None
+    if parts is None:
+        raise ConfigError(f'{where}: after = {json.dumps(after, default=str)}: give a run and a step: "dense/step-500"')
+    of = next((run for run in runs if run.name == f"{parts[1]}_s{seed}"), None)
+    if of is None:
+        raise ConfigError(f'{where}: after = "{after}": no run {parts[1]} of seed {seed} stands before it in the file')
+    step, saves = int(parts[2]), of.config.checkpoint
+    steps = min(config.training.steps, of.config.training.steps)
+    if not saves.enable or not config.checkpoint.enable or step % saves.interval or not 0 < step < steps:
+        every = f"every {saves.interval} steps" if saves.enable else "never"
+        raise ConfigError(
+            f'{where}: after = "{after}": {of.name} saves a checkpoint {every} (checkpoint.interval): name one of '
+            f"those, before step {steps}"
+        )
+    return of.outputs / saves.folder / f"step-{step}"
 
 
 def _options(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -241,8 +293,11 @@ class Launcher:
         handlers = [signal.signal(number, self._take_note) for number in numbers]
         total, todo, spoke = len(todo), list(todo), time.monotonic()
         while (todo and not self.stopped) or self.running:
-            while todo and self.free and not self.stopped:
-                self._start(todo.pop(0))
+            while self.free and not self.stopped and (ready := next((run for run in todo if run.is_ready()), None)):
+                todo.remove(ready)
+                self._start(ready)
+            if todo and not self.running:
+                break  # what the others were to go on from did not come
             time.sleep(0.2)
             for run, process, gpu, began in list(self.running.values()):
                 if process.poll() is not None:
@@ -275,6 +330,7 @@ class Launcher:
 
     def _start(self, run: StudyRun) -> None:
         run.outputs.mkdir(parents=True, exist_ok=True)
+        run.branch()
         launch = run.outputs / "launch.json"
         before = json.loads(launch.read_bytes())["runs_per_gpu"] if launch.exists() else 1
         launch.write_text(json.dumps({"runs_per_gpu": max(before, self.runs_per_gpu)}) + "\n")
@@ -416,6 +472,13 @@ def main(arguments: list[str] | None = None) -> int:
             collect(run)
         else:
             todo.append(run)
+    for run in todo:
+        before = run.after and run.after.parent.parent
+        if before and not run.is_ready() and before not in (other.outputs for other in todo):
+            raise ConfigError(
+                f"{run.name} goes on from {run.after}, which is not there: run {before.name} as well "
+                "(--only), or, if its results are here already, move those away"
+            )
     say(
         f"{study.file}: {len(chosen)} run{'s' * (len(chosen) != 1)}, {len(chosen) - len(todo)} complete, "
         f"{len(todo)} to run, {jobs} at once on {'GPU ' + ', '.join(gpus) if gpus else 'the CPU'}"

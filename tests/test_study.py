@@ -86,6 +86,33 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, mo
     assert "2 complete, 0 to run" in capfd.readouterr().out
 
 
+def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path, capfd, monkeypatch):
+    dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ncheckpoint.interval = 4\n'
+    phases = 'schedule.phases = [{ mode = "dense", end = 4 }, { mode = "sparse", end = 8 }, { mode = "dense" }]\n'
+    branch = f'[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "dense/step-4"\n{phases}'
+    file = write(dense + branch)
+    words = [str(file), "--outputs", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match=r"branch_s0 goes on from .*step-4, which is not there: run dense_s0 as well"):
+        study.main([*words, "--only", "branch"])
+    assert study.main([*words, "--jobs", "2"]) == 0
+    assert "resumed after step 4" in (tmp_path / "out" / "branch_s0" / "log.txt").read_text()
+    before, after = (rows(file.parent / name) for name in ("dense_s0", "branch_s0"))
+    assert list(after) == list(before) == list(range(1, 13))
+    assert all(after[step] == before[step] for step in range(1, 5))
+    assert after[5]["phase"] == "sparse" and after[5]["loss"] == pytest.approx(before[5]["loss"], rel=0.05)
+    assert after[6]["loss"] != before[6]["loss"]
+
+
+def test_what_goes_on_from_a_failed_run_is_not_started(write, tmp_path, capfd):
+    failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
+    branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
+    file = write(failing + branch)
+    assert study.main([str(file), "--outputs", str(tmp_path / "out")]) == 1
+    out, error = capfd.readouterr()
+    assert "not complete: branch_s0" in out and "error: failing_s0 failed" in error
+    assert not (tmp_path / "out" / "branch_s0" / "log.txt").exists()
+
+
 def test_complete_means_the_last_step_and_its_checkpoint(write, tmp_path):
     file = write(RUNS)
     run = study.read_study(file, tmp_path / "out").runs[0]
@@ -129,6 +156,9 @@ def test_complete_means_the_last_step_and_its_checkpoint(write, tmp_path):
         ('name = "groups"', 'name = "dense"', r"runs\[1\].name = \"dense\" is the name of another run"),
         ('name = "groups"', 'name = "groups_s1"', r"runs\[1\].name = \"groups_s1\": .*which says the seed"),
         ('name = "groups"', "", r"runs\[1\].name = null"),
+        ("seeds = [0, 1]", 'after = "groups/step-4"', r"run dense: after = .*: no run groups of seed 0 stands before"),
+        ("/groups_quarter.toml", '/dense.toml"\nafter = "dense', 'after = "dense": give a run and a step'),
+        ("/groups_quarter.toml", '/dense.toml"\nafter = "dense/step-100', "dense_s0 saves a checkpoint every .* steps"),
         ("[[runs]]", "[[run]]", "runs = .*give at least one"),
         ("seeds = [0, 1]", "seeds = [0, 1", "is not valid TOML"),
     ],
