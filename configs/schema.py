@@ -166,7 +166,10 @@ class Router:
     """
 
     spread: bool = False
-    """Place the neurons of a cluster apart, every C-th of C clusters, so that a Venom block holds neurons of many."""
+    """
+    Place the neurons of a cluster apart, every C-th of C clusters, and clusters that are alike apart, so that a Venom
+    block holds neurons that fire for different tokens.
+    """
 
     recluster_every: int = _in(0, 0)
     """Steps between re-clusterings in a sparse phase; 0: once, when it starts."""

@@ -66,7 +66,8 @@ def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int
 
     Returns:
         order `[f]` int64: the rows by cluster, so that `weight[order]` holds cluster c in its rows
-        `c * size` to `(c + 1) * size`; inside a cluster rows keep their order.
+        `c * size` to `(c + 1) * size`; inside a cluster rows keep their order, and clusters that are alike are
+        neighbours.
         centroids `[f / size, d]` float32, of unit length.
 
     Raises:
@@ -87,7 +88,22 @@ def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int
             break
         _, centroids = _members(rows, assignment, size)
         previous = assignment
-    return _members(rows, _balanced_assignment(rows @ centroids.T, size), size)
+    order, centroids = _members(rows, _balanced_assignment(rows @ centroids.T, size), size)
+    chain = _chain(centroids)
+    return order.view(-1, size)[chain].flatten(), centroids[chain]
+
+
+def _chain(centroids: Tensor) -> Tensor:
+    """Clusters in an order in which each is followed by the likest one of those left: `[C]` int64.
+
+    Of a large block of tokens one cluster fills a part, and its neighbours the rest.
+    """
+    likeness = (centroids @ centroids.T).cpu()  # steps too small for a device
+    left, chain = torch.zeros(len(likeness)), [int(likeness.sum(1).argmin())]
+    for _ in range(len(likeness) - 1):
+        left[chain[-1]] = -torch.inf
+        chain.append(int((likeness[chain[-1]] + left).argmax()))
+    return torch.tensor(chain, device=centroids.device)
 
 
 def _members(rows: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,13 @@ def activation_pattern(activations: Activations) -> Pattern | None:
             return None
 
 
+def _apart(clusters: int) -> Tensor:
+    """An order of clusters, which are numbered by likeness, in which neighbours are far from one another."""
+    golden = round(clusters * (math.sqrt(5) - 1) / 2)
+    step = next(step for step in range(max(1, golden), 2 * clusters + 2) if math.gcd(step, clusters) == 1)
+    return torch.arange(clusters) * step % clusters
+
+
 def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSparsity:
     """What the recipe's sparse phases do to an FFN of width `hidden_dim`."""
     return FeedForwardSparsity(
@@ -239,7 +246,7 @@ class Sparsity(Stateful):
         else:
             order, centroids = activation_clusters(x, weight, size, seed=seed)
         if self.config.router.spread:
-            order = order.view(-1, size).T.flatten()
+            order = order.view(-1, size)[_apart(len(centroids)).to(order.device)].T.flatten()
         if dist.is_initialized() and dist.get_world_size() > 1:
             # All ranks computed the same up to the order of floating-point sums, which is not enough here.
             dist.broadcast(order, src=0)

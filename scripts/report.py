@@ -56,15 +56,21 @@ def runs_table(folder: Path, pad: bool = False) -> str:
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
     seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
     one_seed = len({seed for own in seeds.values() for seed in own}) == 1
+    dense = {about["config"]["debug"]["seed"]: run.last("val_loss") for run, about in groups.get(baseline or "", [])}
+
+    def peers(name: str) -> float:
+        """The baseline's loss for these seeds, or for all of its own."""
+        return mean([dense[seed] for seed in seeds[name]] if set(seeds[name]) <= set(dense) else dense.values())
+
     rows = []
-    for name in sorted(groups, key=lambda name: mean(losses[name])):
+    order = {name: mean(losses[name]) - (peers(name) if dense else 0) for name in groups}
+    for name in sorted(groups, key=order.__getitem__):
         abouts = [about for _, about in groups[name]]
         sparse = sparse_share(abouts[0])
         energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
         difference = "-"
         if baseline is not None:
-            over = mean(losses[name]) - mean(losses[baseline])
-            difference = f"{over:+.4f} ({100 * over / mean(losses[baseline]):+.1f}%)"
+            difference = f"{order[name]:+.4f} ({100 * order[name] / peers(name):+.1f}%)"
         timed = [run for run, about in groups[name] if about.get("runs_per_gpu") == 1]
         rates = [[rate for run in timed if (rate := run.rate(mode))] for mode in ("dense", "sparse")]
         row = {
@@ -164,7 +170,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     )
     meanings = {
         "energy kept": "Energy kept: of h, by the pattern, at the last validation of the sparse phase.",
-        "seeds": "±: the standard deviation over the seeds.",
+        "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
         "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "

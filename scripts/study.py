@@ -108,7 +108,9 @@ class StudyRun:
         folder = self._begun().parent
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.after, folder / self.after.name)
-        shutil.copy(self.after.parent.parent / "metrics.jsonl", self.outputs)
+        rows = read_lines(self.after.parent.parent / "metrics.jsonl")
+        kept = [row for row in rows if row["step"] <= int(self.after.name.removeprefix("step-"))]
+        (self.outputs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._begun().write_text(self.after.name)
 
 

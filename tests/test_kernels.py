@@ -650,6 +650,16 @@ def test_clusters_are_a_fixed_point_of_balanced_k_means(rows, size):
         assert all((expected[m] == c).all() for c, m in enumerate(members))
 
 
+def test_clusters_that_are_alike_are_neighbours():
+    """Directions on an arc, shuffled: clusters are numbered along it."""
+    angle = torch.linspace(0, 2, 48)
+    shuffle = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    order, centroids = balanced_clusters(torch.stack([angle.cos(), angle.sin()], 1)[shuffle], 4, iterations=100)
+    along = torch.atan2(centroids[:, 1], centroids[:, 0])
+    assert (along.diff() > 0).all() or (along.diff() < 0).all()
+    assert_close(along, angle[shuffle][order].view(-1, 4).mean(1), rtol=1e-4, atol=1e-4)
+
+
 def test_clusters_depend_on_the_seed_and_not_on_the_global_generator():
     weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)

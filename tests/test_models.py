@@ -13,7 +13,7 @@ from models.attention import rotate
 from models.feed_forward import FeedForwardSparsity
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
-from recipes.sparsity import Sparsity
+from recipes.sparsity import Sparsity, _apart
 
 SMALL = {
     "dim": 48,
@@ -190,6 +190,15 @@ def test_rotary_embedding_is_torchtitan_s(dtype):
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     torch.testing.assert_close(actual, expected, **close)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (actual, expected)), **close)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 16, 36, 72, 256])
+def test_apart_are_clusters_that_are_alike(clusters):
+    order = _apart(clusters)
+    assert sorted(order.tolist()) == list(range(clusters))
+    if clusters >= 16:  # of any 16 in a row none are neighbours in number, but where 16 do not fit in so
+        for window in order.unfold(0, 16, 1):
+            assert window.sort().values.diff().min() >= max(1, clusters // 64)
 
 
 def test_what_stays_dense_is_neither_clustered_nor_cut():
