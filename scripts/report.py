@@ -84,7 +84,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
-            "reached": _reached(timed, groups[baseline]) if baseline is not None and name != baseline else "-",
+            "reached": _reached(timed, peers(name), groups[baseline]) if baseline is not None and name != baseline else "-",
         }
         if pad:
             del row["energy kept"]  # would not fit the width of a terminal
@@ -139,9 +139,8 @@ def _time(seconds: float) -> str:
     )
 
 
-def _reached(timed: list[Run], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+def _reached(timed: list[Run], level: float, baseline: list[tuple[Run, dict[str, Any]]]) -> str:
     """When runs first had the baseline's final loss, over the baseline's time; "-" where one of them never had it."""
-    level = mean(run.last("val_loss") for run, _ in baseline)
     times = [float(run.seconds[-1]) for run, about in baseline if about.get("runs_per_gpu") == 1]
     at = [run.seconds[run.values("val_loss") <= level] for run in timed]
     if not times or not at or not all(map(len, at)):
