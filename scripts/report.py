@@ -84,7 +84,9 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
-            "reached": _reached(timed, peers(name), groups[baseline]) if baseline is not None and name != baseline else "-",
+            "reached": _reached(timed, peers(name), groups[baseline])
+            if baseline is not None and name != baseline
+            else "-",
         }
         if pad:
             del row["energy kept"]  # would not fit the width of a terminal
