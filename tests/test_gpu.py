@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, launch, losses, merge, rows
 from test_train import DENSE, LAST_STEP
 
 from kernels import feed_forward
@@ -70,3 +70,24 @@ def test_resume_follows_the_uninterrupted_run(train, tmp_path):
         torch._dynamo.reset()
         run = train(tmp_path / "run", *WIDE, *BF16, stop_after=stop)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_gpus_follow_one(tiny, train, tmp_path, recipe):
+    """Under FSDP2 the micro-batches of one GPU, half of them each; neurons are clustered by the tokens of both."""
+    v = "512" if BACKENDS[recipe] == "columns" else "128"  # has to fit into a micro-batch
+    words = ("--model.dim", "64", "--activations.v", v, "--training.seq_len", "256", *BF16)
+    words += ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
+    words += DENSE if recipe == "dense" else ()
+    torch._dynamo.reset()
+    one = train(tmp_path / "one", *words, recipe=recipe)
+    command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
+    result = launch(*merge(command, [*words, "--job.dump_folder", str(tmp_path / "two")]), processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    two = rows(tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), rel=0.03)
+    assert two[LAST_STEP]["tokens"] == one[LAST_STEP]["tokens"]
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert [run["hardware"]["ranks"] for run in runs] == [1, 2]
+    assert runs[0]["backend"] == runs[1]["backend"] and runs[1]["backend"]["name"] == BACKENDS[recipe]
