@@ -40,11 +40,14 @@ class Preceding:
         return first + (1 - first) * self.pattern.density(hidden_dim)
 
     def check(self, hidden_dim: int) -> None:
-        """Raise ValueError where the pattern does not fit an FFN of width `hidden_dim`."""
+        """Raise ValueError where the pattern does not fit a width of `hidden_dim`, or later tokens would choose."""
         self.pattern.check(hidden_dim)
+        if isinstance(self.pattern, Groups) and self.pattern.balance:
+            raise ValueError(f"balance = {self.pattern.balance}: a mean over all blocks would tell of later tokens")
 
     def mask(self, h: Tensor) -> Tensor:
         """Which entries of `h [T, f]` are kept: bool `[T, f]`. T is whole sequences, but for a shorter last one."""
+        self.check(h.shape[1])
         return torch.cat([self._mask(sequence) for sequence in h.detach().split(self.seq_len)])
 
     def _mask(self, h: Tensor) -> Tensor:

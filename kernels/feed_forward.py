@@ -272,13 +272,10 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
-        case Preceding(Groups(v, g, sample=1, balance=0)) if v == g == TILE and not width % 64 and not weight_products:
+        case Preceding(Groups(v, g, sample=1)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
         case Preceding():
-            return (
-                "reference",
-                f"kernels for a choice made from the block before need groups of v = g = {TILE}, unbalanced",
-            )
+            return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
         case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
         case Groups(v, g, sample=sample) if v != TILE or g != TILE or sample > 1 or width % 64:

@@ -67,7 +67,7 @@ def activation_pattern(activations: Activations) -> Pattern | None:
 def _apart(clusters: int) -> Tensor:
     """An order of clusters, which are numbered by likeness, in which neighbours are far from one another."""
     golden = round(clusters * (math.sqrt(5) - 1) / 2)
-    step = next(step for step in range(max(1, golden), 2 * clusters + 2) if math.gcd(step, clusters) == 1)
+    step = next(step for step in range(golden, 2 * clusters + 2) if math.gcd(step, clusters) == 1)
     return torch.arange(clusters) * step % clusters
 
 

@@ -56,21 +56,16 @@ def runs_table(folder: Path, pad: bool = False) -> str:
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
     seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
     one_seed = len({seed for own in seeds.values() for seed in own}) == 1
-    dense = {about["config"]["debug"]["seed"]: run.last("val_loss") for run, about in groups.get(baseline or "", [])}
-
-    def peers(name: str) -> float:
-        """The baseline's loss for these seeds, or for all of its own."""
-        return mean([dense[seed] for seed in seeds[name]] if set(seeds[name]) <= set(dense) else dense.values())
-
+    peers = baseline_losses(groups, baseline) if baseline is not None else dict.fromkeys(groups, 0.0)
+    over = {name: mean(losses[name]) - peers[name] for name in groups}
     rows = []
-    order = {name: mean(losses[name]) - (peers(name) if dense else 0) for name in groups}
-    for name in sorted(groups, key=order.__getitem__):
+    for name in sorted(groups, key=over.__getitem__):
         abouts = [about for _, about in groups[name]]
         sparse = sparse_share(abouts[0])
         energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
         difference = "-"
         if baseline is not None:
-            difference = f"{order[name]:+.4f} ({100 * order[name] / peers(name):+.1f}%)"
+            difference = f"{over[name]:+.4f} ({100 * over[name] / peers[name]:+.1f}%)"
         timed = [run for run, about in groups[name] if about.get("runs_per_gpu") == 1]
         rates = [[rate for run in timed if (rate := run.rate(mode))] for mode in ("dense", "sparse")]
         row = {
@@ -84,7 +79,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
-            "reached": _reached(timed, peers(name), groups[baseline])
+            "reached": _reached(timed, peers[name], groups[baseline])
             if baseline is not None and name != baseline
             else "-",
         }
@@ -92,6 +87,13 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             del row["energy kept"]  # would not fit the width of a terminal
         rows.append(row)
     return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
+
+
+def baseline_losses(groups: dict[str, list[tuple[Run, dict[str, Any]]]], baseline: str) -> dict[str, float]:
+    """The final loss of the baseline for the seeds of each group, or for all of its own where it lacks one of them."""
+    seeds = {name: {about["config"]["debug"]["seed"] for _, about in group} for name, group in groups.items()}
+    of = {about["config"]["debug"]["seed"]: run.last("val_loss") for run, about in groups[baseline]}
+    return {name: mean(of[seed] for seed in (own if own <= of.keys() else of)) for name, own in seeds.items()}
 
 
 def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:

@@ -66,7 +66,7 @@ from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
 from scripts.plot import STYLE, draw_behind, draw_front, load_run, plot, read_lines
-from scripts.report import flops_share, load_groups, runs_table
+from scripts.report import baseline_losses, flops_share, load_groups, runs_table
 
 # What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
 AHEAD = "training.dataloader.prefetch_factor"
@@ -420,7 +420,9 @@ def front(folder: Path) -> None:
         for name, group in groups.items()
     }
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
-    points = {name: (cost / costs[baseline], mean(losses[name])) for name, cost in costs.items()}
+    # Of other seeds a loss is put where it would stand beside the baseline's mean.
+    peers, level = baseline_losses(groups, baseline), mean(losses[baseline])
+    points = {name: (cost / costs[baseline], mean(losses[name]) - peers[name] + level) for name, cost in costs.items()}
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
     label = "training time" if timed else "FLOPs that the pattern leaves"
     with rc_context(STYLE):

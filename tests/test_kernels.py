@@ -19,6 +19,7 @@ from torch.testing import assert_close
 import kernels.feed_forward
 from kernels import (
     Groups,
+    Preceding,
     Venom,
     activation_clusters,
     balanced_clusters,
@@ -540,6 +541,7 @@ def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, exp
         (Groups(4, 4, math.nan), "keep = nan"),
         (Groups(4, 4, 0.5, balance=1.5), "balance = 1.5"),
         (Groups(4, 4, 0.5, balance=-0.5), "balance = -0.5"),
+        (Preceding(Groups(4, 4, 0.5, balance=0.5), 8), "balance = 0.5: .* later tokens"),
     ],
     ids=str,
 )

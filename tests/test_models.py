@@ -196,7 +196,7 @@ def test_rotary_embedding_is_torchtitan_s(dtype):
 def test_apart_are_clusters_that_are_alike(clusters):
     order = _apart(clusters)
     assert sorted(order.tolist()) == list(range(clusters))
-    if clusters >= 16:  # of any 16 in a row none are neighbours in number, but where 16 do not fit in so
+    if clusters >= 16:  # any 16 in a row, a block of Venom, are spread over all of them
         for window in order.unfold(0, 16, 1):
             assert window.sort().values.diff().min() >= max(1, clusters // 64)
 

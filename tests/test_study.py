@@ -86,7 +86,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, mo
     assert "2 complete, 0 to run" in capfd.readouterr().out
 
 
-def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path, capfd, monkeypatch):
+def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path):
     dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ncheckpoint.interval = 4\n'
     phases = 'schedule.phases = [{ mode = "dense", end = 4 }, { mode = "sparse", end = 8 }, { mode = "dense" }]\n'
     branch = f'[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "dense/step-4"\n{phases}'

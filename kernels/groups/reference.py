@@ -9,11 +9,10 @@ along the tokens.
 Blocks differ in how many groups their tokens excite. With the budget "batch" the same number of groups is kept in all,
 and those of the largest sums wherever they are: what is computed stays the same, more of h is kept.
 
-By sums alone a neuron that fires weakly is chosen nowhere: it gets no gradient, and stays weak. Of a small dense model
-this was a quarter of the neurons (eight blocks of 1024 tokens that keep a quarter), and the optimizer, which scales
-every weight by its own gradients, does not mind how weak they are. `balance` weighs a group's sums by a power of their
-mean over the blocks: at 0 they count as they are, at 1 every group is wanted equally often, and much less is kept of h.
-Half way it is a percent or two less than at 0, and few neurons are left out.
+By sums alone a neuron that fires weakly everywhere is chosen nowhere: it gets no gradient, and stays weak, though the
+optimizer, which scales every weight by its own gradients, would not mind how weak it is. `balance` weighs a group's
+sums by a power of their mean over the blocks: at 0 they count as they are, at 1 every group is wanted equally often,
+and less is kept of h. What it does to a run is in docs/studies/branch_40m.
 
 A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
 have met W1.
