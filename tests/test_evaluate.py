@@ -183,7 +183,8 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
     ):
         with pytest.raises(ConfigError, match=message):
             evaluated(run, *words)
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    spec = evaluate.importlib.util.find_spec  # transformers asks it as well
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else spec(name))
     with pytest.raises(ConfigError, match="--tasks needs lm-evaluation-harness"):
         evaluated(run, "--tasks", "arc_easy")
 
