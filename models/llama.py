@@ -67,16 +67,17 @@ class Llama(Transformer):
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Initialise parameters and buffers as torchtitan does, to the same values on any number of ranks.
 
-        On GPUs DTensor draws a shard's values as the whole tensor's would have been. On CPU ranks it draws the same
-        values into every shard, so there each rank draws the whole model and keeps its own shards.
+        What DTensor draws depends on how a tensor is sharded: on GPUs every shard has random numbers of its own, on
+        CPU ranks all shards have the same. So each rank draws the whole model, for a moment all of it in float32, and
+        keeps its own shards.
         """
         sharded = [parameter for parameter in self.parameters() if isinstance(parameter, DTensor)]
-        if not sharded or sharded[0].device_mesh.device_type != "cpu":
+        if not sharded:
             super().init_weights(buffer_device)
             return
         with torch.device("meta"):
             whole = Llama(self.model_args)
-        whole.to_empty(device="cpu").init_weights()
+        whole.to_empty(device=sharded[0].device).init_weights()
         for mine, theirs in zip(self.parameters(), whole.parameters(), strict=True):
             if isinstance(mine, DTensor):
                 mine.copy_(distribute_tensor(theirs, mine.device_mesh, mine.placements, src_data_rank=None))

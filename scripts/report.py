@@ -1,4 +1,4 @@
-"""Tables of README.md, kernels/README.md and docs/studies/*/README.md, from the runs and measurements under docs.
+"""Tables of README.md, kernels/README.md and docs/*/*/README.md, from the runs and measurements under docs.
 
     python -m scripts.report          rewrite the tables
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
@@ -26,7 +26,7 @@ from scripts.plot import Run, amount, load_run
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/studies/*/README.md"))
+PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/*/*/README.md"))
 BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -136,7 +136,7 @@ def _flops(about: dict[str, Any]) -> str:
 def _time(seconds: float) -> str:
     return (
         f"{seconds:.0f} s"
-        if seconds < 300
+        if seconds < 1000
         else f"{seconds / 60:.1f} min"
         if seconds < 18000
         else f"{seconds / 3600:.1f} h"

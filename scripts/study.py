@@ -395,7 +395,7 @@ def draw(study: Study) -> None:
     alone = [path for path in shown if json.loads((path / "run.json").read_bytes()).get("runs_per_gpu") == 1]
     if shown:
         print(plot(shown, folder / "loss.png"))
-    if alone:
+    if shown and alone == shown:
         print(plot(alone, folder / "loss_time.png", against="time"))
     else:
         print("loss against time is not drawn: the runs shared a GPU (--jobs)")
