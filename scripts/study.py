@@ -27,6 +27,9 @@ of its own seed, with its data, its optimizer and its metrics so far:
 
     after = "dense/step-500"              # the run of that name must save it: checkpoint.interval
 
+A run that is shorter than one that goes on from it is its beginning, and no result: it is run where that one is to be,
+and stands in no table.
+
 All runs and their data are checked before the first one starts. A run is a process of train.py in its own folder of
 `outputs/studies/NAME`, where its log is too. The same command again skips what is complete and resumes what was
 interrupted (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it
@@ -93,6 +96,12 @@ class StudyRun:
 
     after: Path | None = None
     """The checkpoint of another run, `checkpoint/step-N` in its outputs, that it goes on from."""
+
+    only_begins: bool = False
+    """Whether it is but the beginning of longer runs that go on from it: no result of its own."""
+
+    def goes_on_from(self, other: "StudyRun") -> bool:
+        return self.after is not None and other.outputs in self.after.parents
 
     def is_ready(self) -> bool:
         """Whether what it starts from is there."""
@@ -181,6 +190,8 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
                 )
             before = None if after is None else _find_before(f"{file}: run {name}", after, seed, runs, config)
             runs.append(StudyRun(full, config, command, outputs / full, file.parent / full, before))
+            for run in runs:
+                run.only_begins |= runs[-1].goes_on_from(run) and run.config.training.steps < config.training.steps
     if unknown := set(shown or []) - set(names):
         raise ConfigError(
             f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
@@ -355,7 +366,8 @@ class Launcher:
 
     def _end(self, run: StudyRun, status: int, seconds: float) -> None:
         if status == 0 and is_complete(run, run.outputs):
-            collect(run)
+            if not run.only_begins:
+                collect(run)
             say(f"{run.name} is complete, {seconds / 60:.1f} min, {_progress(run)}")
         elif status == 0 or (self.stopped and status in (-signal.SIGTERM, -signal.SIGKILL)):
             self.interrupted.append(run)
@@ -468,14 +480,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(run.name for run in chosen))
         return 0
-    todo = []
-    for run in chosen:
-        if is_complete(run, run.results):
+    todo: list[StudyRun] = []
+    for run in reversed(chosen):  # what goes on from a run stands after it
+        if run.only_begins:
+            following = [other for other in chosen if other.goes_on_from(run)]
+            waiting = any(other in todo and not other.is_ready() for other in following)
+            if waiting or (not following and not is_complete(run, run.outputs)):
+                todo.insert(0, run)
+        elif is_complete(run, run.results):
             continue
-        if is_complete(run, run.outputs):
+        elif is_complete(run, run.outputs):
             collect(run)
         else:
-            todo.append(run)
+            todo.insert(0, run)
     for run in todo:
         before = run.after and run.after.parent.parent
         if before and not run.is_ready() and before not in (other.outputs for other in todo):

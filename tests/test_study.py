@@ -1,6 +1,7 @@
 """Studies: refused before anything runs, run, interrupted, resumed, collected, tabled and drawn."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,22 @@ def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path):
     assert all(after[step] == before[step] for step in range(1, 5))
     assert after[5]["phase"] == "sparse" and after[5]["loss"] == pytest.approx(before[5]["loss"], rel=0.05)
     assert after[6]["loss"] != before[6]["loss"]
+
+
+def test_a_shorter_run_that_others_begin_with_is_no_result(write, tmp_path, capsys):
+    start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
+    rest = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\nafter = "start/step-4"\n'
+    file = write(start + rest)
+    words = [str(file), "--outputs", str(tmp_path / "out")]
+    assert study.main(words) == 0
+    assert sorted(path.name for path in file.parent.iterdir() if path.is_dir()) == ["dense_s0"]
+    assert list(rows(file.parent / "dense_s0")) == list(range(1, 13))
+    # It is run again only where its checkpoint is missed, or where it alone is asked for.
+    shutil.rmtree(tmp_path / "out")
+    for more, count in (([], 0), (["--only", "start"], 1)):
+        capsys.readouterr()
+        assert study.main([*words, *more]) == 0
+        assert f", {count} to run," in capsys.readouterr().out
 
 
 def test_what_goes_on_from_a_failed_run_is_not_started(write, tmp_path, capfd):
