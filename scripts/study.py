@@ -487,12 +487,11 @@ def main(arguments: list[str] | None = None) -> int:
             waiting = any(other in todo and not other.is_ready() for other in following)
             if waiting or (not following and not is_complete(run, run.outputs)):
                 todo.insert(0, run)
-        elif is_complete(run, run.results):
-            continue
-        elif is_complete(run, run.outputs):
-            collect(run)
-        else:
-            todo.insert(0, run)
+        elif not is_complete(run, run.results):
+            if is_complete(run, run.outputs):
+                collect(run)
+            else:
+                todo.insert(0, run)
     for run in todo:
         before = run.after and run.after.parent.parent
         if before and not run.is_ready() and before not in (other.outputs for other in todo):
