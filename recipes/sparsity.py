@@ -202,13 +202,10 @@ class Sparsity(Stateful):
     def _prepare(self, step: int, first: bool, forward: Callable[[], Any] | None) -> None:
         by_activations = self.config.router.enable and self.config.router.cluster_by == "activations"
         inputs = self._inputs(forward) if by_activations else [None] * len(self.feed_forwards)
-        for index, (feed_forward, x) in enumerate(zip(self.feed_forwards, inputs, strict=True)):
-            if feed_forward.always_dense:
-                continue
-            if self.config.router.enable:
-                seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + index
-                self._cluster(feed_forward, x, seed % 2**31)
-            if first and self.config.weights.pattern == "2:4":
+        if self.config.router.enable:
+            self._cluster(step, inputs)
+        for feed_forward in self.feed_forwards:
+            if first and self.config.weights.pattern == "2:4" and not feed_forward.always_dense:
                 # Rounded here, since some products multiply by beta in bf16 and some in float32.
                 feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)).bfloat16())
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
@@ -239,23 +236,41 @@ class Sparsity(Stateful):
                 hook.remove()
         return inputs
 
-    def _cluster(self, feed_forward: FeedForward, x: Tensor | None, seed: int) -> None:
-        size, weight = self.config.router.cluster_size, _full(feed_forward.w1.weight)
+    def _cluster(self, step: int, inputs: Sequence[Tensor | None]) -> None:
+        """Cluster the neurons of every layer that is to be sparse; ranks take layers in turn."""
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
+        # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
+        weights: dict[int, Tensor] = {}
+        for turn, (index, feed_forward) in enumerate(layers):
+            weight = _full(feed_forward.w1.weight)
+            if turn % ranks == rank:
+                weights[index] = weight
+        found = {index: self._clusters(inputs[index], weight, step, index) for index, weight in weights.items()}
+        for turn, (index, feed_forward) in enumerate(layers):
+            centroids, neurons = feed_forward.centroids, feed_forward.w1.weight.shape[0]
+            order = torch.empty(neurons, dtype=torch.int64, device=centroids.device)
+            order, centroids = found.get(index, (order, centroids))
+            if ranks > 1:
+                dist.broadcast(order, src=turn % ranks)
+                dist.broadcast(centroids, src=turn % ranks)
+            feed_forward.centroids.copy_(centroids)
+            for weight, dim in ((feed_forward.w1.weight, 0), (feed_forward.w2.weight, 1)):
+                _reorder(weight, order, dim)
+                for moment in self._moments(weight):
+                    _reorder(moment, order, dim)
+
+    def _clusters(self, x: Tensor | None, weight: Tensor, step: int, layer: int) -> tuple[Tensor, Tensor]:
+        """The neurons of a layer in the order that its pattern wants, and the centroids of its clusters."""
+        size = self.config.router.cluster_size
+        seed = ((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31
         if x is None:
             order, centroids = balanced_clusters(weight, size, seed=seed)
         else:
             order, centroids = activation_clusters(x, weight, size, seed=seed)
         if self.config.router.spread:
             order = order.view(-1, size)[_apart(len(centroids)).to(order.device)].T.flatten()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # All ranks computed the same up to the order of floating-point sums, which is not enough here.
-            dist.broadcast(order, src=0)
-            dist.broadcast(centroids, src=0)
-        feed_forward.centroids.copy_(centroids)
-        for weight, dim in ((feed_forward.w1.weight, 0), (feed_forward.w2.weight, 1)):
-            _reorder(weight, order, dim)
-            for moment in self._moments(weight):
-                _reorder(moment, order, dim)
+        return order.contiguous(), centroids
 
     def _moments(self, weight: Tensor) -> list[Tensor]:
         """The optimizer's tensors that belong to a weight entry by entry."""
