@@ -78,7 +78,7 @@ def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int
         raise ValueError(f"size = {size} does not divide the FFN's hidden_dim = {neurons}")
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: clustering needs at least one")
-    # Rows are gathered in every iteration, and those of a transposed matrix lie an element here and there.
+    # Rows are gathered in every iteration; those of a transposed matrix are scattered over all of it.
     rows = F.normalize(weight.detach().float(), dim=1).contiguous()
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(neurons, generator=generator, device="cpu")[: neurons // size].to(weight.device)

@@ -190,8 +190,9 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
                 )
             before = None if after is None else _find_before(f"{file}: run {name}", after, seed, runs, config)
             runs.append(StudyRun(full, config, command, outputs / full, file.parent / full, before))
-            for run in runs:
-                run.only_begins |= runs[-1].goes_on_from(run) and run.config.training.steps < config.training.steps
+    for run in runs:
+        following = [other for other in runs if other.goes_on_from(run)]
+        run.only_begins = any(other.config.training.steps > run.config.training.steps for other in following)
     if unknown := set(shown or []) - set(names):
         raise ConfigError(
             f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
