@@ -9,8 +9,9 @@ exist yet (decoding) or must not count (a prompt's loss). Three choices are free
     by cluster   every token keeps what the centroid of its cluster would (`models.feed_forward`). The choice is known
                  before product (1), and tokens of a cluster share it: sorted by cluster, each cluster's last block
                  filled up, a prompt's products are dense tiles. There is no kernel for that yet
-    Preceding    a block of V consecutive tokens takes the choice of the V tokens before it. Tiles stay dense, so a
-                 prompt runs on the kernels' products; a sequence's first block, with nothing before it, stays whole
+    Preceding    a block of V consecutive tokens takes the choice of the V tokens before it, so it is known before
+                 product (1) as well. Tiles stay dense, and a prompt runs on the kernels' products; a sequence's first
+                 block, with nothing before it, stays whole
 
 The last needs no router, and fits worst: a token is less like its neighbours than like those of its cluster.
 
@@ -52,9 +53,9 @@ class Preceding:
 
     def _mask(self, h: Tensor) -> Tensor:
         v, (tokens, hidden_dim) = self.pattern.v, h.shape
-        blocks = -(-tokens // v)
+        blocks, sample = -(-tokens // v), self.pattern.sample if isinstance(self.pattern, Groups) else 1
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        sums = F.pad(wide, (0, 0, 0, blocks * v - tokens)).view(blocks, v, hidden_dim).sum(1)
+        sums = F.pad(wide, (0, 0, 0, blocks * v - tokens)).view(blocks, v, hidden_dim)[:, ::sample].sum(1)
         mask = self.pattern.mask(h, sums.roll(1, 0))
         mask[:v] = h[:v] != 0
         return mask

@@ -149,6 +149,29 @@ def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> 
     return torch.cat(parts)
 
 
+def _preceding_columns(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
+    """Groups that large blocks keep, chosen by the block before: for inference, without gradients."""
+    choice, width = pattern.pattern, x.shape[1]
+    assert isinstance(choice, Groups)
+    kept, parts = choice.kept_groups(w1.shape[0]) * choice.g, []
+    whole = x.shape[0] // pattern.seq_len * pattern.seq_len
+    for tokens in (x[:whole].view(-1, pattern.seq_len, width), x[None, whole:]):
+        sequences, length, _ = tokens.shape
+        if not tokens.numel():
+            continue
+        v = min(choice.v, length)
+        blocks = F.pad(tokens, (0, 0, 0, -length % v)).unflatten(1, (-1, v))  # [S, B, V, d]
+        active = (blocks[:, :1] @ w1.T).relu()
+        y = (active * active) @ w2.T
+        if length > v:
+            place = columns.choose(blocks[:, :-1].flatten(0, 1), w1, choice)
+            active = columns.sample(blocks[:, 1:].flatten(0, 1), w1, place, kept).relu()  # (1)
+            rest = columns.reduce_neurons(active * active, w2.T, place)  # (2)
+            y = torch.cat([y, rest.unflatten(0, (sequences, -1))], 1)
+        parts.append(y.flatten(1, 2)[:, :length].flatten(0, 1))
+    return torch.cat(parts)
+
+
 class _Venom(torch.autograd.Function):
     """V:N:M in compact form, `kernels.venom`; `order` as in `sparse_feed_forward`."""
 
@@ -274,8 +297,13 @@ def backend(
             return "two_four", "2:4 weights by cuSPARSELt"
         case Preceding(Groups(v, g, sample=1)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
+        case Preceding(Groups(v, _, _, "block")) if v >= LARGE and not weight_products:
+            return "columns", f"blocks of {v} tokens as dense FFNs of what the block before keeps, cuBLAS"
         case Preceding():
-            return "reference", f"kernels for a choice made from the block before need groups of v = g = {TILE}"
+            return "reference", (
+                f"kernels for a choice made from the block before need groups, of v = g = {TILE} and sample = 1 or of "
+                f'v from {LARGE} and a budget of "block"'
+            )
         case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
         case Groups(v, g, sample=sample) if v != TILE or g != TILE or sample > 1 or width % 64:
@@ -354,8 +382,11 @@ def sparse_feed_forward(
         x = permute_rows(x, order, inverse)
     packed = chosen == "two_four"
     if chosen == "columns":
-        assert isinstance(pattern, Groups)
-        y = _columns(x, w1, w2, pattern)
+        if isinstance(pattern, Preceding):
+            y = _preceding_columns(x, w1, w2, pattern)
+        else:
+            assert isinstance(pattern, Groups)
+            y = _columns(x, w1, w2, pattern)
     elif packed and pattern is not None:
         y = _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens)
     else:

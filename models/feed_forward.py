@@ -106,10 +106,12 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
         return modes
     if 1 in sparsity.weight_products:
         modes["dense W1"] = replace(sparsity, weight_products=())
+    token: Pattern = replace(pattern, v=1)
     if isinstance(pattern, Groups):
         # One budget for the whole batch would be shared with later tokens, and of one token there is no sample.
-        pattern = replace(pattern, budget="block", sample=1, balance=0.0)
-    alone = FeedForwardSparsity(replace(pattern, v=1))
+        pattern = replace(pattern, budget="block", balance=0.0)
+        token = replace(pattern, v=1, sample=1)
+    alone = FeedForwardSparsity(token)
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone
     if sparsity.clusters:

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from kernels import Groups, columns, feed_forward, groups, sparse_feed_forward
+from kernels import Groups, Preceding, columns, feed_forward, groups, sparse_feed_forward
 from kernels.feed_forward import _Masked, backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,6 +85,20 @@ def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance):
     assert torch.equal(pattern.mask(h), expected)
 
 
+# Whole sequences, a shorter last one, one alone, less than a block.
+@pytest.mark.parametrize("tokens", [120, 75, 40, 7])
+@pytest.mark.parametrize("v, g, keep, sample", [(16, 1, 0.25, 4), (16, 4, 0.3, 1), (20, 1, 0.1, 20), (64, 1, 0.25, 8)])
+def test_the_block_before_chooses(by_columns, tokens, v, g, keep, sample):
+    pattern = Preceding(Groups(v, g, keep, sample=sample), 40)
+    x, w1, w2, _ = operands(tokens)
+    expected = _Masked.apply(x, w1, w2, pattern, None, None, False, False)
+    torch._dynamo.reset()
+    compiled = torch.compile(by_columns, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        for function in (by_columns, compiled):
+            assert_close(function(x, w1, w2, pattern), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_nan_in_a_sample_shows(by_columns):
     x, w1, w2, _ = operands(64)
     x[16, 3] = torch.nan  # the first token of a block, which is in its sample
@@ -132,6 +146,8 @@ def test_which_patterns_run_as_columns():
 
     assert chosen(Groups(1024, 1, 0.25, sample=8)) == chosen(Groups(512, 128, 0.25)) == "columns"
     assert chosen(Groups(256, 1, 0.25)) == chosen(Groups(1024, 1, 0.25, "batch")) == "reference"
+    assert chosen(Preceding(Groups(1024, 1, 0.25, sample=8), 4096)) == "columns"
+    assert chosen(Preceding(Groups(256, 1, 0.25), 4096)) == "reference"
     assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25), dtype=torch.float32) == "reference"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25)) == "groups"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25, sample=2)) == "reference"

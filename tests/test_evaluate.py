@@ -138,7 +138,7 @@ def test_a_token_takes_the_choice_of_its_clusters_centroid(pattern):
     assert 0 < ffn.activity[3] < ffn.activity[2]
 
 
-@pytest.mark.parametrize("pattern", [Groups(4, 8, 0.25), Venom(4, 2, 8), Venom(4, 4, 8)])
+@pytest.mark.parametrize("pattern", [Groups(4, 8, 0.25), Groups(4, 8, 0.25, sample=2), Venom(4, 2, 8), Venom(4, 4, 8)])
 def test_a_block_takes_the_choice_of_the_block_before(pattern):
     torch.manual_seed(0)
     h = torch.randn(3 * 10 - 5, 32).relu()  # sequences of 10 tokens, so blocks of 4, 4 and 2; the last sequence is cut
@@ -147,7 +147,7 @@ def test_a_block_takes_the_choice_of_the_block_before(pattern):
         assert torch.equal(kept[:4], sequence[:4] != 0)
         for start in range(4, len(sequence), 4):
             block, chosen = sequence[start : start + 4], kept[start : start + 4]
-            sums = sequence[start - 4 : start].sum(0, keepdim=True)
+            sums = sequence[start - 4 : start : getattr(pattern, "sample", 1)].sum(0, keepdim=True)
             assert torch.equal(chosen, pattern.mask(block, sums))
     assert not torch.equal(mask, pattern.mask(h))
     assert Preceding(pattern, 10).density(32) == pytest.approx(0.4 + 0.6 * pattern.density(32))
