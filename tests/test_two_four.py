@@ -25,6 +25,7 @@ from kernels.two_four import (
     pack,
     pack_like,
     pack_reference,
+    products,
     reduce_tokens,
     soft_threshold_2_4,
     soft_threshold_pack,
@@ -279,6 +280,14 @@ def test_products_are_dense_products(device):
         assert torch.equal(sparse_linear(packed, layout), x @ sparse.T)
         assert torch.equal(sparse_matmul(packed, layout.T), sparse @ x.T)
     assert sparse_linear(packed, x).is_contiguous() and sparse_matmul(packed, x.T).is_contiguous()
+
+
+def test_room_behind_a_packed_matrix():
+    for columns, room in ((64, 256), (128, 0), (192, 256)):
+        packed = pack_reference(matrix("floats", 64, columns))
+        roomy = products._with_room(packed)
+        assert torch.equal(roomy.view(torch.int16), packed.view(torch.int16)) and roomy.is_contiguous()
+        assert roomy.untyped_storage().nbytes() == 2 * (packed.numel() + room)
 
 
 @pytest.mark.gpu

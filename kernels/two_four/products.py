@@ -16,6 +16,7 @@ Without a GPU the matrix is unpacked and multiplied densely.
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.operators import operator, register_fake
@@ -24,6 +25,9 @@ from kernels.two_four.pack import keep_largest_pack, token_rows
 from kernels.two_four.reference import packed_shape, unpack
 
 ALIGNMENT = 8  # entries that a dense operand's dimensions are multiples of
+# Some of cuSPARSELt 0.8.0's kernels read metadata in pieces of 128 columns: where K is an odd multiple of 64, to half a
+# piece past its end. compute-sanitizer shows it.
+PIECE, HALF_A_PIECE = 128, 256  # columns; entries of 2 bytes
 
 _products: dict[tuple, Product] = {}
 
@@ -57,13 +61,20 @@ def _fastest(packed: Tensor, dense: Tensor, transpose_result: bool) -> Product:
     return Product(packed.get_device(), rows, inner, columns, dense.is_contiguous(), transpose_result, *kernel)
 
 
+def _with_room(packed: Tensor) -> Tensor:
+    """The packed matrix, contiguous; a copy where cuSPARSELt would read past its end."""
+    if packed_shape(packed)[1] % PIECE == 0:
+        return packed.contiguous()
+    return F.pad(packed.flatten(), (0, HALF_A_PIECE))[: packed.numel()].view_as(packed)
+
+
 def _product(packed: Tensor, dense: Tensor, transpose_result: bool) -> Tensor:
     if not packed.is_cuda:
         result = unpack(packed) @ dense
         return result.T.contiguous() if transpose_result else result
     # Both orders of the entries are fine, gaps between rows or columns are not.
     dense = dense if dense.is_contiguous() or dense.T.is_contiguous() else dense.contiguous()
-    packed, rows, columns = packed.contiguous(), packed.shape[0], dense.shape[1]
+    packed, rows, columns = _with_room(packed), packed.shape[0], dense.shape[1]
     result = dense.new_empty((columns, rows) if transpose_result else (rows, columns))
     key = packed.device, packed.shape, dense.shape, dense.is_contiguous(), transpose_result
     with torch.cuda.device_of(packed):
