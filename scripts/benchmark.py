@@ -81,6 +81,7 @@ CONTENDERS = {
     "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
     "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
     "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
+    "columns_half": _recipe("columns_half", "half of the neurons, blocks of 1024"),
     "columns_quarter": _recipe("columns_quarter", "a quarter of the neurons, blocks of 1024"),
     "columns_eighth": _recipe("columns_eighth", "an eighth of the neurons, blocks of 1024"),
     "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),

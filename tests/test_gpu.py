@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 BACKENDS = {
     "activations_2of4": "two_four",
     "columns_eighth": "columns",
+    "columns_half": "columns",
     "columns_quarter": "columns",
     "dense": "dense",
     "groups_eighth": "groups",
