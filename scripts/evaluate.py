@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -360,7 +361,7 @@ def main() -> None:
         "limit": options.limit,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "command": sys.argv,
+        "command": shlex.join(["python", "-m", "scripts.evaluate", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     file = (source.run if isinstance(source, Checkpoint) else source) / "evaluations.jsonl"

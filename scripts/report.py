@@ -7,6 +7,8 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
     <!-- probes: FOLDER -->   a row for each probed checkpoint and mode of its FFNs: probe.json of scripts/probe.py
+    <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated: evaluations.jsonl of
+                              scripts/evaluate.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
@@ -27,7 +29,9 @@ from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/*/*/README.md"))
-BLOCK = re.compile(r"(<!-- (runs|probes|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (runs|probes|evaluations|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
@@ -54,7 +58,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
     groups, baseline = load_groups(folder)
     runs = [pair for group in groups.values() for pair in group]
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
-    seeds = {name: sorted(about["config"]["debug"]["seed"] for _, about in group) for name, group in groups.items()}
+    seeds = {name: sorted(_seed(about) for _, about in group) for name, group in groups.items()}
     one_seed = len({seed for own in seeds.values() for seed in own}) == 1
     peers = baseline_losses(groups, baseline) if baseline is not None else dict.fromkeys(groups, 0.0)
     over = {name: mean(losses[name]) - peers[name] for name in groups}
@@ -79,9 +83,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "FLOPs": _flops(abouts[0]),
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
-            "reached": _reached(timed, peers[name], groups[baseline])
-            if baseline is not None and name != baseline
-            else "-",
+            "reached": _reached(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
         }
         if pad:
             del row["energy kept"]  # would not fit the width of a terminal
@@ -91,8 +93,8 @@ def runs_table(folder: Path, pad: bool = False) -> str:
 
 def baseline_losses(groups: dict[str, list[tuple[Run, dict[str, Any]]]], baseline: str) -> dict[str, float]:
     """The final loss of the baseline for the seeds of each group, or for all of its own where it lacks one of them."""
-    seeds = {name: {about["config"]["debug"]["seed"] for _, about in group} for name, group in groups.items()}
-    of = {about["config"]["debug"]["seed"]: run.last("val_loss") for run, about in groups[baseline]}
+    seeds = {name: {_seed(about) for _, about in group} for name, group in groups.items()}
+    of = {_seed(about): run.last("val_loss") for run, about in groups[baseline]}
     return {name: mean(of[seed] for seed in (own if own <= of.keys() else of)) for name, own in seeds.items()}
 
 
@@ -143,13 +145,30 @@ def _time(seconds: float) -> str:
     )
 
 
-def _reached(timed: list[Run], level: float, baseline: list[tuple[Run, dict[str, Any]]]) -> str:
-    """When runs first had the baseline's final loss, over the baseline's time; "-" where one of them never had it."""
-    times = [float(run.seconds[-1]) for run, about in baseline if about.get("runs_per_gpu") == 1]
-    at = [run.seconds[run.values("val_loss") <= level] for run in timed]
-    if not times or not at or not all(map(len, at)):
+def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+    """When runs first had the final loss of the baseline's run of their seed, over its time; "-" where one never had.
+
+    A run whose seed the baseline lacks is held against the means of all.
+    """
+    alone = [
+        [(run, _seed(about)) for run, about in each if about.get("runs_per_gpu") == 1] for each in (group, baseline)
+    ]
+    ends = {seed: (run.last("val_loss"), float(run.seconds[-1])) for run, seed in alone[1]}
+    if not ends or not alone[0]:
         return "-"
-    return f"{mean(float(seconds[0]) for seconds in at) / mean(times):.2f}"
+    means = mean(loss for loss, _ in ends.values()), mean(time for _, time in ends.values())
+    shares = []
+    for run, seed in alone[0]:
+        level, time = ends.get(seed, means)
+        at = run.seconds[run.values("val_loss") <= level]
+        if not len(at):
+            return "-"
+        shares.append(float(at[0]) / time)
+    return f"{mean(shares):.2f}"
+
+
+def _seed(about: dict[str, Any]) -> int:
+    return about["config"]["debug"]["seed"]
 
 
 def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
@@ -159,7 +178,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     corpus = about["corpus"]
     documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
     documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
-    model, seed = about["config"]["model"]["flavor"], about["config"]["debug"]["seed"]
+    model, seed = about["config"]["model"]["flavor"], _seed(about)
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
     dates = _range([one["date"][:10] for _, one in runs], "{}")
@@ -178,7 +197,8 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
         "graphs are compiled, count at its median speed, and with the switch to it.",
-        "reached": "Reached: when a validation first had the dense runs' final loss, over the dense runs' time.",
+        "reached": "Reached: when a validation first had the final loss of the dense run of its seed, over that run's "
+        "time.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
     return text
@@ -235,6 +255,40 @@ def probes_table(folder: Path, pad: bool = False) -> str:
         f"loss was with the true future. {devices}, torch {one['torch']}, {dates}."
     )
     return _table(rows, pad, lambda _: text)
+
+
+def evaluations_table(folder: Path) -> str:
+    """What scripts/evaluate.py measured of a folder's runs on a text as a Markdown table, a row a way to run the model.
+
+    Args:
+        folder: holds a folder a run, with evaluations.jsonl.
+    """
+    rows, evaluations = [], []
+    for file in sorted(folder.glob("*/evaluations.jsonl")):
+        for evaluation in map(json.loads, file.read_text().splitlines()):
+            evaluations.append(evaluation)
+            first = next(iter(evaluation["scores"].values()))["loss"]
+            for name, got in evaluation["scores"].items():
+                rate = got.get("prefill_tokens/s")
+                over = got["loss"] - first
+                row = {
+                    "run": f"`{file.parent.name}`",
+                    "model": name,
+                    "loss": f"{got['loss']:.4f}",
+                    "over the first": f"{over:+.4f} ({100 * over / first:+.2f}%)" if over else "-",
+                    "bits/byte": f"{got['bits_per_byte']:.4f}",
+                    "energy kept": _percent(got.get("energy_kept")),
+                    "prompt, tokens/s": amount(float(f"{rate:.3g}")) if rate else "-",
+                }
+                if row not in rows:  # two quantisations begin with the same model
+                    rows.append(row)
+    tokens = _range([each["text"]["tokens"] for each in evaluations], "{:,}")
+    files = _range([len(each["text"]["files"]) for each in evaluations], "{}")
+    devices = " and ".join(sorted({each["hardware"] for each in evaluations}))
+    versions = ", ".join(f"{name} {version}" for name, version in evaluations[-1]["versions"].items())
+    dates = _range([each["date"][:10] for each in evaluations], "{}")
+    text = f"{tokens} tokens of {files} files. {devices}, {versions}, {dates}."
+    return _table(rows, False, lambda _: text)
 
 
 def _percent(share: float | None) -> str:
@@ -390,6 +444,7 @@ def parts_table(file: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs_table,
     "probes": probes_table,
+    "evaluations": evaluations_table,
     "kernels": kernels_table,
     "stages": stages_table,
     "training": training_table,

@@ -16,8 +16,8 @@ def test_pages_are_up_to_date(page):
 
 def test_a_changed_figure_is_noticed():
     text = PAGES[0].read_text()
-    assert fill(text.replace("| 3.0154 |", "| 3.0153 |", 1)) == text
-    assert text.replace("| 3.0154 |", "| 3.0153 |", 1) != text
+    assert fill(text.replace("| 2.9834 |", "| 2.9833 |", 1)) == text
+    assert text.replace("| 2.9834 |", "| 2.9833 |", 1) != text
 
 
 def entry(**more):
@@ -63,3 +63,18 @@ def test_kernels_table(tmp_path):
     assert "| 64, 256 | (1) | other | sum |" in text
     assert "| `dense` | 10.00 | 8.00 | 18.00 |" in text
     assert "| `groups_quarter` | 6.00 |  | 6.00 |" in text
+
+
+def test_evaluations_table(tmp_path):
+    about = {"text": {"files": ["a", "b"], "tokens": 1234}, "hardware": "GPU", "versions": {"torch": "2"}}
+    scores = {
+        "dense": {"loss": 2.0, "bits_per_byte": 1.0},
+        "preceding": {"loss": 2.1, "bits_per_byte": 1.05, "energy_kept": 0.9, "prefill_tokens/s": 123456.0},
+    }
+    lines = [about | {"date": f"2026-01-0{day}T00", "scores": scores} for day in (1, 2)]
+    (tmp_path / "run_s0").mkdir()
+    (tmp_path / "run_s0" / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = fill(f"<!-- evaluations: {tmp_path} -->\n<!-- end -->")
+    assert text.count("| `run_s0` | dense | 2.0000 | - | 1.0000 | - | - |") == 1
+    assert "| `run_s0` | preceding | 2.1000 | +0.1000 (+5.00%) | 1.0500 | 90.0% | 123k |" in text
+    assert "1,234 tokens of 2 files. GPU, torch 2, 2026-01-01 to 2026-01-02." in text
