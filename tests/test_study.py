@@ -301,6 +301,9 @@ def test_table_of_seeds(tmp_path):
     assert lines[5] == "| `groups` | 1 | 60% | 2.1210 | +0.0210 (+1.0%) | 1.0605 | 85% (70%) | 1k, 2k | 7 s | - |"
     assert "10 documents (2 MB, 3 copies left out); 1 x GPU" in lines[7]
     assert "commit abcdefabcd" in lines[7]
+    write_result(tmp_path / "better_s1", 2.29, 1, sparse=True)  # below dense_s1, and above the mean of both
+    assert "| `better` | 2 | 60% | 2.1900 ± 0.1414 | -0.0100 (-0.5%) |" in (table := runs_table(tmp_path))
+    assert "| 7 s | 0.70 |" in table
     padded = runs_table(tmp_path, pad=True).splitlines()
     assert " ".join(padded[0].split()) == lines[0].strip("| ").replace(" |", "")
     assert all(len(line) <= 120 for line in padded)
