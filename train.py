@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 
+import torch
 import torch.distributed as dist
 
 import kernels
@@ -36,6 +37,13 @@ def main(args: list[str]) -> None:
     trainer = SparseTrainer(config, model_args, spans)
     try:
         trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"training.local_batch_size = {config.training.local_batch_size} with activation_checkpoint.mode = "
+            f'"{config.activation_checkpoint.mode}" does not fit: {str(error).split(". ")[0]}; use a smaller one, '
+            '"selective" or "full", or more GPUs (python -m scripts.estimate says what to expect); the same command '
+            "resumes from the newest checkpoint"
+        ) from error
     finally:
         trainer.close()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 The tiny job runs 12 steps, sparse in steps 4 to 8, with a checkpoint after every step (see conftest.tiny).
 """
 
+import importlib
 import json
 import math
 import os
@@ -333,6 +334,28 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1, result.stderr
     assert "step-2" in result.stderr and "run.json" in result.stderr
+
+
+def test_a_micro_batch_that_does_not_fit_is_one_message(tiny, monkeypatch):
+    class Trainer:
+        closed = False
+
+        def __init__(self, *_):
+            pass
+
+        def train(self):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has more to say")
+
+        def close(self):
+            Trainer.closed = True
+
+    program = importlib.import_module("train")
+    monkeypatch.setattr(program, "SparseTrainer", Trainer)
+    with pytest.raises(
+        ConfigError, match=r"local_batch_size = 4 .* does not fit: CUDA out of memory; use a smaller one"
+    ):
+        program.main(["--config", "configs/debug.toml", *tiny])
+    assert Trainer.closed
 
 
 def test_a_shadowed_kernels_package_is_named(tmp_path):
