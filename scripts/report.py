@@ -7,6 +7,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
 
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
     <!-- probes: FOLDER -->   a row for each probed checkpoint and mode of its FFNs: probe.json of scripts/probe.py
+    <!-- batches: FOLDER -->  a row for each run in the folder: whether its micro-batch fits, and how fast it trains
     <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated: evaluations.jsonl of
                               scripts/evaluate.py
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
@@ -24,13 +25,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scripts.plot import Run, amount, load_run
+from scripts.plot import Run, amount, load_run, read_lines
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/*/*/README.md"))
 BLOCK = re.compile(
-    r"(<!-- (runs|probes|evaluations|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (runs|batches|probes|evaluations|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -202,6 +203,38 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
     return text
+
+
+def batches_table(folder: Path) -> str:
+    """Runs that tried a micro-batch as a Markdown table: one that ended before its last step is one that does not fit.
+
+    Args:
+        folder: holds a folder a run, with metrics.jsonl and run.json.
+    """
+    rows, about = [], {}
+    for file in sorted(folder.glob("*/run.json")):
+        about, last = json.loads(file.read_text()), read_lines(file.parent / "metrics.jsonl")[-1]
+        config = about["config"]
+        fits = last["step"] == config["training"]["steps"]
+        rows.append(
+            {
+                "recipe": f"`{Path(config['recipe']).stem}`",
+                "mode": last["phase"],
+                "sequences": str(config["training"]["local_batch_size"]),
+                "fits": "yes" if fits else "no",
+                "tokens/s": amount(float(f"{last['tokens_per_second']:.3g}")) if fits else "-",
+                "memory of tensors": f"{last['peak_active_gib']:.1f} GiB" if fits else "-",
+            }
+        )
+    rows.sort(key=lambda row: (row["recipe"], int(row["sequences"])))
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    config, hardware = about["config"], about["hardware"]
+    text = (
+        f"{config['model']['flavor']}, sequences of {config['training']['seq_len']} tokens, compiled, activation "
+        f"checkpointing: {config['activation_checkpoint']['mode']}. {hardware['ranks']} x {hardware['device']}, "
+        f"{versions}, {about['date'][:10]}, commit {about['commit'][:10]}."
+    )
+    return _table(rows, False, lambda _: text)
 
 
 def _range(values: Sequence[Any], form: str) -> str:
@@ -443,6 +476,7 @@ def parts_table(file: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs_table,
+    "batches": batches_table,
     "probes": probes_table,
     "evaluations": evaluations_table,
     "kernels": kernels_table,

@@ -78,3 +78,28 @@ def test_evaluations_table(tmp_path):
     assert text.count("| `run_s0` | dense | 2.0000 | - | 1.0000 | - | - |") == 1
     assert "| `run_s0` | preceding | 2.1000 | +0.1000 (+5.00%) | 1.0500 | 90.0% | 123k |" in text
     assert "1,234 tokens of 2 files. GPU, torch 2, 2026-01-01 to 2026-01-02." in text
+
+
+def test_batches_table(tmp_path):
+    for sequences, last in ((12, 1), (8, 15)):
+        about = {
+            "config": {
+                "recipe": "recipes/dense.toml",
+                "model": {"flavor": "1b"},
+                "training": {"steps": 15, "local_batch_size": sequences, "seq_len": 64},
+                "activation_checkpoint": {"mode": "none"},
+            },
+            "versions": {"torch": "2", "torchtitan": "3", "triton": "4"},
+            "hardware": {"device": "GPU", "ranks": 1},
+            "commit": "abcdefabcdef",
+            "date": "2026-01-02T03:04:05",
+        }
+        row = {"step": last, "phase": "dense", "loss": 2.0, "tokens": 64}
+        row |= {"tokens_per_second": 73512.0, "peak_active_gib": 68.69}
+        (tmp_path / f"dense_{sequences}").mkdir()
+        (tmp_path / f"dense_{sequences}" / "run.json").write_text(json.dumps(about))
+        (tmp_path / f"dense_{sequences}" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    lines = fill(f"<!-- batches: {tmp_path} -->\n<!-- end -->").splitlines()
+    assert lines[3] == "| `dense` | dense | 8 | yes | 73.5k | 68.7 GiB |"
+    assert lines[4] == "| `dense` | dense | 12 | no | - | - |"
+    assert "1 x GPU, torch 2, torchtitan 3, triton 4, 2026-01-02, commit abcdefabcd" in lines[6]
