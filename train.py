@@ -21,6 +21,7 @@ if not hasattr(kernels, "sparse_feed_forward"):
     exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
 
 from configs.loader import load_config, resolved
+from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.data import check_data
 from recipes.trainer import SparseTrainer
@@ -34,19 +35,30 @@ def main(args: list[str]) -> None:
             print(json.dumps(resolved(config), indent=2))
         return
     check_data(config)
-    trainer = SparseTrainer(config, model_args, spans)
+    trainer = None
     try:
+        trainer = SparseTrainer(config, model_args, spans)
         trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"training.local_batch_size = {config.training.local_batch_size} with activation_checkpoint.mode = "
-            f'"{config.activation_checkpoint.mode}" does not fit: {str(error).split(". ")[0]}; use a smaller one, '
-            '"selective" or "full", or more GPUs (python -m scripts.estimate says what to expect); the same command '
-            "resumes from the newest checkpoint"
-        ) from error
+    except (torch.OutOfMemoryError, dist.DistBackendError) as error:
+        if isinstance(error, dist.DistBackendError) and "CUDA calloc" not in str(error):
+            raise
+        raise too_large(config, error) from error
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
     dist.destroy_process_group()
+
+
+def too_large(config: JobConfig, error: Exception) -> ConfigError:
+    """What to do about a job that does not fit into the GPU's memory; NCCL, which comes last, may be who finds out."""
+    size, mode = config.training.local_batch_size, config.activation_checkpoint.mode
+    said = str(error).strip().splitlines()[-1].split(". ")[0]
+    stronger = {"none": ' or activation_checkpoint.mode = "selective" or "full"', "selective": ' or mode = "full"'}
+    return ConfigError(
+        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into GPU memory '
+        f"({said}): use a smaller one{stronger.get(mode, '')}, the same training.global_batch_size if the run is to "
+        "go on from a checkpoint; python -m scripts.estimate says what fits"
+    )
 
 
 if __name__ == "__main__":

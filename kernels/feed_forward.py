@@ -137,7 +137,7 @@ class _Columns(torch.autograd.Function):
 
 
 def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
-    """Column groups chosen by the block before, `kernels.causal`: for inference, without gradients."""
+    """(1) and (2) for column groups chosen by the block before, `kernels.causal`: inference, without gradients."""
     assert isinstance(pattern.pattern, Groups)
     kept, parts = pattern.pattern.kept_groups(w1.shape[0]), []
     for y1 in (x @ w1.T).split(pattern.seq_len):
@@ -150,7 +150,7 @@ def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> 
 
 
 def _preceding_columns(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
-    """Groups that large blocks keep, chosen by the block before: for inference, without gradients."""
+    """(1) and (2) for groups that large blocks keep, chosen by the block before: inference, without gradients."""
     choice, width = pattern.pattern, x.shape[1]
     assert isinstance(choice, Groups)
     kept, parts = choice.kept_groups(w1.shape[0]) * choice.g, []
@@ -301,8 +301,8 @@ def backend(
             return "columns", f"blocks of {v} tokens as dense FFNs of what the block before keeps, cuBLAS"
         case Preceding():
             return "reference", (
-                f"kernels for a choice made from the block before need groups, of v = g = {TILE} and sample = 1 or of "
-                f'v from {LARGE} and a budget of "block"'
+                f"kernels for a choice made from the block before need groups without 2:4 weights, of v = g = {TILE}, "
+                f"sample = 1 and a width divisible by 64, or of v from {LARGE}"
             )
         case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"

@@ -69,7 +69,7 @@ class FeedForwardSparsity:
             return 1.0
         first = 0.5 if 1 in self.weight_products else 1.0
         if backend == "columns":
-            assert isinstance(self.pattern, Groups)
+            assert isinstance(self.pattern, Groups)  # of a sparse phase: Preceding is for inference
             return (1 / self.pattern.sample + 6 * self.pattern.density(hidden_dim)) / 6
         if self.pattern is None or backend == "two_four":
             third = 0.5 if 3 in self.weight_products else 1.0

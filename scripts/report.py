@@ -8,8 +8,8 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- runs: FOLDER -->     a row for each run in the folder: metrics.jsonl and run.json, as training leaves them
     <!-- probes: FOLDER -->   a row for each probed checkpoint and mode of its FFNs: probe.json of scripts/probe.py
     <!-- batches: FOLDER -->  a row for each run in the folder: whether its micro-batch fits, and how fast it trains
-    <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated: evaluations.jsonl of
-                              scripts/evaluate.py
+    <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated on a text: evaluations.jsonl
+                              of scripts/evaluate.py, which is copied there from the run's folder
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
@@ -168,6 +168,11 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
     return f"{mean(shares):.2f}"
 
 
+def _commit(about: dict[str, Any]) -> str:
+    commit = about["commit"] or "unknown"
+    return commit[:10] + " and changes" * commit.endswith("-dirty")
+
+
 def _seed(about: dict[str, Any]) -> int:
     return about["config"]["debug"]["seed"]
 
@@ -183,7 +188,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
     dates = _range([one["date"][:10] for _, one in runs], "{}")
-    commits = sorted({one["commit"][:10] for _, one in runs if one.get("commit")})
+    commits = sorted({_commit(one) for _, one in runs if one.get("commit")})
     text = (
         f"{model}, {about['parameters'] / 1e6:.0f} M parameters, {tokens} M tokens of {documents}"
         + (f", seed {seed}" if one_seed else "")
@@ -211,10 +216,10 @@ def batches_table(folder: Path) -> str:
     Args:
         folder: holds a folder a run, with metrics.jsonl and run.json.
     """
-    rows, about = [], {}
+    rows, abouts = [], []
     for file in sorted(folder.glob("*/run.json")):
-        about, last = json.loads(file.read_text()), read_lines(file.parent / "metrics.jsonl")[-1]
-        config = about["config"]
+        abouts.append(json.loads(file.read_text()))
+        last, config = read_lines(file.parent / "metrics.jsonl")[-1], abouts[-1]["config"]
         fits = last["step"] == config["training"]["steps"]
         rows.append(
             {
@@ -227,12 +232,14 @@ def batches_table(folder: Path) -> str:
             }
         )
     rows.sort(key=lambda row: (row["recipe"], int(row["sequences"])))
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
-    config, hardware = about["config"], about["hardware"]
+    config, hardware = abouts[0]["config"], abouts[0]["hardware"]
+    versions = ", ".join(f"{name} {abouts[0]['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     text = (
-        f"{config['model']['flavor']}, sequences of {config['training']['seq_len']} tokens, compiled, activation "
-        f"checkpointing: {config['activation_checkpoint']['mode']}. {hardware['ranks']} x {hardware['device']}, "
-        f"{versions}, {about['date'][:10]}, commit {about['commit'][:10]}."
+        f"{config['model']['flavor']}, sequences of {config['training']['seq_len']} tokens, "
+        f"{'compiled, ' if config['compile']['enable'] else ''}activation checkpointing: "
+        f"{config['activation_checkpoint']['mode']}. {hardware['ranks']} x {hardware['device']}, {versions}, "
+        f"{_range([each['date'][:10] for each in abouts], '{}')}, "
+        f"commit {', '.join(sorted(set(map(_commit, abouts))))}."
     )
     return _table(rows, False, lambda _: text)
 
@@ -299,6 +306,8 @@ def evaluations_table(folder: Path) -> str:
     rows, evaluations = [], []
     for file in sorted(folder.glob("*/evaluations.jsonl")):
         for evaluation in map(json.loads, file.read_text().splitlines()):
+            if evaluation["text"] is None:
+                continue  # of tasks alone
             evaluations.append(evaluation)
             first = next(iter(evaluation["scores"].values()))["loss"]
             for name, got in evaluation["scores"].items():
@@ -318,7 +327,8 @@ def evaluations_table(folder: Path) -> str:
     tokens = _range([each["text"]["tokens"] for each in evaluations], "{:,}")
     files = _range([len(each["text"]["files"]) for each in evaluations], "{}")
     devices = " and ".join(sorted({each["hardware"] for each in evaluations}))
-    versions = ", ".join(f"{name} {version}" for name, version in evaluations[-1]["versions"].items())
+    used = {f"{name} {version}": None for each in evaluations for name, version in each["versions"].items()}
+    versions = ", ".join(used)
     dates = _range([each["date"][:10] for each in evaluations], "{}")
     text = f"{tokens} tokens of {files} files. {devices}, {versions}, {dates}."
     return _table(rows, False, lambda _: text)
@@ -444,7 +454,7 @@ def training_table(file: Path) -> str:
         "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
         f"dense ones. {peak} "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
-        f"commit {(result['commit'] or 'unknown')[:10]}, `{result['command']}`."
+        f"commit {_commit(result)}, `{result['command']}`."
     )
     if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:
         text += f" Not timed: {'; '.join(failed)}."

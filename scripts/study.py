@@ -245,6 +245,15 @@ def _word(value: Any, inside: bool = False) -> str:
     return str(value)
 
 
+def waves(runs: list[StudyRun]) -> list[list[int]]:
+    """Places of runs in their list: of those that go on from no other, of those that go on from these, and so on."""
+    depths: list[int] = []
+    for run in runs:  # what it goes on from stands before it
+        before = (place for place in range(len(depths)) if run.goes_on_from(runs[place]))
+        depths.append(max((depths[place] + 1 for place in before), default=0))
+    return [[place for place, own in enumerate(depths) if own == depth] for depth in sorted(set(depths))]
+
+
 def is_complete(run: StudyRun, folder: Path) -> bool:
     """Whether a folder, the run's outputs or its results, holds the whole of it.
 
@@ -459,6 +468,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--outputs", metavar="FOLDER", type=Path, help="default: outputs/studies/NAME")
     parser.add_argument("--list", action="store_true", help="only print the names of the runs, one a line")
+    parser.add_argument(
+        "--waves",
+        action="store_true",
+        help="only print which of that list can run at once, by place; a line goes on from those before it",
+    )
     options = parser.parse_args(arguments)
     began = time.monotonic()
     visible = (
@@ -480,6 +494,9 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [run for run in study.runs if names[run.name] & set(options.only)]
     if options.list:
         print("\n".join(run.name for run in chosen))
+        return 0
+    if options.waves:
+        print("\n".join(",".join(map(str, wave)) for wave in waves(chosen)))
         return 0
     todo: list[StudyRun] = []
     for run in reversed(chosen):  # what goes on from a run stands after it

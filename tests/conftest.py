@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,30 @@ def train(tiny):
         os.environ.pop(name, None)
     torch.set_num_threads(2)
     return run
+
+
+@pytest.fixture
+def write_study(tiny, tmp_path):
+    """Write a study of tiny runs: `write_study(runs)` returns its file."""
+
+    def toml(word: str) -> str:
+        try:
+            tomllib.loads(f"x = {word}")
+        except tomllib.TOMLDecodeError:
+            return json.dumps(word)
+        return word
+
+    def write(runs: str, shared: str = "") -> Path:
+        keys = dict(zip((word[2:] for word in tiny[::2]), map(toml, tiny[1::2]), strict=True))
+        del keys["schedule.phases"]
+        folder = tmp_path / "question"
+        folder.mkdir(exist_ok=True)
+        file = folder / "study.toml"
+        lines = ['config = "configs/debug.toml"', *(f"{key} = {value}" for key, value in keys.items()), shared]
+        file.write_text("\n".join(lines) + "\n" + runs)
+        return file
+
+    return write
 
 
 def merge(words: list[str], more: list[str]) -> list[str]:

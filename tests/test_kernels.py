@@ -542,6 +542,7 @@ def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, exp
         (Groups(4, 4, 0.5, balance=1.5), "balance = 1.5"),
         (Groups(4, 4, 0.5, balance=-0.5), "balance = -0.5"),
         (Preceding(Groups(4, 4, 0.5, balance=0.5), 8), "balance = 0.5: .* later tokens"),
+        (Preceding(Groups(4, 4, 0.5, "batch"), 8), 'budget = "batch": .* later tokens'),
     ],
     ids=str,
 )

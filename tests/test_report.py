@@ -72,6 +72,7 @@ def test_evaluations_table(tmp_path):
         "preceding": {"loss": 2.1, "bits_per_byte": 1.05, "energy_kept": 0.9, "prefill_tokens/s": 123456.0},
     }
     lines = [about | {"date": f"2026-01-0{day}T00", "scores": scores} for day in (1, 2)]
+    lines.append(about | {"date": "2026-01-03T00", "scores": {}, "text": None})
     (tmp_path / "run_s0").mkdir()
     (tmp_path / "run_s0" / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = fill(f"<!-- evaluations: {tmp_path} -->\n<!-- end -->")
@@ -88,10 +89,11 @@ def test_batches_table(tmp_path):
                 "model": {"flavor": "1b"},
                 "training": {"steps": 15, "local_batch_size": sequences, "seq_len": 64},
                 "activation_checkpoint": {"mode": "none"},
+                "compile": {"enable": True},
             },
             "versions": {"torch": "2", "torchtitan": "3", "triton": "4"},
             "hardware": {"device": "GPU", "ranks": 1},
-            "commit": "abcdefabcdef",
+            "commit": "abcdefabcdef-dirty",
             "date": "2026-01-02T03:04:05",
         }
         row = {"step": last, "phase": "dense", "loss": 2.0, "tokens": 64}
@@ -102,4 +104,4 @@ def test_batches_table(tmp_path):
     lines = fill(f"<!-- batches: {tmp_path} -->\n<!-- end -->").splitlines()
     assert lines[3] == "| `dense` | dense | 8 | yes | 73.5k | 68.7 GiB |"
     assert lines[4] == "| `dense` | dense | 12 | no | - | - |"
-    assert "1 x GPU, torch 2, torchtitan 3, triton 4, 2026-01-02, commit abcdefabcd" in lines[6]
+    assert "1 x GPU, torch 2, torchtitan 3, triton 4, 2026-01-02, commit abcdefabcd and changes." in lines[6]

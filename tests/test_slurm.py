@@ -49,9 +49,9 @@ def slurm(tmp_path_factory):
         subprocess.run([*script, "stop", str(folder)], cwd=ROOT, env=environment, timeout=90)
 
 
-def submit(slurm, log: Path, script: str, *words: str) -> str:
+def submit(slurm, log: Path, script: str, *words: str, options: tuple[str, ...] = ()) -> str:
     """Submit with what this machine has, and return the job's number."""
-    own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}")
+    own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}", *options)
     return slurm("sbatch", "--parsable", *own, f"scripts/slurm/{script}", *words)
 
 
@@ -104,3 +104,26 @@ def test_a_failed_job_keeps_its_status_and_is_not_requeued(slurm, tmp_path):
     until(lambda: field(slurm, job, "JobState") == "FAILED", log)
     assert field(slurm, job, "Restarts") == "0" and field(slurm, job, "ExitCode") != "0:0"
     assert "missing.toml" in log.read_text() and "is not requeued" in log.read_text()
+
+
+def test_a_study_s_arrays_go_on_from_one_another(slurm, write_study, tmp_path):
+    start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
+    rest = "".join(
+        f'[[runs]]\nname = "{name}"\nrecipe = "recipes/{name}.toml"\nafter = "start/step-4"\n'
+        for name in ("dense", "groups_quarter")
+    )
+    file, jobs = write_study(start + rest), []
+    for wave in slurm(sys.executable, "-m", "scripts.study", str(file), "--waves").split():
+        options = (f"--array={wave}", *(f"--dependency=afterok:{job}" for job in jobs[-1:]))
+        words, log = (str(file), "--outputs", str(tmp_path / "out")), tmp_path / f"wave_{len(jobs)}.log"
+        jobs.append(submit(slurm, log, "study.sbatch", *words, options=options))
+    assert len(jobs) == 2
+    until(
+        lambda: all((file.parent / f"{name}_s0" / "run.json").exists() for name in ("dense", "groups_quarter")),
+        log,
+        240,
+    )
+    before = rows(tmp_path / "out" / "start_s0")
+    for name in ("dense", "groups_quarter"):
+        run = rows(file.parent / f"{name}_s0")
+        assert list(run) == list(range(1, 13)) and all(run[step] == before[step] for step in range(1, 5))

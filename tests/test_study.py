@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,34 +27,10 @@ recipe = "recipes/groups_quarter.toml"
 """
 
 
-@pytest.fixture
-def write(tiny, tmp_path):
-    """Write a study of tiny runs: `write(runs, **shared)` returns its file."""
-
-    def toml(word: str) -> str:
-        try:
-            tomllib.loads(f"x = {word}")
-        except tomllib.TOMLDecodeError:
-            return json.dumps(word)
-        return word
-
-    def write(runs: str, shared: str = "") -> Path:
-        keys = dict(zip((word[2:] for word in tiny[::2]), map(toml, tiny[1::2]), strict=True))
-        del keys["schedule.phases"]
-        folder = tmp_path / "question"
-        folder.mkdir(exist_ok=True)
-        file = folder / "study.toml"
-        lines = ['config = "configs/debug.toml"', *(f"{key} = {value}" for key, value in keys.items()), shared]
-        file.write_text("\n".join(lines) + "\n" + runs)
-        return file
-
-    return write
-
-
-def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, monkeypatch):
+def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as left by another job, and none of a run's business
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\n'
-    file = write(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
+    file = write_study(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
     words = [str(file), "--outputs", str(tmp_path / "out")]
     command = [sys.executable, "-m", "scripts.study", *words, "--only", "dense"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -87,11 +62,11 @@ def test_a_study_is_interrupted_resumed_and_collected(write, tmp_path, capfd, mo
     assert "2 complete, 0 to run" in capfd.readouterr().out
 
 
-def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path):
+def test_a_run_goes_on_from_another_s_checkpoint(write_study, tmp_path):
     dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ncheckpoint.interval = 4\n'
     phases = 'schedule.phases = [{ mode = "dense", end = 4 }, { mode = "sparse", end = 8 }, { mode = "dense" }]\n'
     branch = f'[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "dense/step-4"\n{phases}'
-    file = write(dense + branch)
+    file = write_study(dense + branch)
     words = [str(file), "--outputs", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match=r"branch_s0 goes on from .*step-4, which is not there: run dense_s0 as well"):
         study.main([*words, "--only", "branch"])
@@ -104,10 +79,10 @@ def test_a_run_goes_on_from_another_s_checkpoint(write, tmp_path):
     assert after[6]["loss"] != before[6]["loss"]
 
 
-def test_a_shorter_run_that_others_begin_with_is_no_result(write, tmp_path, capsys):
+def test_a_shorter_run_that_others_begin_with_is_no_result(write_study, tmp_path, capsys):
     start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
     rest = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\nafter = "start/step-4"\n'
-    file = write(start + rest)
+    file = write_study(start + rest)
     words = [str(file), "--outputs", str(tmp_path / "out")]
     assert study.main(words) == 0
     assert sorted(path.name for path in file.parent.iterdir() if path.is_dir()) == ["dense_s0"]
@@ -120,18 +95,18 @@ def test_a_shorter_run_that_others_begin_with_is_no_result(write, tmp_path, caps
         assert f", {count} to run," in capsys.readouterr().out
 
 
-def test_what_goes_on_from_a_failed_run_is_not_started(write, tmp_path, capfd):
+def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, capfd):
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
-    file = write(failing + branch)
+    file = write_study(failing + branch)
     assert study.main([str(file), "--outputs", str(tmp_path / "out")]) == 1
     out, error = capfd.readouterr()
     assert "not complete: branch_s0" in out and "error: failing_s0 failed" in error
     assert not (tmp_path / "out" / "branch_s0" / "log.txt").exists()
 
 
-def test_complete_means_the_last_step_and_its_checkpoint(write, tmp_path):
-    file = write(RUNS)
+def test_complete_means_the_last_step_and_its_checkpoint(write_study, tmp_path):
+    file = write_study(RUNS)
     run = study.read_study(file, tmp_path / "out").runs[0]
     assert not study.is_complete(run, run.outputs)
     run.outputs.mkdir(exist_ok=True)
@@ -180,18 +155,18 @@ def test_complete_means_the_last_step_and_its_checkpoint(write, tmp_path):
         ("seeds = [0, 1]", "seeds = [0, 1", "is not valid TOML"),
     ],
 )
-def test_refused_studies(write, tmp_path, old, new, message):
-    file = write(RUNS.replace(old, new))
+def test_refused_studies(write_study, tmp_path, old, new, message):
+    file = write_study(RUNS.replace(old, new))
     with pytest.raises(ConfigError, match=message):
         study.read_study(file, tmp_path / "out")
     assert not any(path.is_file() for path in tmp_path.glob("out/**/*"))
 
 
-def test_refused_arguments(write, tmp_path):
-    file = write(RUNS, 'plot = ["sense"]')
+def test_refused_arguments(write_study, tmp_path):
+    file = write_study(RUNS, 'plot = ["sense"]')
     with pytest.raises(ConfigError, match="plot names no run sense: there are dense, groups"):
         study.read_study(file, tmp_path / "out")
-    words = [str(write(RUNS)), "--outputs", str(tmp_path / "out")]
+    words = [str(write_study(RUNS)), "--outputs", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match=r"--only sense: no such run .* there are dense_s0, dense_s1, groups_s0"):
         study.main([*words, "--only", "sense"])
     with pytest.raises(ConfigError, match="--jobs 0"):
@@ -200,8 +175,10 @@ def test_refused_arguments(write, tmp_path):
         study.read_study(tmp_path / "nothing.toml")
 
 
-def test_a_run_goes_over_what_all_share(write, tmp_path):
-    file = write(RUNS + "training.steps = 7\n", 'model.converters = []\ndebug.deterministic = true\nplot = ["groups"]')
+def test_a_run_goes_over_what_all_share(write_study, tmp_path):
+    file = write_study(
+        RUNS + "training.steps = 7\n", 'model.converters = []\ndebug.deterministic = true\nplot = ["groups"]'
+    )
     found = study.read_study(file, tmp_path / "out")
     assert [run.name for run in found.runs] == ["dense_s0", "dense_s1", "groups_s0"]
     assert [run.config.training.steps for run in found.runs] == [12, 12, 7]
@@ -220,15 +197,24 @@ def test_committed_studies_are_valid(file, tmp_path, monkeypatch):
     assert all(1 <= run.config.training.steps / dense.config.training.steps <= 1.1 for run in ends)
 
 
-def test_list_prints_the_names_that_only_takes(write, capsys):
-    assert study.main([str(write(RUNS)), "--list"]) == 0
-    assert capsys.readouterr().out.split() == ["dense_s0", "dense_s1", "groups_s0"]
+def test_list_prints_the_names_that_only_takes_and_waves_what_can_run_at_once(write_study, capsys):
+    def printed(*words):
+        assert study.main([str(write_study(runs)), *words]) == 0
+        return capsys.readouterr().out.split()
+
+    runs = RUNS
+    assert printed("--list") == ["dense_s0", "dense_s1", "groups_s0"] and printed("--waves") == ["0,1,2"]
+    begun = '[[runs]]\nname = "{}"\nrecipe = "recipes/dense.toml"\ncheckpoint.interval = 4\nafter = "{}/step-4"\n'
+    runs += begun.format("second", "dense") + begun.format("third", "second") + begun.format("other", "dense")
+    assert printed("--list")[3:] == ["second_s0", "third_s0", "other_s0"]
+    assert printed("--waves") == ["0,1,2", "3,5", "4"]
+    assert printed("--waves", "--only", "second", "third") == ["0", "1"]
 
 
-def test_gpus_are_taken_in_turn(write, tmp_path, monkeypatch):
+def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
     """Eight runs on two GPUs, three at once: a stand-in for train.py writes down what it was given."""
     runs = [f'[[runs]]\nname = "r{index}"\nrecipe = "recipes/dense.toml"\n' for index in range(5)]
-    found = study.read_study(write("\n".join(runs)), tmp_path / "out").runs
+    found = study.read_study(write_study("\n".join(runs)), tmp_path / "out").runs
     for run in found:
         run.command = [str(run.outputs / "gpu")]
     (tmp_path / "train.py").write_text(

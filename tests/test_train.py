@@ -15,6 +15,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, launch, losses, merge, rows
 from filelock import FileLock
 
@@ -336,26 +337,35 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     assert "step-2" in result.stderr and "run.json" in result.stderr
 
 
-def test_a_micro_batch_that_does_not_fit_is_one_message(tiny, monkeypatch):
+@pytest.mark.parametrize("building", [False, True])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has"), "CUDA out of memory"),
+        (dist.DistBackendError("NCCL error\nLast error:\nFailed to CUDA calloc async 4 bytes\n"), "Failed to CUDA"),
+        (dist.DistBackendError("NCCL error\nLast error:\nremote process exited\n"), None),
+    ],
+)
+def test_a_job_that_does_not_fit_is_one_message(tiny, monkeypatch, error, said, building):
     class Trainer:
         closed = False
 
         def __init__(self, *_):
-            pass
+            if building:
+                raise error
 
         def train(self):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has more to say")
+            raise error
 
         def close(self):
             Trainer.closed = True
 
     program = importlib.import_module("train")
     monkeypatch.setattr(program, "SparseTrainer", Trainer)
-    with pytest.raises(
-        ConfigError, match=r"local_batch_size = 4 .* does not fit: CUDA out of memory; use a smaller one"
-    ):
+    message = r'local_batch_size = 4 with activation_checkpoint.mode = ".*" does not fit .*' + str(said)
+    with pytest.raises(ConfigError if said else dist.DistBackendError, match=message if said else "remote process"):
         program.main(["--config", "configs/debug.toml", *tiny])
-    assert Trainer.closed
+    assert Trainer.closed != building
 
 
 def test_a_shadowed_kernels_package_is_named(tmp_path):
