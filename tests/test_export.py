@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from recipes.data import validation_sequences
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from recipes.trainer import SparseTrainer
-from scripts import export_hf, generate, import_hf
+from scripts import check_vllm, export_hf, generate, import_hf
 
 HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2", "--checkpoint.interval", "4")
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
@@ -308,3 +309,50 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: ") and "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("fault", ["", "probability", "token"])
+def test_vllm_is_held_against_transformers(tmp_path, monkeypatch, capsys, fault):
+    """With a stand-in for vLLM, which is not installed here: it answers as transformers does, or with a fault."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    transformers = import_transformers()
+    config = transformers.ArceeConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=1
+    )
+    model = transformers.ArceeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "export")
+
+    class LLM:
+        def __init__(self, model, **options):
+            assert options["dtype"] == "float32"
+
+        def generate(self, prompts, wanted):
+            return [self.answer(prompt, wanted) for prompt in prompts]
+
+        def answer(self, prompt, wanted):
+            ids, at = [ord(letter) for letter in prompt], []
+            for step in range(wanted.max_tokens):
+                with torch.no_grad():
+                    scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                place = int(fault == "token" and step == 20)
+                token = scores.topk(2).indices[place].item()
+                at.append({token: SimpleNamespace(logprob=scores[token].item() + 0.01 * (fault == "probability"))})
+                ids.append(token)
+            completion = SimpleNamespace(token_ids=ids[len(prompt) :], logprobs=at, text="...")
+            return SimpleNamespace(prompt=prompt, prompt_token_ids=ids[: len(prompt)], outputs=[completion])
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    status = check_vllm.main([str(tmp_path / "export"), "--out", str(tmp_path / "out" / "vllm.json")])
+    assert status == int(bool(fault))
+    found = json.loads((tmp_path / "out" / "vllm.json").read_text())
+    assert found["architecture"] == "ArceeForCausalLM" and len(found["rows"]) == len(check_vllm.PROMPTS)
+    assert all(row["tokens"] == check_vllm.TOKENS for row in found["rows"])
+    assert "vLLM 0 serves ArceeForCausalLM" in capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert check_vllm.main([str(tmp_path / "export")]) == 2
+    assert "error: vllm is missing: pip install vllm" in capsys.readouterr().err
+    assert check_vllm.main([str(tmp_path)]) == 2
+    assert "is no export: python -m scripts.export_hf RUN" in capsys.readouterr().err

