@@ -56,8 +56,8 @@ def too_large(config: JobConfig, error: Exception) -> ConfigError:
     stronger = {"none": ' or activation_checkpoint.mode = "selective" or "full"', "selective": ' or mode = "full"'}
     return ConfigError(
         f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into GPU memory '
-        f"({said}): use a smaller one{stronger.get(mode, '')}, the same training.global_batch_size if the run is to "
-        "go on from a checkpoint; python -m scripts.estimate says what fits"
+        f"({said}): use a smaller one{stronger.get(mode, '')}, and keep training.global_batch_size if the run is to go "
+        "on from a checkpoint; python -m scripts.estimate says what fits"
     )
 
 

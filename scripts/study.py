@@ -245,13 +245,16 @@ def _word(value: Any, inside: bool = False) -> str:
     return str(value)
 
 
-def waves(runs: list[StudyRun]) -> list[list[int]]:
-    """Places of runs in their list: of those that go on from no other, of those that go on from these, and so on."""
+def waves(runs: list[StudyRun], chosen: list[StudyRun]) -> list[list[int]]:
+    """Places of the chosen in a study's runs: those that go on from no other run, those that go on from these, ..."""
     depths: list[int] = []
     for run in runs:  # what it goes on from stands before it
         before = (place for place in range(len(depths)) if run.goes_on_from(runs[place]))
         depths.append(max((depths[place] + 1 for place in before), default=0))
-    return [[place for place, own in enumerate(depths) if own == depth] for depth in sorted(set(depths))]
+    places = [place for place, run in enumerate(runs) if run in chosen]
+    return [
+        [place for place in places if depths[place] == depth] for depth in sorted({depths[place] for place in places})
+    ]
 
 
 def is_complete(run: StudyRun, folder: Path) -> bool:
@@ -471,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--waves",
         action="store_true",
-        help="only print which of that list can run at once, by place; a line goes on from those before it",
+        help="only print which of the whole list can run at once, by place; a line goes on from those before it",
     )
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -496,7 +499,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(run.name for run in chosen))
         return 0
     if options.waves:
-        print("\n".join(",".join(map(str, wave)) for wave in waves(chosen)))
+        print("\n".join(",".join(map(str, wave)) for wave in waves(study.runs, chosen)))
         return 0
     todo: list[StudyRun] = []
     for run in reversed(chosen):  # what goes on from a run stands after it

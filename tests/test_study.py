@@ -208,7 +208,7 @@ def test_list_prints_the_names_that_only_takes_and_waves_what_can_run_at_once(wr
     runs += begun.format("second", "dense") + begun.format("third", "second") + begun.format("other", "dense")
     assert printed("--list")[3:] == ["second_s0", "third_s0", "other_s0"]
     assert printed("--waves") == ["0,1,2", "3,5", "4"]
-    assert printed("--waves", "--only", "second", "third") == ["0", "1"]
+    assert printed("--waves", "--only", "second", "third") == ["3", "4"]  # by which study.sbatch finds them
 
 
 def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
