@@ -1,4 +1,4 @@
-"""Tables of README.md, kernels/README.md and docs/*/*/README.md, from the runs and measurements under docs.
+"""Tables of README.md, kernels/README.md and those under docs, from the runs and measurements under docs.
 
     python -m scripts.report          rewrite the tables
     python -m scripts.report --check  only say whether they are up to date (status 1 if not)
@@ -29,7 +29,7 @@ from scripts.plot import Run, amount, load_run, read_lines
 from scripts.plot_kernels import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/*/*/README.md"))
+PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/**/README.md"))
 BLOCK = re.compile(
     r"(<!-- (runs|batches|probes|evaluations|kernels|stages|training|parts): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )

@@ -4,4 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ruff check .
 ruff format --check .
 mypy
-pytest -q "$@"
+pytest -q -n auto --dist loadfile "$@"

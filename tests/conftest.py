@@ -7,6 +7,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+# Before torch is imported: one thread for each worker of pytest-xdist and each process that a test starts. Two workers
+# of two threads each take ten times as long on two cores, and two threads add in another order now and then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +24,12 @@ from recipes.data import check_data
 from recipes.trainer import SparseTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_xdist_auto_num_workers():
+    """With `-n auto`: a GPU is for one test at a time, and each core one worker."""
+    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -29,6 +39,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if not torch.cuda.is_available() and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch):
+    """A run in this process leaves torchrun's variables behind; one that a test starts would listen at its port."""
+    for name in RANK_NAMES:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -119,9 +136,6 @@ def train(tiny):
             dist.destroy_process_group()
         return rows(folder)
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    torch.set_num_threads(2)
     return run
 
 
@@ -171,12 +185,11 @@ def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> s
     if processes:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d"]
         command += ["--rdzv-endpoint=localhost:0"]
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
     return subprocess.run(
         [*command, "train.py", *words],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"} | env,
+        env=environment | env,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -22,7 +22,6 @@ def eager(monkeypatch):
     """Without torch.compile, which takes longer than everything else here."""
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     torch.manual_seed(0)
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")

@@ -290,7 +290,7 @@ def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):
     installed = tmp_path / f"kernels-{import_utils.KERNELS_MIN_VERSION}.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text(f"Name: kernels\nVersion: {import_utils.KERNELS_MIN_VERSION}\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
 
     def run(*words) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, words)]

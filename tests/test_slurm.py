@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, losses, merge, rows
+from conftest import RANK_NAMES, ROOT, losses, merge, rows
 
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
 pytestmark = [
@@ -27,9 +26,8 @@ def slurm(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PORT": port, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PORT": port}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     def run(*command: str) -> str:
@@ -94,7 +92,6 @@ def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, trai
     assert field(slurm, job, "Restarts") == "1"
     text = log.read_text()
     assert f"resumed after step {stopped}" in text and f"job {job} is finished" in text, text
-    torch.set_num_threads(1)  # as the job: several would add in another order now and then
     assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
 
 
