@@ -16,6 +16,8 @@ Source: arXiv 2602.06183, which clusters rows of W1; the distance, the likeness 
 this project's choice.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,97 +33,124 @@ def _balanced_assignment(scores: Tensor, size: int, rounds: int | None = None) -
     ends because each round strikes at least one entry and there is a place for every row. About as many rounds as there
     are columns, most of them for a few rows that push one another on: after `rounds` (a multiple of 8) those who are
     left take the free places in order.
+
+    Args:
+        scores: `[L, R, C]`, L problems at once: a round is a dozen small kernels, and the host takes longer to start
+            them than a GPU to run them.
+
+    Returns:
+        `[L, R]` int64.
     """
-    scores = scores.clone()
-    rows, columns = (torch.arange(length, device=scores.device) for length in scores.shape)
+    layers, each, columns_each = scores.shape
+    scores = scores.clone().flatten(0, 1)
+    rows, columns = (torch.arange(layers * count, device=scores.device) for count in (each, columns_each))
+    first = rows // each * columns_each  # the columns of a row's own problem begin there
     narrow = torch.int16 if len(columns) < 2**15 else torch.int64  # a radix sort's time goes with the bytes of its keys
     done = 0
     while True:
-        # Rounds of small kernels: the host asks only now and then, and rounds past the end change nothing.
+        # The host asks only now and then, and rounds past the end change nothing.
         for _ in range(8):
             best, choice = scores.max(dim=1)
             order = best.sort(descending=True, stable=True).indices
-            column, at = choice[order].to(narrow).sort(stable=True)
+            column, at = (first + choice)[order].to(narrow).sort(stable=True)
             column, row = column.long(), order[at]
             place = rows - torch.searchsorted(column, columns)[column]
             rejected = place >= size
-            scores[row, column] += torch.where(rejected, -torch.inf, 0)
+            scores[row, choice[row]] += torch.where(rejected, -torch.inf, 0)
         done += 8
-        if not rejected.any():
-            return choice
-        if done == rounds:
+        waiting = bool(rejected.any())
+        if waiting and done == rounds:
             free = size - column[~rejected].bincount(minlength=len(columns))
-            choice[row[rejected]] = columns.repeat_interleave(free)
-            return choice
+            choice[row[rejected]] = (columns % columns_each).repeat_interleave(free)
+        if not waiting or done == rounds:
+            return choice.view(layers, each)
 
 
-def balanced_clusters(weight: Tensor, size: int, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+def balanced_clusters(
+    weight: Tensor, size: int, iterations: int = 10, seed: int | Sequence[int] = 0
+) -> tuple[Tensor, Tensor]:
     """Balanced k-means of rows under cosine distance.
 
     Args:
-        weight: `[f, d]`, floating point, a row a neuron: W1, or what else tells neurons apart.
+        weight: `[f, d]`, floating point, a row a neuron: W1, or what else tells neurons apart; or `[L, f, d]`, those of
+            L layers, each clustered by itself but faster than one after the other.
         size: neurons in a cluster, a divisor of f.
         iterations: rounds of assignment and centroid update at most; ends earlier when no row moves.
-        seed: chooses the first centroids among the rows.
+        seed: chooses the first centroids among the rows; of several layers one each.
 
     Returns:
         order `[f]` int64: the rows by cluster, so that `weight[order]` holds cluster c in its rows
         `c * size` to `(c + 1) * size`; inside a cluster rows keep their order, and clusters that are alike are
         neighbours.
-        centroids `[f / size, d]` float32, of unit length.
+        centroids `[f / size, d]` float32, of unit length. Both `[L, ...]` of several layers.
 
     Raises:
         ValueError: size does not divide f, or no iteration is asked for.
     """
-    neurons = weight.shape[0]
+    _check_clusters(weight.shape[-2], size, iterations)
+    # Rows are gathered in every iteration; those of a transposed matrix are scattered over all of it.
+    rows = F.normalize(weight.detach().float(), dim=-1).contiguous()
+    order, centroids = _clusters(rows.view(-1, *rows.shape[-2:]), size, iterations, seed)
+    return order.view(*weight.shape[:-1]), centroids.view(*weight.shape[:-2], *centroids.shape[1:])
+
+
+def _check_clusters(neurons: int, size: int, iterations: int) -> None:
     if size < 1 or neurons % size:
         raise ValueError(f"size = {size} does not divide the FFN's hidden_dim = {neurons}")
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: clustering needs at least one")
-    # Rows are gathered in every iteration; those of a transposed matrix are scattered over all of it.
-    rows = F.normalize(weight.detach().float(), dim=1).contiguous()
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randperm(neurons, generator=generator, device="cpu")[: neurons // size].to(weight.device)
-    centroids, previous = rows[first], None
+
+
+def _clusters(rows: Tensor, size: int, iterations: int, seed: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`balanced_clusters` of rows `[L, f, d]` that are of unit length already: `[L, f]` and `[L, f / size, d]`."""
+    (layers, neurons), device = rows.shape[:2], rows.device
+    firsts = []
+    for start in [seed] * layers if isinstance(seed, int) else seed:
+        generator = torch.Generator().manual_seed(start)
+        firsts.append(torch.randperm(neurons, generator=generator, device="cpu")[: neurons // size])
+    layer = torch.arange(layers, device=device)[:, None]
+    centroids, previous = rows[layer, torch.stack(firsts).to(device)], None
     for _ in range(iterations - 1):
-        assignment = _balanced_assignment(rows @ centroids.T, size, ROUNDS)
+        assignment = _balanced_assignment(rows @ centroids.mT, size, ROUNDS)
         if previous is not None and torch.equal(previous, assignment):
             break
         _, centroids = _members(rows, assignment, size)
         previous = assignment
-    order, centroids = _members(rows, _balanced_assignment(rows @ centroids.T, size), size)
+    order, centroids = _members(rows, _balanced_assignment(rows @ centroids.mT, size), size)
     chain = _chain(centroids)
-    return order.view(-1, size)[chain].flatten(), centroids[chain]
+    return order.view(layers, -1, size)[layer, chain].flatten(1), centroids[layer, chain]
 
 
 def _chain(centroids: Tensor) -> Tensor:
-    """Clusters in an order in which each is followed by the likest one of those left: `[C]` int64.
+    """Clusters in an order in which each is followed by the likest one of those left: `[L, C]` int64.
 
     Of a large block of tokens one cluster fills a part, and its neighbours the rest.
     """
-    likeness = (centroids @ centroids.T).cpu()  # steps too small for a device
-    left, chain = torch.zeros(len(likeness)), [int(likeness.sum(1).argmin())]
-    for _ in range(len(likeness) - 1):
-        left[chain[-1]] = -torch.inf
-        chain.append(int((likeness[chain[-1]] + left).argmax()))
-    return torch.tensor(chain, device=centroids.device)
+    likeness = (centroids @ centroids.mT).cpu()  # steps too small for a device
+    layer, left = torch.arange(len(likeness)), torch.zeros(likeness.shape[:2])
+    chain = [likeness.sum(2).argmin(1)]
+    for _ in range(likeness.shape[1] - 1):
+        left[layer, chain[-1]] = -torch.inf
+        chain.append((likeness[layer, chain[-1]] + left).argmax(1))
+    return torch.stack(chain, 1).to(centroids.device)
 
 
 def _members(rows: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The rows by cluster, and the clusters' centroids."""
     order = assignment.sort(stable=True).indices
     # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed addition.
-    return order, F.normalize(rows[order].unflatten(0, (-1, size)).sum(1), dim=1)
+    sums = [one[members].unflatten(0, (-1, size)).sum(1) for one, members in zip(rows, order, strict=True)]
+    return order, F.normalize(torch.stack(sums), dim=2)
 
 
 def activation_clusters(
-    x: Tensor, weight: Tensor, size: int, iterations: int = 10, seed: int = 0
+    x: Tensor, weight: Tensor, size: int, iterations: int = 10, seed: int | Sequence[int] = 0
 ) -> tuple[Tensor, Tensor]:
     """Balanced clusters of neurons that fire for the same tokens: of the columns of h = relu(x W1^T)^2.
 
     Args:
-        x: `[T, d]`, floating point: tokens that stand for all, some thousands.
-        weight: `[f, d]`, floating point: W1.
+        x: `[T, d]`, floating point: tokens that stand for all, some thousands; or `[L, T, d]`, those of L layers.
+        weight: `[f, d]` or `[L, f, d]`, floating point: W1.
         size, iterations, seed: as in `balanced_clusters`.
 
     Returns:
@@ -131,11 +160,15 @@ def activation_clusters(
     Raises:
         ValueError: as `balanced_clusters`.
     """
-    weight = weight.detach().float()
-    active = (x.detach().float() @ weight.T).relu()
-    order, _ = balanced_clusters((active * active).T, size, iterations, seed)
-    rows = F.normalize(weight, dim=1)[order]
-    return order, F.normalize(rows.unflatten(0, (-1, size)).sum(1), dim=1)
+    _check_clusters(weight.shape[-2], size, iterations)
+    whole = weight.detach().float().reshape(-1, *weight.shape[-2:])
+    # In place: several layers' h is gigabytes.
+    rows = (whole @ x.detach().float().reshape(-1, *x.shape[-2:]).mT).relu_().square_()
+    rows.div_(rows.norm(dim=2, keepdim=True).clamp_min_(1e-12))
+    order, _ = _clusters(rows, size, iterations, seed)
+    members = F.normalize(whole, dim=2).gather(1, order[:, :, None].expand_as(whole))
+    centroids = F.normalize(members.unflatten(1, (-1, size)).sum(2), dim=2)
+    return order.view(*weight.shape[:-1]), centroids.view(*weight.shape[:-2], *centroids.shape[1:])
 
 
 def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

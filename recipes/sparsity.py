@@ -42,6 +42,7 @@ logger = logging.getLogger("sparsetitan")
 
 MASK_ROWS = 1024  # of a matrix whose mask is watched
 SAMPLE = 8192  # tokens by whose activations neurons are clustered
+TOGETHER = 8  # layers that are clustered at once: of the 1b h is 3 GiB then
 
 
 def activation_pattern(activations: Activations) -> Pattern | None:
@@ -200,10 +201,8 @@ class Sparsity(Stateful):
 
     @torch.no_grad()
     def _prepare(self, step: int, first: bool, forward: Callable[[], Any] | None) -> None:
-        by_activations = self.config.router.enable and self.config.router.cluster_by == "activations"
-        inputs = self._inputs(forward) if by_activations else [None] * len(self.feed_forwards)
         if self.config.router.enable:
-            self._cluster(step, inputs)
+            self._cluster(step, self._inputs(forward) if self.config.router.cluster_by == "activations" else [])
         for feed_forward in self.feed_forwards:
             if first and self.config.weights.pattern == "2:4" and not feed_forward.always_dense:
                 # Rounded here, since some products multiply by beta in bf16 and some in float32.
@@ -236,8 +235,11 @@ class Sparsity(Stateful):
                 hook.remove()
         return inputs
 
-    def _cluster(self, step: int, inputs: Sequence[Tensor | None]) -> None:
-        """Cluster the neurons of every layer that is to be sparse; ranks take layers in turn."""
+    def _cluster(self, step: int, inputs: Sequence[Tensor]) -> None:
+        """Cluster the neurons of every layer that is to be sparse, by its inputs or, without, by its weights.
+
+        Ranks take layers in turn.
+        """
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
         # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
@@ -246,7 +248,10 @@ class Sparsity(Stateful):
             weight = _full(feed_forward.w1.weight)
             if turn % ranks == rank:
                 weights[index] = weight
-        found = {index: self._clusters(inputs[index], weight, step, index) for index, weight in weights.items()}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        while weights:
+            part = {index: weights.pop(index) for index in list(weights)[:TOGETHER]}
+            found |= zip(part, self._clusters(inputs, part, step), strict=True)
         for turn, (index, feed_forward) in enumerate(layers):
             centroids, neurons = feed_forward.centroids, feed_forward.w1.weight.shape[0]
             order = torch.empty(neurons, dtype=torch.int64, device=centroids.device)
@@ -260,17 +265,22 @@ class Sparsity(Stateful):
                 for moment in self._moments(weight):
                     _reorder(moment, order, dim)
 
-    def _clusters(self, x: Tensor | None, weight: Tensor, step: int, layer: int) -> tuple[Tensor, Tensor]:
-        """The neurons of a layer in the order that its pattern wants, and the centroids of its clusters."""
+    def _clusters(
+        self, inputs: Sequence[Tensor], weights: dict[int, Tensor], step: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each layer the neurons in the order that its pattern wants, and the centroids of its clusters."""
         size = self.config.router.cluster_size
-        seed = ((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31
-        if x is None:
-            order, centroids = balanced_clusters(weight, size, seed=seed)
+        seeds = [((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31 for layer in weights]
+        weight = torch.stack(list(weights.values()))
+        if inputs:
+            x = torch.stack([inputs[layer] for layer in weights])
+            orders, centroids = activation_clusters(x, weight, size, seed=seeds)
         else:
-            order, centroids = activation_clusters(x, weight, size, seed=seed)
+            orders, centroids = balanced_clusters(weight, size, seed=seeds)
         if self.config.router.spread:
-            order = order.view(-1, size)[_apart(len(centroids)).to(order.device)].T.flatten()
-        return order.contiguous(), centroids
+            apart = _apart(centroids.shape[1]).to(orders.device)
+            orders = orders.unflatten(1, (-1, size))[:, apart].mT.flatten(1)
+        return zip(orders, centroids, strict=True)
 
     def _moments(self, weight: Tensor) -> list[Tensor]:
         """The optimizer's tensors that belong to a weight entry by entry."""

@@ -606,6 +606,10 @@ def brute_assignment(scores, size):
     return torch.tensor([next(c for c, rows in enumerate(members) if r in rows) for r in range(len(scores))])
 
 
+def assign(scores, size, rounds=None):
+    return _balanced_assignment(scores[None], size, rounds)[0]
+
+
 @pytest.mark.parametrize("columns, size", [(1, 5), (5, 1), (4, 6), (7, 3), (8, 16)])
 @pytest.mark.parametrize("seed", range(3))
 def test_balanced_assignment_is_stable(columns, size, seed):
@@ -615,24 +619,30 @@ def test_balanced_assignment_is_stable(columns, size, seed):
     skewed = distinct + 5 * torch.arange(columns)  # everybody's favourite is the same
     for scores in (distinct, tied, skewed):
         before = scores.clone()
-        assignment = _balanced_assignment(scores, size)
+        assignment = assign(scores, size)
         assert torch.equal(scores, before)
         assert assignment.bincount(minlength=columns).tolist() == [size] * columns
         mine = scores.gather(1, assignment[:, None]).squeeze(1)
         for column in range(columns):
             worst_member = mine[assignment == column].min()
             assert not ((scores[:, column] > mine) & (scores[:, column] > worst_member)).any()
-    assert torch.equal(_balanced_assignment(distinct, size), brute_assignment(distinct, size))
-    assert torch.equal(_balanced_assignment(skewed, size), brute_assignment(skewed, size))
+    assert torch.equal(assign(distinct, size), brute_assignment(distinct, size))
+    assert torch.equal(assign(skewed, size), brute_assignment(skewed, size))
+    together = _balanced_assignment(torch.stack([skewed, tied, distinct]), size)
+    assert torch.equal(together, torch.stack([assign(scores, size) for scores in (skewed, tied, distinct)]))
 
 
 def test_a_short_assignment_is_balanced_and_nearly_the_long_one():
     rand = torch.Generator().manual_seed(0)
     scores = torch.randn(2560, 40, generator=rand) + torch.arange(40) / 10  # 40 columns, of which some are liked more
-    exact, short = _balanced_assignment(scores, 64), _balanced_assignment(scores, 64, rounds=16)
+    exact, short = assign(scores, 64), assign(scores, 64, rounds=16)
     assert short.bincount(minlength=40).tolist() == [64] * 40
     assert 0 < (short != exact).float().mean() < 0.2
-    assert torch.equal(_balanced_assignment(scores, 64, rounds=1600), exact)
+    assert torch.equal(assign(scores, 64, rounds=1600), exact)
+    # Beside others that end earlier, or not either.
+    others = scores.flip(0), torch.eye(40).repeat(64, 1)
+    together = _balanced_assignment(torch.stack([scores, *others]), 64, rounds=16)
+    assert torch.equal(together, torch.stack([short, *(assign(other, 64, rounds=16) for other in others)]))
 
 
 @pytest.mark.parametrize("rows, size", [(24, 4), (30, 5), (16, 16), (12, 1), (64, 8)])
@@ -714,6 +724,22 @@ def test_neurons_that_fire_together_are_clustered(dtype):
         assert_close(centroids, expected, rtol=1e-2, atol=1e-2)
         assert centroids.dtype == torch.float32 and order.dtype == torch.int64
     assert sorted(activation_clusters(torch.zeros(3, dim), weight, size)[0].tolist()) == list(range(24))  # none fires
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_layers_clustered_together_are_clustered_each_by_itself(size):
+    rand = torch.Generator().manual_seed(size)
+    x, weight = torch.randn(3, 50, 8, generator=rand), torch.randn(3, 24, 8, generator=rand)
+    seeds = [5, 0, 7]
+    together = [balanced_clusters(weight, size, seed=seeds), activation_clusters(x, weight, size, seed=seeds)]
+    for layer, seed in enumerate(seeds):
+        alone = (
+            balanced_clusters(weight[layer], size, seed=seed),
+            activation_clusters(x[layer], weight[layer], size, 10, seed),
+        )
+        for (orders, centroids), (order, centroid) in zip(together, alone, strict=True):
+            assert torch.equal(orders[layer], order)
+            assert_close(centroids[layer], centroid)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
