@@ -82,12 +82,13 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "minus dense": difference,
             "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
             "FLOPs": _flops(abouts[0]),
+            "at switches": _jumps(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
             "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
             "reached": _reached(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
         }
         if pad:
-            del row["energy kept"]  # would not fit the width of a terminal
+            del row["energy kept"], row["at switches"]  # would not fit the width of a terminal
         rows.append(row)
     return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
 
@@ -168,6 +169,28 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
     return f"{mean(shares):.2f}"
 
 
+def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+    """How much further over the dense run's the training loss is, at most, in 2% of the steps after each switch.
+
+    Of runs that share their start with the dense run of their seed, so that the same batches are compared; "-" for
+    others, and for a switch after which the dense run has no steps. Means over the seeds.
+    """
+    dense = {_seed(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
+    jumps: list[list[float]] = []
+    for run, about in group:
+        peer, steps = dense.get(_seed(about), {}), about["config"]["training"]["steps"]
+        lines = zip(run.values("step"), run.values("loss"), strict=True)
+        over = {step: loss / peer[step] - 1 for step, loss in lines if step in peer}
+        switches = [start for _, start, _ in about["phases"][1:]]
+        before = [[by for step, by in over.items() if step < start] for start in switches]
+        if not switches or not before[0] or before[0][-1]:
+            return "-"
+        after = [[by for step, by in over.items() if start <= step] for start in switches]
+        near = [sum(start <= step <= start + 0.02 * steps for step in over) for start in switches]
+        jumps.append([max(b[: max(1, n)]) - a[-1] for a, b, n in zip(before, after, near, strict=True) if b])
+    return ", ".join(f"{100 * mean(jump):+.1f}%" for jump in zip(*jumps, strict=False))
+
+
 def _commit(about: dict[str, Any]) -> str:
     commit = about["commit"] or "unknown"
     return commit[:10] + " and changes" * commit.endswith("-dirty")
@@ -200,6 +223,8 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "energy kept": "Energy kept: of h, by the pattern, at the last validation of the sparse phase.",
         "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
         "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
+        "at switches": "At switches, to sparse and to dense: how much further over the dense run's the training loss "
+        "is, at most, in the 2% of the steps that follow.",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
         "graphs are compiled, count at its median speed, and with the switch to it.",

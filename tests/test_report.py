@@ -1,10 +1,12 @@
 """The README's tables are those that the committed runs give."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from scripts.report import BLOCK, PAGES, fill
+from scripts.plot import Run
+from scripts.report import BLOCK, PAGES, _jumps, fill
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -18,6 +20,25 @@ def test_a_changed_figure_is_noticed():
     text = PAGES[0].read_text()
     assert fill(text.replace("| 2.9834 ±", "| 2.9833 ±", 1)) == text
     assert text.replace("| 2.9834 ±", "| 2.9833 ±", 1) != text
+
+
+def run_of(losses, phases, seed=0):
+    lines = [{"step": step, "loss": loss} for step, loss in losses.items()]
+    about = {"config": {"debug": {"seed": seed}, "training": {"steps": 100}}, "phases": phases}
+    return Run("name", "model", "recipe", Path(), lines), about
+
+
+def test_jumps_at_switches_are_over_the_dense_run_and_what_was_there_before():
+    phases = [["dense", 1, 50], ["sparse", 51, 79], ["dense", 80, 100]]
+    dense = {50: 4.0, 51: 4.0, 52: 5.0, 53: 4.0, 54: 4.0, 70: 4.0, 90: 2.0, 100: 2.0}
+    sparse = dense | {51: 4.04, 52: 5.1, 53: 4.0, 54: 8.0, 70: 4.4, 90: 2.1, 100: 9.0}  # 54 is later, 90 the first
+    base = [run_of(dense, [["dense", 1, 100]])]
+    assert _jumps([run_of(sparse, phases)], base) == "+2.0%, -5.0%"
+    assert _jumps([run_of(sparse, phases), run_of(dense, phases)], base) == "+1.0%, -2.5%"
+    assert _jumps([run_of(sparse | {50: 4.01}, phases)], base) == "-"  # not from the dense run's steps
+    assert _jumps([run_of(sparse, phases, seed=1)], base) == "-"
+    assert _jumps([run_of(sparse, phases)], [run_of({50: 4.0, 51: 4.0}, [["dense", 1, 51]])]) == "+1.0%"
+    assert _jumps([run_of(dense, [["dense", 1, 100]])], base) == "-"
 
 
 def entry(**more):
