@@ -132,7 +132,7 @@ class Study:
 
 
 def read_study(file: Path, outputs: Path | None = None) -> Study:
-    """Read a study and check each of its runs as train.py would.
+    """Read a study and check each of its runs as train.py would, but for its data, which may be on another machine.
 
     Args:
         file: the study's TOML file.
@@ -181,7 +181,6 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
             try:
                 config, _ = load_config(command)
                 check_config(config)
-                check_data(config)
             except ConfigError as error:
                 raise ConfigError(f"{file}: run {name}: {error}") from None
             if not config.validation.enable:
@@ -198,6 +197,19 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
             f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
         )
     return Study(file, runs, shown or names)
+
+
+def check_corpora(study: Study, runs: list[StudyRun]) -> None:
+    """Look for what the runs are to read.
+
+    Raises:
+        ConfigError: data that is missing or too little, with the run that needs it.
+    """
+    for run in runs:
+        try:
+            check_data(run.config)
+        except ConfigError as error:
+            raise ConfigError(f"{study.file}: run {run.name}: {error}") from None
 
 
 def _find_before(where: str, after: Any, seed: int, runs: list[StudyRun], config: JobConfig) -> Path:
@@ -520,6 +532,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{run.name} goes on from {run.after}, which is not there: run {before.name} as well "
                 "(--only), or, if its results are here already, move those away"
             )
+    check_corpora(study, todo)
     say(
         f"{study.file}: {len(chosen)} run{'s' * (len(chosen) != 1)}, {len(chosen) - len(todo)} complete, "
         f"{len(todo)} to run, {jobs} at once on {'GPU ' + ', '.join(gpus) if gpus else 'the CPU'}"

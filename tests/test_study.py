@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, rows
 
 from configs.errors import ConfigError
 from scripts import study
 from scripts.report import runs_table
-from tests.conftest import ROOT, rows
 
 RUNS = """
 [[runs]]
@@ -171,6 +171,10 @@ def test_refused_arguments(write_study, tmp_path):
         study.main([*words, "--only", "sense"])
     with pytest.raises(ConfigError, match="--jobs 0"):
         study.main([*words, "--jobs", "0"])
+    absent = str(write_study(RUNS + 'data.sources = [{ type = "text", path = "absent/*.txt" }]\n'))
+    assert study.main([absent, "--list"]) == 0
+    with pytest.raises(ConfigError, match=r"run groups_s0: data.sources.*absent"):
+        study.main([absent, *words[1:]])
     with pytest.raises(ConfigError, match=r"cannot be read .*there are .*docs/studies/recipes_160m/study.toml"):
         study.read_study(tmp_path / "nothing.toml")
 
@@ -188,9 +192,10 @@ def test_a_run_goes_over_what_all_share(write_study, tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("docs/studies/*/study.toml")), ids=lambda file: file.parent.name)
-def test_committed_studies_are_valid(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "check_data", lambda config: None)  # the corpus is not here
+def test_committed_studies_are_valid_and_their_results_those_of_the_file(file, tmp_path):
     found = study.read_study(file, tmp_path)
+    for run in found.runs:
+        assert study.is_complete(run, run.results) or not run.results.exists()
     (dense,) = (run for run in found.runs if run.name == "dense_s0")
     # As long as dense, or a little longer to reach its loss; but for what others begin with.
     ends = [run for run in found.runs if not run.only_begins]
