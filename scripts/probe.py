@@ -141,6 +141,7 @@ class Probe:
             )
         others = torch.cat([sequences[:, :half], sequences.roll(1, 0)[:, half:]], 1).split(len(self.batches[0]))
         every, own = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        self.model.train()  # in evaluation the FFNs measure the energy, which takes as long as they do
         for batch, other in zip(self.batches, others, strict=True):
             before = self.logits(batch[:, :-1])[:, :half]
             after = self.logits(other[:, :-1])[:, :half]
@@ -151,6 +152,7 @@ class Probe:
                 alone = batch.clone()
                 alone[row] = other[row]
                 own += _changes(before[row], self.logits(alone[:, :-1])[row, :half], labels[row])
+        self.model.eval()
         names = ("kl", "logprob", "argmax", "gain")
         return {
             f"{prefix}_{name}": value

@@ -51,6 +51,8 @@ def no_ranks(monkeypatch):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is allocated without a value holds NaN, or -1."""
+    # `with torch.device(...)` remembers the constructors that it finds first: later tests need the real ones.
+    torch.utils._device._device_constructors()
 
     def poison(allocate):
         def fill(*args, **kwargs):
