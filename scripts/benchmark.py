@@ -77,8 +77,10 @@ CONTENDERS = {
     "float8": _recipe("dense", "the same in torchao's row-wise float8", FLOAT8),
     "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
     "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too", TOKENS),
-    "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", TOKENS),
-    "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
+    "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons"),
+    "venom_4of16_tokens": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", TOKENS),
+    "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1"),
+    "venom_2of16_tokens": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
     "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
     "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
     "columns_half": _recipe("columns_half", "half of the neurons, blocks of 1024"),
@@ -86,7 +88,7 @@ CONTENDERS = {
     "columns_eighth": _recipe("columns_eighth", "an eighth of the neurons, blocks of 1024"),
     "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),
     "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", FIRST_2OF4),
-    "groups_eighth_float8": _recipe("groups_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
+    "columns_eighth_float8": _recipe("columns_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
 }
 
 OUTPUTS = ROOT / "outputs" / "benchmark"  # the runs' folders

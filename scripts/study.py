@@ -1,7 +1,7 @@
 """Run a study: a list of runs in one TOML file, with what came of them beside it.
 
     python -m scripts.study docs/studies/smoke/study.toml
-    python -m scripts.study docs/studies/recipes_160m/study.toml --jobs 2 --limit-minutes 50 --only start dense columns_half
+    python -m scripts.study docs/studies/recipes_160m --jobs 2 --limit-minutes 50 --only start dense columns_half
 
 A study asks one question, and its file and its results answer it together, so both stand in one folder of docs/, where
 the pages take their tables from (scripts/report.py). The file names what all runs share and then each run. Every key is
