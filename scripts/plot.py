@@ -131,6 +131,11 @@ class Run:
                 switch[inside[0]] = np.nan_to_num(self.values("switch_seconds")[inside[0]])
         return np.cumsum(np.diff(self.tokens, prepend=0.0) / rates + switch)
 
+    def reaches(self, loss: float) -> float | None:
+        """Training seconds until a validation (dense inference) first had this loss; None: none had."""
+        at = self.seconds[self.values("val_loss") <= loss]
+        return float(at[0]) if len(at) else None
+
     def rate(self, mode: str) -> float | None:
         """Median tokens a second in the phases of a mode, without the lines in which graphs are compiled."""
         rates, index, phases = self.values("tokens_per_second"), self.phase_index, self._phases()
@@ -594,6 +599,44 @@ def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(amount))
     axes.legend(loc="upper left", ncols=2)
+    return figure
+
+
+def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
+    """When runs have the baseline's final loss: validation loss against training time, seeds side by side.
+
+    Args:
+        seeds: by the name of a seed its runs by name, with val_loss and seconds, the baseline among them.
+        baseline: the dense run.
+    """
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained")
+    every = figure.subplots(1, len(seeds), sharex=True, sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for runs in seeds.values() for name in runs))
+    for axes, (seed, runs) in zip(every, seeds.items(), strict=True):
+        level, end = runs[baseline].last("val_loss"), float(runs[baseline].seconds[-1])
+        axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+        for name, run in runs.items():
+            colour, known = PALETTE[names.index(name) % len(PALETTE)], np.isfinite(run.values("val_loss"))
+            axes.plot(run.seconds[known] / 60, run.values("val_loss")[known], "-o", color=colour, label=name, **MARKED)
+            sparse = known & (np.array(run._phases()) == "sparse")
+            axes.plot(run.seconds[sparse] / 60, run.values("val_loss")[sparse], "o", color=colour, markersize=4.6)
+            reached = run.reaches(level)
+            if name != baseline and reached is not None:
+                axes.axvline(reached / 60, color=colour, linewidth=1, linestyle=":")
+                said = f"{reached / end:.2f} of {baseline}'s time"
+                at = reached / 60, 0.98 - 0.07 * names.index(name)
+                axes.annotate(said, at, (-6, 0), ("data", "axes fraction"), "offset points", color=colour, ha="right")
+        axes.set_title(seed, loc="left")
+        axes.set_xlabel("training time, minutes")
+    # The first fifth of the time is a steep fall that would flatten the rest.
+    late = [
+        run.values("val_loss")[run.seconds > run.seconds[-1] / 5] for runs in seeds.values() for run in runs.values()
+    ]
+    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
+    every[0].set_ylim(low - 0.05 * (high - low), high)
+    every[0].set_ylabel("validation loss (filled: sparse phase)")
+    handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 

@@ -162,10 +162,10 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
     shares = []
     for run, seed in alone[0]:
         level, time = ends.get(seed, means)
-        at = run.seconds[run.values("val_loss") <= level]
-        if not len(at):
+        reached = run.reaches(level)
+        if reached is None:
             return "-"
-        shares.append(float(at[0]) / time)
+        shares.append(reached / time)
     return f"{mean(shares):.2f}"
 
 

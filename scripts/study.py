@@ -68,7 +68,7 @@ from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
-from scripts.plot import STYLE, draw_behind, draw_front, load_run, plot, read_lines
+from scripts.plot import STYLE, Run, draw_behind, draw_front, draw_reached, load_run, plot, read_lines
 from scripts.report import baseline_losses, flops_share, load_groups, runs_table
 
 # What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
@@ -436,6 +436,7 @@ def draw(study: Study) -> None:
         print(plot(alone, folder / "loss_time.png", against="time"))
     else:
         print("loss against time is not drawn: the runs shared a GPU (--jobs)")
+    reached(folder, study.plot)
     dense = firsts.get(load_groups(folder)[1] or "")
     sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
     if dense is not None and sparse:
@@ -443,6 +444,22 @@ def draw(study: Study) -> None:
             draw_behind(sparse, load_run(dense)).savefig(folder / "behind.png")
         print(folder / "behind.png")
     front(folder)
+
+
+def reached(folder: Path, shown: list[str]) -> None:
+    """Draw when the runs that had a GPU to themselves have the final loss of the dense run of their seed."""
+    groups, baseline = load_groups(folder)
+    seeds: dict[str, dict[str, Run]] = {}
+    for name in shown:
+        for run, about in groups.get(name, []):
+            if about.get("runs_per_gpu") == 1:
+                seeds.setdefault(f"seed {about['config']['debug']['seed']}", {})[name] = run
+    seeds = {seed: runs for seed, runs in sorted(seeds.items()) if baseline in runs and len(runs) > 1}
+    if baseline is None or not seeds:
+        return
+    with rc_context(STYLE):
+        draw_reached(seeds, baseline).savefig(folder / "reached.png")
+    print(folder / "reached.png")
 
 
 def front(folder: Path) -> None:

@@ -200,6 +200,26 @@ def test_tokens_behind_are_those_that_dense_did_not_need(tmp_path):
     pixels(tmp_path / "behind.png")
 
 
+def test_reached_is_when_a_run_has_the_loss_that_dense_ends_with(tmp_path):
+    def run(name, losses, rate):
+        lines = [
+            {"step": i, "tokens": 600 * i, "phase": "dense", "tokens_per_second": rate, "val_loss": loss}
+            for i, loss in enumerate(losses, 1)
+        ]
+        return plot.Run(name, "", "", tmp_path, lines)
+
+    dense, fast, slow = run("d", [5.0, 4.0, 3.0], 10), run("f", [5.0, 3.1, 3.0, 2.5], 20), run("s", [5.0, 4.5], 10)
+    assert dense.reaches(3.0) == 180 and fast.reaches(3.0) == 90 and slow.reaches(3.0) is None
+    figure = plot.draw_reached(
+        {"seed 0": {"dense": dense, "fast": fast}, "seed 1": {"dense": dense, "slow": slow}}, "dense"
+    )
+    first, second = figure.axes
+    assert [text.get_text() for text in first.texts] == ["0.50 of dense's time"] and not second.texts
+    assert first.texts[0].xy[0] == 1.5 and (first.get_title("left"), second.get_title("left")) == ("seed 0", "seed 1")
+    figure.savefig(tmp_path / "reached.png")
+    pixels(tmp_path / "reached.png")
+
+
 def test_a_phase_without_values_breaks_the_line(tmp_path):
     phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
     run = plot.load_run(write_run(tmp_path / "run", phases))
