@@ -178,7 +178,7 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
     dense = {_seed(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
     jumps: list[list[float]] = []
     for run, about in group:
-        peer, steps = dense.get(_seed(about), {}), about["config"]["training"]["steps"]
+        peer, steps = dense.get(_seed(about), {}), about["phases"][-1][2]
         lines = zip(run.values("step"), run.values("loss"), strict=True)
         over = {step: loss / peer[step] - 1 for step, loss in lines if step in peer}
         switches = [start for _, start, _ in about["phases"][1:]]

@@ -24,7 +24,7 @@ def test_a_changed_figure_is_noticed():
 
 def run_of(losses, phases, seed=0):
     lines = [{"step": step, "loss": loss} for step, loss in losses.items()]
-    about = {"config": {"debug": {"seed": seed}, "training": {"steps": 100}}, "phases": phases}
+    about = {"config": {"debug": {"seed": seed}}, "phases": phases}
     return Run("name", "model", "recipe", Path(), lines), about
 
 
