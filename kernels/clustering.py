@@ -37,14 +37,16 @@ def _balanced_assignment(scores: Tensor, size: int, rounds: int | None = None) -
     Args:
         scores: `[L, R, C]`, L problems at once: a round is a dozen small kernels, and the host takes longer to start
             them than a GPU to run them.
+        size: rows a column, R / C.
+        rounds: after so many the rest is assigned in order; None: to the end.
 
     Returns:
         `[L, R]` int64.
     """
-    layers, each, columns_each = scores.shape
+    layers, rows_each, columns_each = scores.shape
     scores = scores.clone().flatten(0, 1)
-    rows, columns = (torch.arange(layers * count, device=scores.device) for count in (each, columns_each))
-    first = rows // each * columns_each  # the columns of a row's own problem begin there
+    rows, columns = (torch.arange(layers * count, device=scores.device) for count in (rows_each, columns_each))
+    first = rows // rows_each * columns_each  # the columns of a row's own problem begin there
     narrow = torch.int16 if len(columns) < 2**15 else torch.int64  # a radix sort's time goes with the bytes of its keys
     done = 0
     while True:
@@ -63,7 +65,7 @@ def _balanced_assignment(scores: Tensor, size: int, rounds: int | None = None) -
             free = size - column[~rejected].bincount(minlength=len(columns))
             choice[row[rejected]] = (columns % columns_each).repeat_interleave(free)
         if not waiting or done == rounds:
-            return choice.view(layers, each)
+            return choice.view(layers, rows_each)
 
 
 def balanced_clusters(

@@ -17,6 +17,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
 """
 
 import json
+import math
 import re
 import sys
 import textwrap
@@ -173,7 +174,8 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
     """How much further over the dense run's the training loss is, at most, in 2% of the steps after each switch.
 
     Of runs that share their start with the dense run of their seed, so that the same batches are compared; "-" for
-    others, and for a switch after which the dense run has no steps. Means over the seeds.
+    others, and for a switch after which the dense run has no steps. Where none was logged in the 2% it is the first.
+    Means over the seeds.
     """
     dense = {_seed(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
     jumps: list[list[float]] = []
@@ -187,8 +189,11 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
             return "-"
         after = [[by for step, by in over.items() if start <= step] for start in switches]
         near = [sum(start <= step <= start + 0.02 * steps for step in over) for start in switches]
-        jumps.append([max(b[: max(1, n)]) - a[-1] for a, b, n in zip(before, after, near, strict=True) if b])
-    return ", ".join(f"{100 * mean(jump):+.1f}%" for jump in zip(*jumps, strict=False))
+        jumps.append(
+            [max(b[: max(1, n)]) - a[-1] if b else math.nan for a, b, n in zip(before, after, near, strict=True)]
+        )
+    means = [mean(jump) for jump in zip(*jumps, strict=True)]
+    return ", ".join("-" if math.isnan(jump) else f"{100 * jump:+.1f}%" for jump in means)
 
 
 def _commit(about: dict[str, Any]) -> str:
@@ -224,7 +229,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
         "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
         "at switches": "At switches, to sparse and to dense: how much further over the dense run's the training loss "
-        "is, at most, in the 2% of the steps that follow.",
+        "is, at most, in the 2% of the steps that follow, or the first logged.",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
         "graphs are compiled, count at its median speed, and with the switch to it.",

@@ -1,7 +1,7 @@
 """Run a study: a list of runs in one TOML file, with what came of them beside it.
 
     python -m scripts.study docs/studies/smoke/study.toml
-    python -m scripts.study docs/studies/recipes_160m --jobs 2 --limit-minutes 50 --only start dense columns_half
+    python -m scripts.study docs/studies/recipes_160m --limit-minutes 50 --only start_s0 groups_eighth
 
 A study asks one question, and its file and its results answer it together, so both stand in one folder of docs/, where
 the pages take their tables from (scripts/report.py). The file names what all runs share and then each run. Every key is
@@ -419,7 +419,7 @@ def say(text: str) -> None:
 
 
 def draw(study: Study) -> None:
-    """The table of what is complete, and the curves of the runs that the study names, against tokens and time."""
+    """The table of what is complete, the curves of the runs that the study names, and when they had dense's loss."""
     folder = study.file.parent
     there = [run for run in study.runs if (run.results / "run.json").exists()]
     if not there:
@@ -449,16 +449,16 @@ def draw(study: Study) -> None:
 def reached(folder: Path, shown: list[str]) -> None:
     """Draw when the runs that had a GPU to themselves have the final loss of the dense run of their seed."""
     groups, baseline = load_groups(folder)
-    seeds: dict[str, dict[str, Run]] = {}
+    seeds: dict[int, dict[str, Run]] = {}
     for name in shown:
         for run, about in groups.get(name, []):
             if about.get("runs_per_gpu") == 1:
-                seeds.setdefault(f"seed {about['config']['debug']['seed']}", {})[name] = run
-    seeds = {seed: runs for seed, runs in sorted(seeds.items()) if baseline in runs and len(runs) > 1}
-    if baseline is None or not seeds:
+                seeds.setdefault(about["config"]["debug"]["seed"], {})[name] = run
+    named = {f"seed {seed}": runs for seed, runs in sorted(seeds.items()) if baseline in runs and len(runs) > 1}
+    if baseline is None or not named:
         return
     with rc_context(STYLE):
-        draw_reached(seeds, baseline).savefig(folder / "reached.png")
+        draw_reached(named, baseline).savefig(folder / "reached.png")
     print(folder / "reached.png")
 
 

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_auto_num_workers():
-    """With `-n auto`: a GPU is for one test at a time, and each core one worker."""
+    """With `-n auto`: a GPU is for one test at a time; else a worker a core, four at most."""
     return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
@@ -42,10 +43,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def no_ranks(monkeypatch):
+def no_ranks():
     """A run in this process leaves torchrun's variables behind; one that a test starts would listen at its port."""
     for name in RANK_NAMES:
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

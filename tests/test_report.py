@@ -1,9 +1,11 @@
 """The README's tables are those that the committed runs give."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from scripts.plot import Run
 from scripts.report import BLOCK, PAGES, _jumps, fill
@@ -14,6 +16,15 @@ def test_pages_are_up_to_date(page):
     text = page.read_text()
     assert len(BLOCK.findall(text)) >= 1
     assert fill(text) == text
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES, *ROOT.glob("docs/*.md")}), ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_links_and_pictures_are_there(page):
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    gone = [name for name in targets if name and "://" not in name and not (page.parent / name).exists()]
+    assert gone == []
 
 
 def test_a_changed_figure_is_noticed():
@@ -37,7 +48,7 @@ def test_jumps_at_switches_are_over_the_dense_run_and_what_was_there_before():
     assert _jumps([run_of(sparse, phases), run_of(dense, phases)], base) == "+1.0%, -2.5%"
     assert _jumps([run_of(sparse | {50: 4.01}, phases)], base) == "-"  # not from the dense run's steps
     assert _jumps([run_of(sparse, phases, seed=1)], base) == "-"
-    assert _jumps([run_of(sparse, phases)], [run_of({50: 4.0, 51: 4.0}, [["dense", 1, 51]])]) == "+1.0%"
+    assert _jumps([run_of(sparse, phases)], [run_of({50: 4.0, 51: 4.0}, [["dense", 1, 51]])]) == "+1.0%, -"
     assert _jumps([run_of(dense, [["dense", 1, 100]])], base) == "-"
 
 

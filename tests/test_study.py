@@ -196,6 +196,7 @@ def test_committed_studies_are_valid_and_their_results_those_of_the_file(file, t
     found = study.read_study(file, tmp_path)
     for run in found.runs:
         assert study.is_complete(run, run.results) or not run.results.exists()
+    assert {path.parent for path in file.parent.glob("*/run.json")} <= {run.results for run in found.runs}
     (dense,) = (run for run in found.runs if run.name == "dense_s0")
     # As long as dense, or a little longer to reach its loss; but for what others begin with.
     ends = [run for run in found.runs if not run.only_begins]
