@@ -463,14 +463,19 @@ def reached(folder: Path, shown: list[str]) -> None:
 
 
 def front(folder: Path) -> None:
-    """Draw the final losses against what they cost over dense: training time or, of runs that shared a GPU, FLOPs."""
+    """Draw the final losses against what they cost over dense: training time or, of runs that shared a GPU, FLOPs.
+
+    FLOPs as the backend executed them or, where not all runs say so, as the pattern leaves them.
+    """
     groups, baseline = load_groups(folder)
     if baseline is None or len(groups) < 2:
         return
     abouts = [about for group in groups.values() for _, about in group]
     timed = all(about.get("runs_per_gpu") == 1 for about in abouts)
+    executed = all("sparse_executed" in about["flops_per_token"] for about in abouts)
+    kind = "sparse_executed" if executed else "sparse_pattern"
     costs = {
-        name: mean(float(run.seconds[-1]) if timed else flops_share(about, "sparse_pattern") for run, about in group)
+        name: mean(float(run.seconds[-1]) if timed else flops_share(about, kind) for run, about in group)
         for name, group in groups.items()
     }
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
@@ -478,7 +483,7 @@ def front(folder: Path) -> None:
     peers, level = baseline_losses(groups, baseline), mean(losses[baseline])
     points = {name: (cost / costs[baseline], mean(losses[name]) - peers[name] + level) for name, cost in costs.items()}
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
-    label = "training time" if timed else "FLOPs that the pattern leaves"
+    label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern leaves"
     with rc_context(STYLE):
         figure = draw_front(points, baseline, deviation, f"{label}, over that of {baseline}")
         figure.savefig(folder / "front.png")
