@@ -128,7 +128,8 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
         tokens: in a micro-batch.
         args: the model's arguments, with its vocabulary.
     """
-    if "nccl" in kernel or op.startswith(("c10d::", "fsdp::")):
+    # FSDP's copies to and from what is sent are foreach operators, as the optimizer's kernels are.
+    if "nccl" in kernel or op.startswith(("c10d::", "fsdp::", "aten::_foreach_copy_")):
         return "communication"
     if op == "aten::bmm":  # of blocks and the neurons that they keep; attention has kernels of its own
         return "FFN"

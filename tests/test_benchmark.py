@@ -31,6 +31,7 @@ TOKENS, D, F = 16384, ARGS.dim, ARGS.hidden_dim
         ("aten::_cudnn_attention_backward", [[4, 32, 4096, 128]], "cudnn_sdpa", "attention"),
         ("triton_red_fused__log_softmax_0", [], "triton_red_fused__log_softmax_0", "head and loss"),
         ("aten::_fused_adamw_", [], "multi_tensor_apply_kernel", "optimizer"),
+        ("aten::_foreach_copy_", [], "multi_tensor_apply_kernel", "communication"),
         ("", [], "ncclDevKernel_AllGather", "communication"),
         ("triton_per_fused_rms_norm", [], "triton_per_fused_rms_norm", "other"),
     ],
