@@ -180,20 +180,19 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
     dense = {_seed(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
     jumps: list[list[float]] = []
     for run, about in group:
-        peer, steps = dense.get(_seed(about), {}), about["phases"][-1][2]
+        peer, phases = dense.get(_seed(about), {}), about["phases"]
         lines = zip(run.values("step"), run.values("loss"), strict=True)
         over = {step: loss / peer[step] - 1 for step, loss in lines if step in peer}
-        switches = [start for _, start, _ in about["phases"][1:]]
-        before = [[by for step, by in over.items() if step < start] for start in switches]
-        if not switches or not before[0] or before[0][-1]:
-            return "-"
-        after = [[by for step, by in over.items() if start <= step] for start in switches]
-        near = [sum(start <= step <= start + 0.02 * steps for step in over) for start in switches]
-        jumps.append(
-            [max(b[: max(1, n)]) - a[-1] if b else math.nan for a, b, n in zip(before, after, near, strict=True)]
-        )
+        jumps.append([])
+        for _, start, _ in phases[1:]:
+            before = [by for step, by in over.items() if step < start]
+            after = [by for step, by in over.items() if step >= start]
+            near = sum(start <= step <= start + 0.02 * phases[-1][2] for step in over)
+            if not before or (not jumps[-1] and before[-1]):
+                return "-"
+            jumps[-1].append(max(after[: max(1, near)], default=math.nan) - before[-1])
     means = [mean(jump) for jump in zip(*jumps, strict=True)]
-    return ", ".join("-" if math.isnan(jump) else f"{100 * jump:+.1f}%" for jump in means)
+    return ", ".join("-" if math.isnan(jump) else f"{100 * jump:+.1f}%" for jump in means) or "-"
 
 
 def _commit(about: dict[str, Any]) -> str:
