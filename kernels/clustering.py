@@ -140,9 +140,14 @@ def _chain(centroids: Tensor) -> Tensor:
 def _members(rows: Tensor, assignment: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The rows by cluster, and the clusters' centroids."""
     order = assignment.sort(stable=True).indices
+    return order, _centroids(rows, order, size)
+
+
+def _centroids(rows: Tensor, order: Tensor, size: int) -> Tensor:
+    """Directions of the sums of `size` rows at a time: rows `[L, f, d]` in an order `[L, f]` to `[L, f / size, d]`."""
     # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed addition.
     sums = [one[members].unflatten(0, (-1, size)).sum(1) for one, members in zip(rows, order, strict=True)]
-    return order, F.normalize(torch.stack(sums), dim=2)
+    return F.normalize(torch.stack(sums), dim=2)
 
 
 def activation_clusters(
@@ -168,8 +173,7 @@ def activation_clusters(
     rows = (whole @ x.detach().float().reshape(-1, *x.shape[-2:]).mT).relu_().square_()
     rows.div_(rows.norm(dim=2, keepdim=True).clamp_min_(1e-12))
     order, _ = _clusters(rows, size, iterations, seed)
-    members = F.normalize(whole, dim=2).gather(1, order[:, :, None].expand_as(whole))
-    centroids = F.normalize(members.unflatten(1, (-1, size)).sum(2), dim=2)
+    centroids = _centroids(F.normalize(whole, dim=2), order, size)
     return order.view(*weight.shape[:-1]), centroids.view(*weight.shape[:-2], *centroids.shape[1:])
 
 

@@ -76,7 +76,7 @@ CONTENDERS = {
     "dense": _recipe("dense", "squared ReLU, dense"),
     "float8": _recipe("dense", "the same in torchao's row-wise float8", FLOAT8),
     "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
-    "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too", TOKENS),
+    "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too"),
     "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons"),
     "venom_4of16_tokens": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", TOKENS),
     "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1"),

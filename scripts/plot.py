@@ -612,26 +612,25 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained")
     every = figure.subplots(1, len(seeds), sharex=True, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for runs in seeds.values() for name in runs))
+    late: list[np.ndarray] = []
     for axes, (seed, runs) in zip(every, seeds.items(), strict=True):
         level, end = runs[baseline].last("val_loss"), float(runs[baseline].seconds[-1])
         axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
         for name, run in runs.items():
-            colour, known = PALETTE[names.index(name) % len(PALETTE)], np.isfinite(run.values("val_loss"))
-            axes.plot(run.seconds[known] / 60, run.values("val_loss")[known], "-o", color=colour, label=name, **MARKED)
+            place, losses, minutes = names.index(name), run.values("val_loss"), run.seconds / 60
+            colour, known = PALETTE[place % len(PALETTE)], np.isfinite(losses)
+            axes.plot(minutes[known], losses[known], "-o", color=colour, label=name, **MARKED)
             sparse = known & (np.array(run._phases()) == "sparse")
-            axes.plot(run.seconds[sparse] / 60, run.values("val_loss")[sparse], "o", color=colour, markersize=4.6)
+            axes.plot(minutes[sparse], losses[sparse], "o", color=colour, markersize=4.6)
+            late.append(losses[minutes > minutes[-1] / 5])
             reached = run.reaches(level)
             if name != baseline and reached is not None:
                 axes.axvline(reached / 60, color=colour, linewidth=1, linestyle=":")
-                said = f"{reached / end:.2f} of {baseline}'s time"
-                at = reached / 60, 0.98 - 0.07 * names.index(name)
+                said, at = f"{reached / end:.2f} of {baseline}'s time", (reached / 60, 0.98 - 0.07 * place)
                 axes.annotate(said, at, (-6, 0), ("data", "axes fraction"), "offset points", color=colour, ha="right")
         axes.set_title(seed, loc="left")
         axes.set_xlabel("training time, minutes")
     # The first fifth of the time is a steep fall that would flatten the rest.
-    late = [
-        run.values("val_loss")[run.seconds > run.seconds[-1] / 5] for runs in seeds.values() for run in runs.values()
-    ]
     low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
     every[0].set_ylim(low - 0.05 * (high - low), high)
     every[0].set_ylabel("validation loss (filled: sparse phase)")

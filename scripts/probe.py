@@ -141,7 +141,7 @@ class Probe:
             )
         others = torch.cat([sequences[:, :half], sequences.roll(1, 0)[:, half:]], 1).split(len(self.batches[0]))
         every, own = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-        self.model.train()  # in evaluation the FFNs measure the energy, which takes as long as they do
+        self.model.train()  # in evaluation the FFNs measure the energy, which takes time
         for batch, other in zip(self.batches, others, strict=True):
             before = self.logits(batch[:, :-1])[:, :half]
             after = self.logits(other[:, :-1])[:, :half]

@@ -7,8 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-# Before torch is imported: one thread for each worker of pytest-xdist and each process that a test starts. Two workers
-# of two threads each take ten times as long on two cores, and two threads add in another order now and then.
+# Before torch is imported: one thread for each worker of pytest-xdist and each process that a test starts, since the
+# workers share the cores, and several threads add in another order now and then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
+from configs.loader import load_config
 from models.llama import llama_args
+from recipes.check import check_keys
 from scripts import benchmark
 from scripts.report import fill
 
@@ -38,6 +40,13 @@ TOKENS, D, F = 16384, ARGS.dim, ARGS.hidden_dim
 )
 def test_part_of(op, shapes, kernel, part):
     assert benchmark.part_of(op, shapes, kernel, TOKENS, ARGS) == part
+
+
+@pytest.mark.parametrize("name", benchmark.CONTENDERS)
+def test_every_contender_is_a_job(name):
+    keys = [f"--{key}={word}" for key, word in benchmark.CONTENDERS[name].keys.items()]
+    config, _ = load_config(["--config=configs/1b.toml", *keys])
+    check_keys(config, 1)
 
 
 def test_parts_of_a_trace():
