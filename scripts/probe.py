@@ -88,8 +88,10 @@ class Probe:
         """Everything, as probe.json has it."""
         result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "modes": {}}
         modes = inference_modes(self.checkpoint.args.sparsity, self.config.training.seq_len)
+        where = f"{self.checkpoint.run.name}, step {self.checkpoint.step}"
         with torch.no_grad(), self.checkpoint.autocast(torch.device(device_type)):
-            for name, mode in modes.items():
+            for place, (name, mode) in enumerate(modes.items(), 1):
+                print(f"{where}: {name}, {place} of {len(modes)}", flush=True)
                 self.sparsity.run_as(mode)
                 result["modes"][name] = self.score() | self.leak()
             self.sparsity.run_as(None)
