@@ -152,8 +152,13 @@ class SparseTrainer(titan.Trainer):
             with self.train_context(), self.maybe_enable_amp:
                 self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
 
+        prepares = self.sparsity.prepares(self.step)
+        if prepares:  # steps that the device has not ended yet are not the switch's
+            titan.device_module.synchronize()
         began = time.perf_counter()
         changed = self.sparsity.enter(self.step, forward)
+        if prepares:
+            titan.device_module.synchronize()
         seconds = time.perf_counter() - began
         self.metrics_processor.switch_seconds += seconds
         if changed:
