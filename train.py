@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from configs.errors import ConfigError, exit_with
+from configs.errors import TOO_LARGE, ConfigError, exit_with
 
 if not hasattr(kernels, "sparse_feed_forward"):
     exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
@@ -39,8 +39,8 @@ def main(args: list[str]) -> None:
     try:
         trainer = SparseTrainer(config, model_args, spans)
         trainer.train()
-    except (torch.OutOfMemoryError, dist.DistBackendError) as error:
-        if isinstance(error, dist.DistBackendError) and "CUDA calloc" not in str(error):
+    except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistBackendError) as error:
+        if not any(reason in str(error) for reason in ("out of memory", "CUDA calloc")):
             raise
         raise too_large(config, error) from error
     finally:
@@ -50,12 +50,17 @@ def main(args: list[str]) -> None:
 
 
 def too_large(config: JobConfig, error: Exception) -> ConfigError:
-    """What to do about a job that does not fit into the GPU's memory; NCCL, which comes last, may be who finds out."""
+    """What to do about a job that does not fit into the GPU's memory.
+
+    Who finds out may be the allocator, CUDA itself, whose kernels and libraries take memory too, or NCCL, which comes
+    last.
+    """
     size, mode = config.training.local_batch_size, config.activation_checkpoint.mode
-    said = str(error).strip().splitlines()[-1].split(". ")[0]
+    lines = str(error).strip().splitlines()
+    said = next((line for line in lines if "out of memory" in line), lines[-1]).split(". ")[0]
     stronger = {"none": ' or activation_checkpoint.mode = "selective" or "full"', "selective": ' or mode = "full"'}
     return ConfigError(
-        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into GPU memory '
+        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" {TOO_LARGE} '
         f"({said}): use a smaller one{stronger.get(mode, '')}, and keep training.global_batch_size if the run is to go "
         "on from a checkpoint; python -m scripts.estimate says what fits"
     )

@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+TOO_LARGE = "does not fit into GPU memory"  # in the message of a job of which that is so
+
 
 class ConfigError(Exception):
     """Input that cannot be run. The message names the key or file, the value, and what to do about it."""

@@ -62,7 +62,7 @@ if not __package__:  # started as `python scripts/study.py`: look imports up fro
 import torch
 from matplotlib import rc_context
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import TOO_LARGE, ConfigError, exit_with
 from configs.loader import ROOT, load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
@@ -310,7 +310,7 @@ class Launcher:
     """Runs processes of train.py, so many at once.
 
     Args:
-        jobs: runs at once, at least 1.
+        jobs: runs at once, at least 1; fewer where they do not fit into a GPU's memory together.
         gpus: their GPUs, taken in turn; empty on a machine without one.
         deadline: when runs are stopped and no other starts, by time.monotonic().
     """
@@ -322,6 +322,7 @@ class Launcher:
         self.deadline = deadline
         self.signalled = self.stopped = False
         self.running: dict[str, tuple[StudyRun, subprocess.Popen, str, float]] = {}
+        self.sharing: set[str] = set()  # runs that were started on a GPU with more than one place
         self.failed: list[StudyRun] = []
         self.interrupted: list[StudyRun] = []
 
@@ -340,8 +341,14 @@ class Launcher:
             for run, process, gpu, began in list(self.running.values()):
                 if process.poll() is not None:
                     del self.running[run.name]
+                    if run.name in self.sharing and _is_too_large(run, process.returncode):
+                        say(f"{run.name} does not fit beside the others on GPU {gpu}: it waits, one fewer runs there")
+                        todo.insert(0, run)
+                        if self._places(gpu):
+                            continue
+                    else:
+                        self._end(run, process.returncode, time.monotonic() - began)
                     self.free.append(gpu)
-                    self._end(run, process.returncode, time.monotonic() - began)
             if self.signalled or time.monotonic() > self.deadline:
                 self._stop("a signal" if self.signalled else "the time limit")
             if self.running and time.monotonic() - spoke >= PROGRESS_SECONDS:
@@ -376,6 +383,9 @@ class Launcher:
         environment = {"OMP_NUM_THREADS": str(self.threads)} | own
         if gpu := self.free.pop(0):
             environment["CUDA_VISIBLE_DEVICES"] = gpu
+        self.sharing.discard(run.name)
+        if self._places(gpu):
+            self.sharing.add(run.name)
         with (run.outputs / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "train.py", *run.command],
@@ -389,6 +399,10 @@ class Launcher:
         say(f"{run.name} starts" + (f" on GPU {gpu}" if gpu else ""))
         self.running[run.name] = (run, process, gpu, time.monotonic())
 
+    def _places(self, gpu: str) -> int:
+        """Runs that a GPU has or may take."""
+        return self.free.count(gpu) + sum(gpu == other for _, _, other, _ in self.running.values())
+
     def _end(self, run: StudyRun, status: int, seconds: float) -> None:
         if status == 0 and is_complete(run, run.outputs):
             if not run.only_begins:
@@ -400,8 +414,18 @@ class Launcher:
         else:
             self.failed.append(run)
             say(f"{run.name} failed with status {status}, log in {run.outputs / 'log.txt'}:")
-            for line in (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-3:]:
+            for line in _last_lines(run):
                 print(f"    {line}", flush=True)
+
+
+def _last_lines(run: StudyRun) -> list[str]:
+    """What a run's process said last."""
+    return (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-3:]
+
+
+def _is_too_large(run: StudyRun, status: int) -> bool:
+    """Whether a process ended for want of GPU memory."""
+    return status == 2 and any(TOO_LARGE in line for line in _last_lines(run))
 
 
 def _progress(run: StudyRun) -> str:
@@ -499,7 +523,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpus", metavar="I,J", help="GPUs to use, in turn; default: all that are visible, a run takes one"
     )
-    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once; default: one a GPU")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, help="runs at once, fewer if memory is short; default: one a GPU"
+    )
     parser.add_argument(
         "--limit-minutes", metavar="M", type=float, help="then runs are told to save and end, and no other starts"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, rows
 
-from configs.errors import ConfigError
+from configs.errors import TOO_LARGE, ConfigError
 from scripts import study
 from scripts.report import runs_table
 
@@ -240,6 +240,36 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
     late.run(found[:2])
     assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_does_not_fit_beside_others_waits(write_study, tmp_path, monkeypatch, capsys):
+    """A stand-in for train.py of which two fit into a GPU, and one that fits nowhere."""
+    runs = [f'[[runs]]\nname = "r{index}"\nrecipe = "recipes/dense.toml"\n' for index in range(6)]
+    found = study.read_study(write_study("\n".join(runs)), tmp_path / "out").runs
+    for index, run in enumerate(found):
+        run.command = [str(tmp_path / "memory"), str(run.outputs / "ran"), "3" if index == 4 else "1"]
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "memory, ran, size = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
+        "mine = [memory / f'{os.getpid()}_{part}' for part in range(size)]\n"
+        "[file.touch() for file in mine]\n"
+        "time.sleep(0.2)\n"
+        "full = len(list(memory.iterdir())) > 2\n"
+        "time.sleep(0 if full else 0.5)\n"
+        "[file.unlink() for file in mine]\n"
+        "if full:\n"
+        f"    print('error: this batch {TOO_LARGE}')\n"
+        "    sys.exit(2)\n"
+        "open(ran, 'w').close()\n"
+    )
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    launcher = study.Launcher(4, ["0"], time.monotonic() + 60)
+    launcher.run(found)
+    assert [run.name for run in launcher.failed] == ["r4_s0"], "alone it does not fit either"
+    assert all((run.outputs / "ran").exists() for run in found if run.name != "r4_s0")
+    assert launcher.free == ["0"], "r4 had to be alone to fail"
+    assert "does not fit beside the others on GPU 0: it waits" in capsys.readouterr().out
 
 
 def write_result(folder: Path, loss: float, seed: int, sparse: bool, runs_per_gpu: int | None = 1) -> None:
