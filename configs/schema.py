@@ -154,7 +154,10 @@ class Activations:
 @dataclass
 class Router:
     enable: bool = False
-    """Cluster the neurons when sparsity starts, and sort the tokens by cluster in every sparse step."""
+    """
+    Cluster the neurons when sparsity starts, and sort the tokens by cluster in every sparse step. Off: a block is
+    neighbours of one text, and a Venom model was seen to read later ones from what it keeps.
+    """
 
     cluster_size: int = _in(64, 1)
     """Neurons in a cluster, a divisor of the FFN's width."""

@@ -153,8 +153,9 @@ class SparseTrainer(titan.Trainer):
                 self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
 
         prepares = self.sparsity.prepares(self.step)
-        if prepares:  # steps that the device has not ended yet are not the switch's
-            titan.device_module.synchronize()
+        if prepares:
+            self.optimizers.zero_grad()  # clustering has a use for their memory
+            titan.device_module.synchronize()  # steps that the device has not ended yet are not the switch's
         began = time.perf_counter()
         changed = self.sparsity.enter(self.step, forward)
         if prepares:

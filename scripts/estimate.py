@@ -19,13 +19,17 @@ one GPU), tests/test_estimate.py:
     1b, dense                  36.1 GiB of tensors   reckoned 36.0
     1b, groups_quarter         25.6 GiB of tensors   reckoned 25.5
     1b, groups_eighth          24.9 GiB of tensors   reckoned 24.8
-    7b-slice, columns_quarter  25.9 GiB of tensors   reckoned 25.8
+    1b, columns_quarter        27.0 GiB of tensors   reckoned 26.8
+    1b, columns_eighth         26.3 GiB of tensors   reckoned 26.2
+    1b, venom_4of16            25.7 GiB of tensors   reckoned 25.5
     7b-slice, columns_eighth   25.5 GiB of tensors   reckoned 25.4
     7b-slice, a dense step     236 ms                reckoned 277 at the default --mfu 0.5, 17% more; 235 at 0.59
 
 The measured ones are those of docs/training. What an allocator loses to fragments is not reckoned, nor NCCL's buffers,
 CUDA's context (about 1 GiB together) and what kernels use for a moment; float8 is taken for bf16, an eager model for a
-compiled one. Other patterns, FSDP and checkpointing follow the same rules, not compared with a measurement yet.
+compiled one. Nor is the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3
+GiB at 1b) and no gradients. Other patterns, FSDP and checkpointing follow the same rules, not compared with a
+measurement yet.
 
 **Time.** FLOPs over GPUs x peak x MFU. For a sparse step they are those that the backend executes, at the *same* MFU:
 a bound, since products of fewer FLOPs run at a lower rate, and selection and packing execute none. How much of that
