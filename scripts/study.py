@@ -414,18 +414,19 @@ class Launcher:
         else:
             self.failed.append(run)
             say(f"{run.name} failed with status {status}, log in {run.outputs / 'log.txt'}:")
-            for line in _last_lines(run):
+            for line in _last_lines(run, 3):
                 print(f"    {line}", flush=True)
 
 
-def _last_lines(run: StudyRun) -> list[str]:
+def _last_lines(run: StudyRun, count: int) -> list[str]:
     """What a run's process said last."""
-    return (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-3:]
+    return (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-count:]
 
 
 def _is_too_large(run: StudyRun, status: int) -> bool:
     """Whether a process ended for want of GPU memory."""
-    return status == 2 and any(TOO_LARGE in line for line in _last_lines(run))
+    # Warnings of processes that wind down follow it.
+    return status == 2 and any(TOO_LARGE in line for line in _last_lines(run, 10))
 
 
 def _progress(run: StudyRun) -> str:
