@@ -138,9 +138,8 @@ class Run:
 
     def rate(self, mode: str) -> float | None:
         """Median tokens a second in the phases of a mode, without the lines in which graphs are compiled."""
-        rates, index, phases = self.values("tokens_per_second"), self.phase_index, self._phases()
-        later = np.diff(index, prepend=-1) == 0
-        chosen = rates[later & (np.array(phases) == mode)]
+        rates, later = self.values("tokens_per_second"), np.diff(self.phase_index, prepend=-1) == 0
+        chosen = rates[later & (self.phases == mode)]
         return float(np.median(chosen)) if len(chosen) else None
 
     def last(self, key: str) -> float:
@@ -150,23 +149,24 @@ class Run:
         return float(values[-1]) if len(values) else math.nan
 
     @cached_property
-    def phase_index(self) -> np.ndarray:
-        """How often the phase had changed at every line; without a phase, a line continues the one before. [lines]"""
-        phases = self._phases()
-        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(phases)])
-
-    def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
-        """(phase, start, end) of every phase; one starts where the last line of the one before stands."""
-        phases, index = self._phases(), self.phase_index
-        last = [int(np.flatnonzero(index == i)[-1]) for i in range(index[-1] + 1)]
-        starts = [0.0] + [float(x[i]) for i in last[:-1]]
-        return [(phases[i], start, float(x[i])) for i, start in zip(last, starts, strict=True)]
-
-    def _phases(self) -> list[str]:
+    def phases(self) -> np.ndarray:
+        """The mode at every line; without one, a line continues the one before. [lines]"""
         phases: list[str] = []
         for line in self.lines:
             phases.append(str(line.get("phase") or (phases[-1] if phases else "dense")))
-        return phases
+        return np.array(phases)
+
+    @cached_property
+    def phase_index(self) -> np.ndarray:
+        """How often the phase had changed at every line. [lines]"""
+        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(self.phases)])
+
+    def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
+        """(phase, start, end) of every phase; one starts where the last line of the one before stands."""
+        index = self.phase_index
+        last = [int(np.flatnonzero(index == i)[-1]) for i in range(index[-1] + 1)]
+        starts = [0.0] + [float(x[i]) for i in last[:-1]]
+        return [(str(self.phases[i]), start, float(x[i])) for i, start in zip(last, starts, strict=True)]
 
     def layers(self, metric: str) -> list[int]:
         """The layers that log this metric, by depth."""
@@ -592,7 +592,7 @@ def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
     for (name, run), colour in zip(runs.items(), colours, strict=False):
         tokens, behind = tokens_behind(run, baseline)
         axes.plot(tokens, behind, "-o", color=colour, label=name, **MARKED)
-        sparse = np.isin(tokens, run.tokens[np.array(run._phases()) == "sparse"])
+        sparse = np.isin(tokens, run.tokens[run.phases == "sparse"])
         axes.plot(tokens[sparse], behind[sparse], "o", color=colour, markersize=4.6)
     axes.set_xlabel("tokens")
     axes.set_ylabel("tokens behind the dense run (filled: sparse phase)")
@@ -620,7 +620,7 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
             place, losses, minutes = names.index(name), run.values("val_loss"), run.seconds / 60
             colour, known = PALETTE[place % len(PALETTE)], np.isfinite(losses)
             axes.plot(minutes[known], losses[known], "-o", color=colour, label=name, **MARKED)
-            sparse = known & (np.array(run._phases()) == "sparse")
+            sparse = known & (run.phases == "sparse")
             axes.plot(minutes[sparse], losses[sparse], "o", color=colour, markersize=4.6)
             late.append(losses[minutes > minutes[-1] / 5])
             reached = run.reaches(level)
