@@ -22,6 +22,7 @@ from filelock import FileLock
 import kernels.feed_forward
 from configs.errors import ConfigError
 from models.llama import FLAVORS, Llama, llama_args
+from recipes.sparsity import Sparsity
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
@@ -269,6 +270,19 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
     result = launch("--config", "configs/debug.toml", *words, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(rows(folder)) == whole
+
+
+def test_gradients_are_gone_where_neurons_are_clustered(train, tmp_path, monkeypatch):
+    """Of some layers at once h is gigabytes: what the step before has left would be held beside it for nothing."""
+    held, prepare = [], Sparsity._prepare
+
+    def watched(self, *arguments):
+        held.append([parameter.grad for each in self.feed_forwards for parameter in each.parameters()])
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(Sparsity, "_prepare", watched)
+    train(tmp_path)
+    assert held == [[None] * 4]
 
 
 def test_a_compiled_block_gives_the_eager_losses(train, uninterrupted, tmp_path):
