@@ -117,7 +117,9 @@ def train(tiny):
 
     def run(folder: Path, *words: str, recipe: str = "venom_2of16", stop_after: int | None = None) -> dict[int, dict]:
         command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
-        config, _ = load_config(merge(command, [*words, "--job.dump_folder", str(folder)]))
+        # Saving takes longer than training: at every step only where the run is to die after any.
+        saves = ["--checkpoint.interval", "4"] if stop_after is None else []
+        config, _ = load_config(merge(merge(command, saves), [*words, "--job.dump_folder", str(folder)]))
         args, spans = check_config(config)
         check_data(config)
         trainer = SparseTrainer(config, args, spans)

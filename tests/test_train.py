@@ -429,7 +429,7 @@ def test_a_complete_run_says_so_and_changes_nothing(train, tmp_path, caplog):
 
 def test_a_diverged_run_ends_before_it_saves(train, tmp_path):
     with pytest.raises(ConfigError, match="the loss is nan at step"):
-        train(tmp_path, "--optimizer.lr", "1e30", "--training.max_norm", "1e30")
+        train(tmp_path, "--optimizer.lr", "1e30", "--training.max_norm", "1e30", "--checkpoint.interval", "1")
     latest = int((tmp_path / "checkpoint" / "latest").read_text().removeprefix("step-"))
     assert latest == max(rows(tmp_path))
 
