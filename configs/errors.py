@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-TOO_LARGE = "does not fit into GPU memory"  # in the message of a job of which that is so
+TOO_LARGE = "does not fit into GPU memory"  # scripts.study looks for it in a run's log
 
 
 class ConfigError(Exception):
