@@ -8,17 +8,22 @@ All of it is measured on held-out documents, in every mode in which the model's 
 models/feed_forward.py names and explains them.
 
 **Leak.** In a sparse phase a token's output depends on tokens after it, since they take part in choosing the pattern of
-its block, and, by sorting, which block it is in. So the second half of every sequence is replaced by that of another
-and the first half is looked at again. Nothing in it may change; what does is the leak:
+its block, and, by sorting, which block it is in. So what follows is replaced by the text of another sequence, and what
+precedes is looked at again. Nothing in it may change; what does is the leak:
 
     leak_kl         KL(before || after) of the next-token distributions, nats a token
     leak_logprob    mean absolute change of the next token's log-probability
     leak_argmax     share of the positions whose likeliest token changed
-    leak_gain       loss of the true first half after the replacement minus before: what knowing the future was worth
+    leak_gain       loss of the true text after the replacement minus before: what knowing the future was worth
 
-once with the futures of all sequences of the micro-batch replaced, and once (own_*) with a sequence's own future alone,
-which is what could teach a model to look ahead. The losses of the causal choices against that of `sparse` (`dense W1`
-where the phase cuts W1 too) and `dense` are the price of choosing from permitted tokens only.
+of the first half of every sequence where the second halves of the whole micro-batch are replaced; own_*, where a
+sequence's own second half alone is; and next_*, of one position only, the last before the replacement, which begins at
+another place of every sequence, CUTS times. That one is asked for the first token that was replaced, so it alone shows
+whether a model reads its next token off the pattern; and in blocks of neighbours, which end where the first half does,
+the halves show nothing at all. next_gain_error is the standard error of next_gain.
+
+The losses of the causal choices against that of `sparse` (`dense W1` where the phase cuts W1 too) and `dense` are the
+price of choosing from permitted tokens only.
 
 **Calibration.** The expected calibration error over the likeliest tokens (Guo et al., ICML 2017), in BINS bins of equal
 width of confidence c: sum over bins of share * |accuracy - mean c|. The picture shows accuracy against confidence.
@@ -64,7 +69,8 @@ from scripts.report import probes_table
 BINS = 15
 CHOICES = 4
 CONTEXT = 512  # tokens before a cloze item's word, at most
-OWN = 8  # sequences of a micro-batch whose own future is replaced alone, a forward pass each
+OWN = 8  # sequences of a micro-batch whose own second half is replaced alone, a forward pass each
+CUTS = 16  # forward passes a micro-batch in which each sequence goes on as another from a place of its own
 LINE_END = re.compile(r"(?m)( ?)(?<!\w)([^\W\d]\w{2,})[^\w\n]*$")
 WORD = re.compile(r"[^\W\d]\w{2,}")
 
@@ -93,7 +99,7 @@ class Probe:
             for place, (name, mode) in enumerate(modes.items(), 1):
                 print(f"{where}: {name}, {place} of {len(modes)}", flush=True)
                 self.sparsity.run_as(mode)
-                result["modes"][name] = self.score() | self.leak()
+                result["modes"][name] = self.score() | self.leak() | self.next_token()
             self.sparsity.run_as(None)
             result["cloze"] = self.cloze(items)
         return result
@@ -141,26 +147,41 @@ class Probe:
                 f"validation.sequences = {len(sequences)} of training.seq_len = {sequences.shape[1] - 1} tokens leave "
                 "no other future to put in: probe a run with two sequences or more"
             )
-        others = torch.cat([sequences[:, :half], sequences.roll(1, 0)[:, half:]], 1).split(len(self.batches[0]))
-        every, own = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        every: list[Tensor] = []
+        own: list[Tensor] = []
         self.model.train()  # in evaluation the FFNs measure the energy, which takes time
-        for batch, other in zip(self.batches, others, strict=True):
+        for batch, other in self.pairs():
+            other = torch.cat([batch[:, :half], other[:, half:]], 1)
             before = self.logits(batch[:, :-1])[:, :half]
             after = self.logits(other[:, :-1])[:, :half]
             labels = batch[:, 1 : half + 1].to(before.device)
-            for row in range(len(batch)):
-                every += _changes(before[row], after[row], labels[row])
+            every += map(_changes, before, after, labels)  # a row at a time: logits are large
             for row in range(0, len(batch), -(-len(batch) // OWN)):
                 alone = batch.clone()
                 alone[row] = other[row]
-                own += _changes(before[row], self.logits(alone[:, :-1])[row, :half], labels[row])
+                own.append(_changes(before[row], self.logits(alone[:, :-1])[row, :half], labels[row]))
         self.model.eval()
-        names = ("kl", "logprob", "argmax", "gain")
-        return {
-            f"{prefix}_{name}": value
-            for prefix, sums in (("leak", every), ("own", own))
-            for name, value in zip(names, (sums[:4] / sums[4]).tolist(), strict=True)
-        }
+        return _means("leak", torch.cat(every)) | _means("own", torch.cat(own))
+
+    def next_token(self) -> dict[str, float]:
+        """How the last position before the replacement changes, wherever in a sequence that begins."""
+        chance = torch.Generator().manual_seed(0)  # the same places in every mode, and in every run of the same length
+        changes: list[Tensor] = []
+        self.model.train()
+        for batch, other in self.pairs():
+            before, rows = self.logits(batch[:, :-1]), torch.arange(len(batch))
+            for _ in range(CUTS):
+                cuts = torch.randint(1, batch.shape[1] - 1, (len(batch),), generator=chance)
+                mixed = torch.where(torch.arange(batch.shape[1]) < cuts[:, None], batch, other)
+                after, labels = self.logits(mixed[:, :-1]), batch[rows, cuts].to(before.device)
+                changes.append(_changes(before[rows, cuts - 1], after[rows, cuts - 1], labels))
+        self.model.eval()
+        found = torch.cat(changes)
+        return _means("next", found) | {"next_gain_error": float(found[:, -1].std() / math.sqrt(len(found)))}
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every micro-batch, and other sequences that take the places of its own."""
+        return zip(self.batches, torch.cat(self.batches).roll(1, 0).split(len(self.batches[0])), strict=True)
 
     def cloze(self, items: int) -> dict[str, Any]:
         """Share of the items whose true word scores best, and its standard error; None where there is no item."""
@@ -187,21 +208,25 @@ class Probe:
 
 
 def _changes(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
-    """Sums over the positions of KL, |change of log p(label)|, changes of arg max, growth of the loss; their number.
+    """Of each position KL, |change of log p(label)|, whether the arg max changed, and growth of the loss.
 
     Args:
         before, after: `[T, vocabulary]`, logits.
         labels: `[T]` int64.
 
     Returns:
-        float64 `[5]`, on the CPU.
+        float64 `[T, 4]`, on the CPU.
     """
     old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
-    kl = (old.exp() * (old - new)).sum()
-    change = (old - new).gather(-1, labels[:, None]).double()
-    flips = (old.argmax(-1) != new.argmax(-1)).sum()
-    sums = [kl, change.abs().sum(), flips, change.sum()]
-    return torch.tensor([*map(float, sums), float(len(labels))], dtype=torch.float64)
+    kl = (old.exp() * (old - new)).sum(-1)
+    change = (old - new).gather(-1, labels[:, None])[:, 0]
+    flips = old.argmax(-1) != new.argmax(-1)
+    return torch.stack([each.double() for each in (kl, change.abs(), flips, change)], 1).cpu()
+
+
+def _means(prefix: str, changes: Tensor) -> dict[str, float]:
+    names = (f"{prefix}_{name}" for name in ("kl", "logprob", "argmax", "gain"))
+    return dict(zip(names, changes.mean(0).tolist(), strict=True))
 
 
 def cloze_items(config: JobConfig, count: int) -> Iterator[tuple[str, list[str]]]:

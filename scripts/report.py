@@ -305,10 +305,13 @@ def probes_table(folder: Path, pad: bool = False) -> str:
                         else "{:.1f} ± {:.1f}%".format(100 * cloze["accuracy"], 100 * cloze["standard_error"]),
                         "energy kept": _percent(got["health"].get("energy_kept")),
                         "leak KL": _small(got["leak_kl"]),
-                        "arg max": _percent(got["leak_argmax"]),
-                        "gain": _small(got["leak_gain"]),
                         "own KL": _small(got["own_kl"]),
                         "own gain": _small(got["own_gain"]),
+                        # Probes of before 2026-11-26 have not asked for it.
+                        "next KL": _small(got["next_kl"]) if "next_kl" in got else "-",
+                        "next gain": f"{got['next_gain']:.3f} ± {got['next_gain_error']:.3f}"
+                        if "next_gain" in got
+                        else "-",
                     }
                 )
                 if pad:
@@ -319,9 +322,9 @@ def probes_table(folder: Path, pad: bool = False) -> str:
     devices = " and ".join(sorted({each["hardware"] for each in about}))
     text = (
         f"{one['sequences']} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
-        f"{cloze['choices']} choices, ± the standard error. Leak: the later half of all sequences replaced, own: of "
-        "one alone; KL in nats a token, arg max: share of the likeliest tokens that changed, gain: how much lower the "
-        f"loss was with the true future. {devices}, torch {one['torch']}, {dates}."
+        f"{cloze['choices']} choices, ± the standard error. Leak, in nats a token of the first half: the second halves "
+        "of all sequences replaced, own: of one alone; next: of a position that is followed by another text; gain: how "
+        f"much lower the loss was with the true future. {devices}, torch {one['torch']}, {dates}."
     )
     return _table(rows, pad, lambda _: text)
 

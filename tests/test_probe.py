@@ -44,9 +44,10 @@ def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_pat
     leaking = {"sparse"} | ({"dense W1"} if recipe == "venom_2of16" else set())
     assert modes.keys() - leaking == {"dense", "token", "cluster", "preceding"}
     for name in modes.keys() - leaking:
-        assert all(modes[name][f"{prefix}_{what}"] == 0 for prefix in ("leak", "own") for what in LEAKS)
+        assert all(modes[name][f"{prefix}_{what}"] == 0 for prefix in ("leak", "own", "next") for what in LEAKS)
     for name in leaking:
-        assert modes[name]["leak_kl"] > 0 and modes[name]["leak_logprob"] > 0 and modes[name]["own_kl"] > 0
+        assert modes[name]["leak_kl"] > 0 and modes[name]["leak_logprob"] > 0
+        assert modes[name]["own_kl"] > 0 and modes[name]["next_kl"] > 0
     dense, sparse = modes["dense"], modes["sparse"]
     # The model is the trainer's: the same losses, in both of its ways.
     assert dense["loss"] == pytest.approx(rows[8]["val_loss"], abs=1e-6)
@@ -61,12 +62,21 @@ def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_pat
     assert {name for name in modes if "router_balance" in modes[name]["health"]} == leaking | {"cluster"}
 
 
+def test_blocks_of_neighbours_leak_to_the_token_before_and_not_across_halves(train, words, tmp_path):
+    train(tmp_path / "run", *words, "--router.enable", "false", recipe="groups_quarter")
+    modes = probe.Probe(str(tmp_path / "run" / "checkpoint" / "step-8")).measure(items=4)["modes"]
+    assert list(modes) == ["dense", "sparse", "token", "preceding"]
+    for name, mode in modes.items():
+        assert mode["leak_kl"] == mode["own_kl"] == 0
+        assert (mode["next_kl"] > 0) == (name == "sparse")
+
+
 @pytest.mark.parametrize("recipe", ["activations_2of4", "weights_2of4"])
 def test_patterns_of_one_token_and_of_weights_leak_nothing(train, words, tmp_path, recipe):
     train(tmp_path / "run", *words, recipe=recipe)
     modes = probe.Probe(str(tmp_path / "run" / "checkpoint" / "step-8")).measure(items=4)["modes"]
     assert list(modes) == ["dense", "sparse"]
-    assert all(mode["leak_kl"] == mode["own_kl"] == 0 for mode in modes.values())
+    assert all(mode["leak_kl"] == mode["own_kl"] == mode["next_kl"] == 0 for mode in modes.values())
     assert modes["sparse"]["loss"] != modes["dense"]["loss"]
 
 
@@ -143,6 +153,30 @@ def test_calibration():
     assert sum(score["reliability"]["tokens"]) == 6
     loss = -(2 * torch.tensor(0.9).log() + torch.tensor(0.1 / 7).log() + 3 * torch.tensor(0.5).log()) / 6
     assert score["loss"] == pytest.approx(loss.item())
+
+
+def test_what_a_model_gains_that_reads_its_next_token():
+    """It says 0.9 to the token that comes next, and the last position, which has none, says nothing."""
+    tokens = torch.randint(8, (6, 12), generator=torch.Generator().manual_seed(0))
+
+    def model(inputs):
+        probabilities = torch.full((*inputs.shape, 8), 0.1 / 7)
+        probabilities[:, :-1].scatter_(-1, inputs[:, 1:, None], 0.9)
+        return probabilities.log()
+
+    made = stand_in(torch.nn.Identity(), tokens)
+    made.logits = model
+    found = made.next_token()
+    gain = torch.tensor(0.9 / (0.1 / 7)).log().item()  # where the other sequence's token is another one
+    share = found["next_argmax"]
+    assert 0.7 < share < 1.0  # of eight tokens
+    assert found["next_gain"] == pytest.approx(share * gain) == pytest.approx(found["next_logprob"])
+    count = 6 * probe.CUTS
+    error = gain * (share * (1 - share) / (count - 1)) ** 0.5
+    assert found["next_gain_error"] == pytest.approx(error)
+    # Of the first half only its last position sees what is replaced.
+    far = made.leak()
+    assert far["leak_gain"] == pytest.approx(gain * far["leak_argmax"]) and far["leak_argmax"] <= 1 / 5
 
 
 class Characters:
