@@ -156,7 +156,7 @@ class Router:
     enable: bool = False
     """
     Cluster the neurons when sparsity starts, and sort the tokens by cluster in every sparse step. Off: a block is
-    neighbours of one text, and a Venom model seems to read later ones from what it keeps.
+    neighbours of one text, and a Venom model learns to read later ones from what it keeps.
     """
 
     cluster_size: int = _in(64, 1)

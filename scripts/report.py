@@ -224,16 +224,17 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         + ". Sparse: share of the steps."
     )
     meanings = {
-        "energy kept": "Energy kept: of h, by the pattern, at the last validation of the sparse phase.",
+        "energy kept": "Energy kept: of the sum of h^2, by the pattern, at the last validation of the sparse phase.",
         "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
-        "FLOPs": "FLOPs: over the dense model's, as the backend executes them (as the pattern leaves them).",
-        "at switches": "At switches, to sparse and to dense: how much further over the dense run's the training loss "
-        "is, at most, in the 2% of the steps that follow, or the first logged.",
+        "FLOPs": "FLOPs: a whole run's, over the dense model's, as the backend executes them (as the pattern leaves "
+        "them).",
+        "at switches": "At switches, to sparse and to dense: how far the training loss rises against the dense run's "
+        "of the same step, at most, in the 2% of the steps that follow, or at the first logged.",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
         "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
         "graphs are compiled, count at its median speed, and with the switch to it.",
-        "reached": "Reached: when a validation first had the final loss of the dense run of its seed, over that run's "
-        "time.",
+        "reached": "Reached: the time until a validation first had the final loss of the dense run of its seed, over "
+        "that run's.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
     return text
@@ -324,7 +325,8 @@ def probes_table(folder: Path, pad: bool = False) -> str:
         f"{one['sequences']} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
         f"{cloze['choices']} choices, ± the standard error. Leak, in nats a token of the first half: the second halves "
         "of all sequences replaced, own: of one alone; next: of a position that is followed by another text; gain: how "
-        f"much lower the loss was with the true future. {devices}, torch {one['torch']}, {dates}."
+        "much lower the loss was with the true future, so above zero it looked ahead. "
+        f"{devices}, torch {one['torch']}, {dates}."
     )
     return _table(rows, pad, lambda _: text)
 
