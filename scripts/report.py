@@ -16,6 +16,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- parts: FILE -->      the same file: where the time of a step goes
 """
 
+import argparse
 import json
 import math
 import re
@@ -535,9 +536,14 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]](ROOT / block[3])}\n{block[4]}", text)
 
 
-def main(args: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.report", description="Rewrite the tables of all pages from the data beside them."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is not up to date")
+    options = parser.parse_args(arguments)
     stale = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
-    if "--check" in args:
+    if options.check:
         names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
         print(f"not up to date: {names}; run python -m scripts.report" if stale else "up to date")
         return int(bool(stale))
@@ -547,4 +553,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
