@@ -99,6 +99,7 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
         seq_len: tokens in a sequence.
     """
     modes: dict[str, FeedForwardSparsity | None] = {"dense": None}
+    sparsity = replace(sparsity, cut_along_tokens=False)  # of the backward pass, and not every text can be cut so
     pattern = sparsity.pattern
     if pattern is not None or sparsity.weight_products:
         modes["sparse"] = sparsity

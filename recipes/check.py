@@ -203,6 +203,10 @@ def _check_rest(config: JobConfig) -> None:
         )
     if config.optimizer.name not in ("Adam", "AdamW"):
         raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
+    if config.training.max_norm == 0:
+        raise ConfigError("training.max_norm = 0 clips every gradient to nothing: give a norm, or inf for no clipping")
+    if unknown := [name for name in config.compile.components if name not in ("model", "loss")]:
+        raise ConfigError(f'compile.components has "{unknown[0]}", which is unknown: use "model" and "loss"')
     checkpointing = config.activation_checkpoint
     option = checkpointing.selective_ac_option
     if checkpointing.mode == "selective" and option != "op" and not (option.isdigit() and int(option) > 0):

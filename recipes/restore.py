@@ -27,6 +27,7 @@ from recipes.check import model_args
 from recipes.checkpoint import POINTER, find_fault, first_line
 from recipes.schedule import resolve_phases
 from recipes.sparsity import Sparsity, feed_forward_sparsity
+from recipes.tokenizer import check_same_tokenizer
 
 # What torchtitan and transformers read of a tokenizer's folder, which may hold a whole model beside it.
 TOKENIZER_FILES = (
@@ -222,3 +223,4 @@ def check_initial_model(config: JobConfig, args: LlamaArgs) -> None:
             f"checkpoint.initial_load_path = {path} has a vocabulary of {vocab_size} tokens, but the tokenizer has "
             f"{args.vocab_size}: set tokenizer.path = {run / 'tokenizer'}"
         )
+    check_same_tokenizer(config.model.hf_assets_path, run, "checkpoint.initial_load_path")

@@ -69,6 +69,27 @@ def prepare_tokenizer(config: JobConfig) -> str:
     return str(folder)
 
 
+def check_same_tokenizer(folder: str, run: Path, key: str) -> None:
+    """Refuse to go on with another tokenizer than a run's own: to its model the same ids would be other text.
+
+    A tokenizer that is trained here is another one when the corpus has changed.
+
+    Args:
+        folder: of the tokenizer.
+        run: the run's folder, which holds a copy of its own.
+        key: the configuration's key that names the run.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    own, given = run / "tokenizer" / "tokenizer.json", Path(folder) / "tokenizer.json"
+    if own.is_file() and given.is_file() and own.read_bytes() != given.read_bytes():
+        raise ConfigError(
+            f"{key}: the model in {run} was trained with another tokenizer than {folder} (has the corpus changed?): "
+            f"set tokenizer.path = {own.parent}"
+        )
+
+
 def expected_vocabulary(config: JobConfig) -> int:
     """Size of the vocabulary that `prepare_tokenizer` will come to, without training anything.
 

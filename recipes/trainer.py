@@ -39,8 +39,8 @@ from recipes.metrics import Metrics, build_metrics
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity, flops_per_token, sparse_backend
-from recipes.tokenizer import build_tokenizer, prepare_tokenizer, token_bytes
-from recipes.validation import Validator
+from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
+from recipes.validation import Validator, reshard
 
 logger = logging.getLogger("sparsetitan")
 
@@ -97,6 +97,8 @@ class SparseTrainer(titan.Trainer):
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
         config = self.job_config
         self.checkpointer.load(step=config.checkpoint.load_step)
+        if self.step:
+            check_same_tokenizer(config.model.hf_assets_path, Path(config.job.dump_folder), "job.dump_folder")
         if self.step >= config.training.steps:
             logger.info(f"{config.job.dump_folder} is complete, {self.step} steps: raise training.steps to go on")
             return
@@ -135,7 +137,7 @@ class SparseTrainer(titan.Trainer):
                     titan.dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
         if self.step < config.training.steps:
             logger.info(f"stopped by a signal after step {self.step}")
-            if self.step:
+            if self.step >= first:  # else nothing is new, and the first batch has been taken from the loader
                 self.checkpointer.save_now(self.step)
                 if self.checkpointer.enable and not self.checkpointer.load_only:
                     logger.info("the same command resumes")
@@ -151,6 +153,7 @@ class SparseTrainer(titan.Trainer):
             inputs, _, extra_inputs, extra_kwargs = self.post_dataloading_process(*batches.peek())
             with self.train_context(), self.maybe_enable_amp:
                 self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
+            reshard(self.model_parts[0])  # the neurons' order is for the shards
 
         prepares = self.sparsity.prepares(self.step)
         if prepares:

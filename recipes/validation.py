@@ -32,6 +32,17 @@ class Score(NamedTuple):
     bits_per_byte: float
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward pass without a backward pass has left gathered.
+
+    FSDP keeps layers for a backward pass, the last ones or, as the configuration may have it, all. Whoever looks at the
+    parameters next, such as a checkpoint or what puts neurons into another order, expects shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Validator(BaseValidator):
     """Scores a model on this rank's share of the held-out sequences. Constructed by torchtitan's Trainer."""
 
@@ -86,11 +97,7 @@ class Validator(BaseValidator):
                 loss = self.loss_fn(model(inputs.to(device_type)), labels.to(device_type))
             total += torch.stack([_local(loss).double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])
         model.train()
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # The last layers stay gathered after a forward pass, for the backward pass that does not come here;
-                # whoever looks at the parameters next, such as a checkpoint, expects shards.
-                module.reshard()
+        reshard(model)
         if self.mesh is not None:
             total = total.to(device_type)
             dist.all_reduce(total, group=self.mesh.get_group())

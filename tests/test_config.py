@@ -116,6 +116,8 @@ BAD = [
     ),
     (f"{DEBUG} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
     (f"{DEBUG} --optimizer.name SGD", ["optimizer.name", "SGD", "AdamW"]),
+    (f"{DEBUG} --training.max_norm 0", ["training.max_norm = 0", "inf"]),
+    (f"{DEBUG} --compile.components modle", ["compile.components", "modle", '"model"']),
     (f"{DEBUG} --job.dump_folder /dev/null/x", ["job.dump_folder", "/dev/null/x", "another folder"]),
 ]
 

@@ -23,6 +23,7 @@ import kernels.feed_forward
 from configs.errors import ConfigError
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.sparsity import Sparsity
+from recipes.trainer import SparseTrainer
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
@@ -225,6 +226,24 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
     assert stopped < LAST_STEP and f"stopped by a signal after step {stopped}" in output, output
     assert (folder / "checkpoint" / "latest").read_text() == f"step-{stopped}"
     assert losses(train(folder, *changes)) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_a_signal_while_a_resumed_run_starts_changes_nothing(train, uninterrupted, tmp_path, monkeypatch):
+    train(tmp_path, stop_after=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTrainer, "_any_rank_interrupted", lambda _: True)
+        train(tmp_path)
+    assert losses(train(tmp_path)) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_another_tokenizer_is_refused_and_the_run_left_as_it_was(train, tmp_path):
+    train(tmp_path, stop_after=6)
+    own = tmp_path / "tokenizer" / "tokenizer.json"
+    own.write_text(own.read_text() + "\n")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=f"trained with another tokenizer .* set tokenizer.path = {own.parent}"):
+        train(tmp_path)
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items() if path.suffix != ".lock")
 
 
 def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tiny, train, uninterrupted, tmp_path):
@@ -449,6 +468,9 @@ def test_hybrid_sharding_gives_the_losses_of_one(tiny, train, uninterrupted, tmp
     """HSDP, two replicas of two shards: the losses of one process that takes the same micro-batches in turn."""
     batch = ["--training.local_batch_size", "1", "--training.global_batch_size", "4", *BLOCKS_OF_32]
     words = ["--parallelism.data_parallel_replicate_degree", "2", "--job.dump_folder", str(tmp_path)]
+    # Layers that stay gathered after the forward pass that the neurons are clustered by must not be put in order for
+    # their shards.
+    words += ["--parallelism.fsdp_reshard_after_forward", "never"]
     words = merge(tiny, [*words, *batch])
     result = launch("--config", "configs/debug.toml", *words, processes=4)
     assert result.returncode == 0, result.stdout + result.stderr
