@@ -119,15 +119,19 @@ class Run:
     def seconds(self) -> np.ndarray:
         """Training time up to every line, NaN if any line lacks its tokens or its rate. [lines]
 
-        Start-up and validation are in no line's rate. The first line of a phase, in which graphs are compiled, counts
-        at the median rate of its phase's others, and what entering the phase took besides.
+        Start-up and validation are in no line's rate. A line in which graphs are compiled, as in the first of a phase
+        or of a run that goes on from a checkpoint, counts at the median rate of its phase's others; what entering a
+        phase took counts besides.
         """
         switch = np.zeros(len(self.lines))
         rates, index = self.values("tokens_per_second"), self.phase_index
+        compiles = np.nan_to_num(self.values("graphs_compiled")) > 0
         for phase in range(index[-1] + 1):
             (inside,) = np.nonzero(index == phase)
-            if len(inside) > 1:
-                rates[inside[0]] = np.median(rates[inside[1:]])
+            compiles[inside[0]] = True
+            others = inside[~compiles[inside]]
+            if len(others):
+                rates[inside[compiles[inside]]] = np.median(rates[others])
                 switch[inside[0]] = np.nan_to_num(self.values("switch_seconds")[inside[0]])
         return np.cumsum(np.diff(self.tokens, prepend=0.0) / rates + switch)
 

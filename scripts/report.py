@@ -232,8 +232,8 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "at switches": "At switches, to sparse and to dense: how far the training loss rises against the dense run's "
         "of the same step, at most, in the 2% of the steps that follow, or at the first logged.",
         "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
-        "time": "Time: training alone, without start-up and validation; the first logged steps of a phase, in which "
-        "graphs are compiled, count at its median speed, and with the switch to it.",
+        "time": "Time: training alone, without start-up and validation; logged steps in which graphs are compiled "
+        "count at the median speed of their phase, and its first with the switch to it.",
         "reached": "Reached: the time until a validation first had the final loss of the dense run of its seed, over "
         "that run's.",
     }

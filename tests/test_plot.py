@@ -152,6 +152,10 @@ def test_training_time_leaves_compilation_out(tmp_path):
     # Two steps of 4096 tokens a line at 1e6 tokens a second; the first line, at 1e4, compiles.
     assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
     assert run.rate("dense") == run.rate("sparse") == 1e6
+    # So does one in the middle of a phase, where a run goes on from a checkpoint.
+    run.lines[5] |= {"graphs_compiled": 2, "tokens_per_second": 1e4}
+    del run.seconds
+    assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
     run.lines[20]["switch_seconds"] = 2.0  # where the sparse phase begins; elsewhere it is in the line's rate
     run.lines[30]["switch_seconds"] = 0.5
     del run.seconds
