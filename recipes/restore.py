@@ -24,7 +24,7 @@ from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP
 from models.llama import Llama, LlamaArgs
 from recipes.check import model_args
-from recipes.checkpoint import POINTER, find_fault, first_line
+from recipes.checkpoint import POINTER, SPARSITY, find_fault, first_line
 from recipes.schedule import resolve_phases
 from recipes.sparsity import Sparsity, feed_forward_sparsity
 from recipes.tokenizer import check_same_tokenizer
@@ -99,8 +99,11 @@ class Checkpoint:
         spans = resolve_phases(self.config.schedule.phases, self.config.training.steps)
         sparsity = Sparsity(self.config, model.feed_forwards(), [], spans)
         state = model.state_dict()
-        if "sparsity.prepared" in dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata:
-            state["sparsity"] = sparsity
+        if f"{SPARSITY}.prepared" in dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata:
+            found = {SPARSITY: {"prepared": ""}}
+            self._load(found)
+            if found[SPARSITY]["prepared"]:  # else the rest of it is nothing yet, of whatever pattern it was
+                state[SPARSITY] = sparsity
         self._load(state)
         first = next((span for span in spans if span.mode == "sparse"), None)
         if first is not None and not sparsity.prepared and tokens is not None:

@@ -172,7 +172,8 @@ class SparseTrainer(titan.Trainer):
         """One training step; where a row is due, also its validation and the health of its sparsity."""
         config, metrics = self.job_config, self.metrics_processor
         validates = config.validation.enable and self.validator.should_validate(self.step)
-        metrics.log_next = validates or self.step == config.training.steps
+        saves = self.checkpointer.enable and self.step % config.checkpoint.interval == 0  # looked at before it is saved
+        metrics.log_next = validates or saves or self.step == config.training.steps
         sparse = self.sparsity.phase == "sparse"
         flips = metrics.should_log(self.step) and sparse and config.weights.pattern == "2:4"
         masks = self.sparsity.weight_masks() if flips else None

@@ -98,6 +98,17 @@ def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path,
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
 
 
+def test_a_checkpoint_of_another_recipe_that_was_dense_so_far(train, words, tmp_path):
+    """As a study's run has it that goes on from a dense one: without centroids."""
+    dense = ("--schedule.phases", '[{mode = "dense", end = 1.0}]')
+    train(tmp_path, *words, *dense, "--checkpoint.interval", "1", recipe="dense", stop_after=3)
+    train(tmp_path, *words, stop_after=6)
+    model, sparsity = find_checkpoint(str(tmp_path / "checkpoint" / "step-3")).model(
+        tokens=torch.arange(64).view(2, 32)
+    )
+    assert sparsity.prepared and not model.training
+
+
 def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, words, tmp_path):
     run = tmp_path / "run"
     late = '[{mode = "dense", end = 5}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
