@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from configs.loader import load_config
 from kernels import Groups, Venom, activation_clusters
 from models.attention import rotate
-from models.feed_forward import FeedForwardSparsity, inference_modes
+from models.feed_forward import FeedForwardSparsity
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
 from recipes.sparsity import Sparsity, _apart
@@ -199,13 +199,6 @@ def test_apart_are_clusters_that_are_alike(clusters):
     if clusters >= 16:  # any 16 in a row, a block of Venom, are spread over all of them
         for window in order.unfold(0, 16, 1):
             assert window.sort().values.diff().min() >= max(1, clusters // 64)
-
-
-def test_inference_cuts_nothing_along_the_tokens():
-    """A text may have any number of them, and the cut is the backward pass's."""
-    for pattern in (Venom(1, 2, 4), Venom(16, 4, 16)):
-        modes = inference_modes(FeedForwardSparsity(pattern, cut_along_tokens=True), seq_len=64)
-        assert "sparse" in modes and not any(mode.cut_along_tokens for mode in modes.values() if mode)
 
 
 def test_what_stays_dense_is_neither_clustered_nor_cut():
