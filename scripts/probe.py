@@ -58,7 +58,7 @@ from torch import Tensor
 from configs.errors import ConfigError, exit_with
 from configs.schema import JobConfig
 from configs.titan import device_module, device_type
-from models.feed_forward import inference_modes
+from models.feed_forward import FeedForwardSparsity, inference_modes
 from recipes.data import load_corpus, validation_sequences
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
@@ -90,10 +90,11 @@ class Probe:
         self.batches = rows[: len(rows) // size * size].split(size)
         self.model, self.sparsity = self.checkpoint.model(torch.device(device_type), self.batches[0][:, :-1])
 
-    def measure(self, items: int) -> dict[str, Any]:
-        """Everything, as probe.json has it."""
+    def measure(self, items: int, dense_only: bool = False) -> dict[str, Any]:
+        """Everything, as probe.json has it, or what of it is of dense inference."""
         result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "modes": {}}
-        modes = inference_modes(self.checkpoint.args.sparsity, self.config.training.seq_len)
+        sparsity = FeedForwardSparsity() if dense_only else self.checkpoint.args.sparsity
+        modes = inference_modes(sparsity, self.config.training.seq_len)
         where = f"{self.checkpoint.run.name}, step {self.checkpoint.step}"
         with torch.no_grad(), self.checkpoint.autocast(torch.device(device_type)):
             for place, (name, mode) in enumerate(modes.items(), 1):
@@ -288,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--sequences", metavar="N", type=int, help="held-out sequences; default: validation.sequences of the run"
     )
+    parser.add_argument("--dense", action="store_true", help="dense inference alone, as after the last phase")
     options = parser.parse_args(arguments)
     for name in ("items", "sequences"):
         if (number := getattr(options, name)) is not None and number < 1:
@@ -300,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = out or run.parent
         result = {"recipe": Path(probe.config.recipe).stem, "hardware": device_module.get_device_name()}
         result |= {"torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        result |= probe.measure(options.items)
+        result |= probe.measure(options.items, options.dense)
         del probe
         gc.collect()  # the next model may not fit beside this one
         file = out / run.name / "probe.json"

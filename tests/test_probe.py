@@ -83,17 +83,19 @@ def test_patterns_of_one_token_and_of_weights_leak_nothing(train, words, tmp_pat
 def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path, capsys):
     train(tmp_path / "runs" / "venom", *words)
     shutil.copytree(tmp_path / "runs" / "venom", tmp_path / "runs" / "again")
-    for words in (["venom/checkpoint/step-12"], ["venom/checkpoint/step-8", "again"]):
-        paths = [str(tmp_path / "runs" / word) for word in words]
+    for words in (["venom/checkpoint/step-12"], ["venom/checkpoint/step-8", "again"], ["again", "--dense"]):
+        paths = [word if word == "--dense" else str(tmp_path / "runs" / word) for word in words]
         probe.main([*paths, "--items", "5", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     steps = json.loads((tmp_path / "out" / "venom" / "probe.json").read_text())
     assert list(steps) == ["8", "12"]
-    assert list(json.loads((tmp_path / "out" / "again" / "probe.json").read_text())) == ["12"]
+    again = json.loads((tmp_path / "out" / "again" / "probe.json").read_text())
+    assert list(again) == ["12"] and list(again["12"]["modes"]) == ["dense"]
+    assert again["12"]["modes"]["dense"]["ece"] == steps["12"]["modes"]["dense"]["ece"]
     assert steps["12"]["recipe"] == "venom_2of16" and steps["12"]["cloze"]["items"] == 5
     assert "8 held-out sequences; ECE over 15 bins; cloze: 5 items of 4 choices" in " ".join(printed.split())
     assert max(map(len, printed.splitlines()[-25:])) <= 120
-    assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 3 * 6 + 2
+    assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 2 * 6 + 1 + 2
     picture = image.imread(tmp_path / "out" / "reliability.png")
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
 
