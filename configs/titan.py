@@ -1,8 +1,9 @@
 """The door to torchtitan 0.2.2: every name that this project takes from it is imported here, and nowhere else.
 
 torchtitan settles on a device when it is imported, and without a CUDA device it does not settle on the CPU. So on
-such a machine its look-up is answered with the CPU while it is imported. Moving to another release of torchtitan
-starts and, with luck, ends in this file.
+such a machine its look-up is answered with the CPU while it is imported. It also compiles kinds of attention that are
+not used here, for which the compiler would be imported, a third of what a start takes: they stay as they are. Moving to
+another release of torchtitan starts and, with luck, ends in this file.
 """
 
 import os
@@ -45,6 +46,7 @@ class _CpuModule:
 
 
 _look_up = torch._utils._get_available_device_type, torch._utils._get_device_module
+_compile, torch.compile = torch.compile, lambda function, **_: function  # type: ignore[assignment]
 if not torch.cuda.is_available():
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda device_type: _CpuModule()  # type: ignore[assignment]
@@ -52,6 +54,7 @@ try:
     import torchtitan.tools.utils
 finally:
     torch._utils._get_available_device_type, torch._utils._get_device_module = _look_up
+    torch.compile = _compile
 
 import torchtitan.train  # noqa: E402
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: E402
