@@ -1,10 +1,16 @@
 """Shared by the tests: tiny jobs that train in seconds, in this process or under torchrun."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
+from multiprocessing import connection
 from pathlib import Path
 
 # Before torch is imported: one thread for each worker of pytest-xdist and each process that a test starts, since the
@@ -25,6 +31,9 @@ from recipes.trainer import SparseTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
+PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+PROCESSES.set_forkserver_preload(["train"])
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
@@ -199,3 +208,40 @@ def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> s
         text=True,
         timeout=timeout,
     )
+
+
+def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        values = 0, processes, 0, processes, "localhost", probe.getsockname()[1]
+    shared = dict(zip(RANK_NAMES, map(str, values), strict=True)) if processes else {}
+    shared |= {name: value for name, value in os.environ.items() if name not in RANK_NAMES} | env
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        started = []
+        for rank in range(processes or 1):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
+            started.append(PROCESSES.Process(target=_run_train, args=(words, shared | own, outputs)))
+            started[-1].start()
+        # Where one fails, the others would wait for it.
+        deadline, running = time.monotonic() + timeout, started
+        while running and not any(process.exitcode for process in started) and time.monotonic() < deadline:
+            connection.wait([process.sentinel for process in running], deadline - time.monotonic())
+            running = [process for process in started if process.is_alive()]
+        status = next((process.exitcode for process in started if process.exitcode), -bool(running))
+        for process in running:
+            process.kill()
+            process.join()
+        return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
+
+
+def _run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+    for descriptor, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # whatever started this process, its own are as ever
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *words]
+    runpy.run_path("train.py", run_name="__main__")

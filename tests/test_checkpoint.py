@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import PROCESSES
 from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
@@ -510,7 +511,7 @@ def _resume_on_a_rank(rank, path):
 
 
 def test_ranks_agree(tmp_path):
-    mp.spawn(_resume_on_a_rank, (tmp_path,), nprocs=2)
+    mp.start_processes(_resume_on_a_rank, (tmp_path,), nprocs=2, start_method=PROCESSES.get_start_method())
     outcomes = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][0] == 20 and len(outcomes[0]) == 3

@@ -6,7 +6,7 @@ import shlex
 import tomllib
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, fork, launch
 
 from configs.errors import ConfigError
 from configs.loader import load_config
@@ -209,7 +209,7 @@ def test_every_configuration_with_every_recipe(job, recipe):
 
 
 def test_check_prints_the_resolved_configuration():
-    result = launch(*shlex.split(f"{DEBUG} --check --training.steps 77"))
+    result = fork(*shlex.split(f"{DEBUG} --check --training.steps 77"))
     assert result.returncode == 0, result.stderr
     config = json.loads(result.stdout)
     assert config["training"]["steps"] == 77
@@ -218,7 +218,7 @@ def test_check_prints_the_resolved_configuration():
 
 
 def test_help_lists_every_section():
-    result = launch("--help")
+    result = fork("--help")
     assert result.returncode == 0
     for key in ("--training.steps", "--activations.keep", "--checkpoint.interval", "--data.sources", "--recipe"):
         assert key in result.stdout

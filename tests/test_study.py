@@ -229,6 +229,7 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
         "time.sleep(0.3)\n"
     )
     monkeypatch.setattr(study, "ROOT", tmp_path)
+    before = signal.getsignal(signal.SIGINT)
     launcher = study.Launcher(3, ["4", "6"], time.monotonic() + 60)
     launcher.run(found)
     assert launcher.runs_per_gpu == 2
@@ -239,7 +240,7 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
     late = study.Launcher(1, [], time.monotonic())
     late.run(found[:2])
     assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before, "it gives the signals back"
 
 
 def test_a_run_that_does_not_fit_beside_others_waits(write_study, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, launch, losses, merge, rows
+from conftest import ROOT, fork, launch, losses, merge, rows
 from filelock import FileLock
 
 import kernels.feed_forward
@@ -267,7 +267,7 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
         words = merge(tiny, [*half, "--job.dump_folder", str(folder)])
         # A block has to fit into the tokens of a rank.
         extra = {"dense": DENSE, "groups_quarter": (*BLOCKS_OF_32, *ONE_DENSE)}.get(recipe, ())
-        result = launch(
+        result = fork(
             *["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *merge(words, list(extra))],
             processes=2,
         )
@@ -286,7 +286,7 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
         shutil.rmtree(folder / "checkpoint" / f"step-{step}")
     (folder / "checkpoint" / "latest").write_text("step-5")
     words = merge(tiny, [*half, "--job.dump_folder", str(folder)])
-    result = launch("--config", "configs/debug.toml", *words, processes=2)
+    result = fork("--config", "configs/debug.toml", *words, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(rows(folder)) == whole
 
@@ -341,7 +341,7 @@ def test_the_two_models_of_a_flavor_have_equal_parameters():
 def test_tensor_parallel_dense_training_gives_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
     words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--parallelism.tensor_parallel_degree", "2", *DENSE])
     words = merge(words, ["--model.n_kv_heads", "2"])
-    result = launch("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
+    result = fork("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     one = uninterrupted(train, "dense", *DENSE, "--model.n_kv_heads", "2")
     assert losses(rows(tmp_path)) == pytest.approx(losses(one), rel=1e-3)
@@ -364,7 +364,7 @@ def test_a_sparse_run_can_start_from_a_dense_checkpoint(train, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     train(tmp_path, stop_after=2)
     words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--model.hidden_dim", "512"])
-    result = launch("--config", "configs/debug.toml", *words)
+    result = fork("--config", "configs/debug.toml", *words)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1, result.stderr
     assert "step-2" in result.stderr and "run.json" in result.stderr
@@ -427,7 +427,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tiny, train, tmp_path):
     train(tmp_path, stop_after=6)
     kept = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file() and file.name != ".lock"}
     words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--training.local_batch_size", "2"])
-    result = launch("--config", "configs/debug.toml", *words)
+    result = fork("--config", "configs/debug.toml", *words)
     assert result.returncode == 2 and "training.global_batch_size" in result.stderr, result.stderr
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
 
@@ -435,7 +435,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tiny, train, tmp_path):
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
     words = merge(tiny, ["--job.dump_folder", str(tmp_path)])
     with FileLock(tmp_path / ".lock"):
-        result = launch("--config", "configs/debug.toml", *words)
+        result = fork("--config", "configs/debug.toml", *words)
     assert result.returncode == 2 and "is in use by another run" in result.stderr, result.stderr
 
 
@@ -460,7 +460,7 @@ def test_shards_that_split_a_group_of_four_do_not_hang(tiny, tmp_path):
     words += ["--training.steps", "5", "--checkpoint.enable", "false"]
     phases = '[{mode = "dense", end = 2}, {mode = "sparse", end = 4}, {mode = "dense"}]'
     words = merge(tiny, [*words, "--schedule.phases", phases])
-    result = launch("--config", "configs/debug.toml", *words, processes=3, timeout=150)
+    result = fork("--config", "configs/debug.toml", *words, processes=3, timeout=150)
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(0 <= rows(tmp_path)[step]["flip_rate"] < 0.5 for step in (3, 4))
 
@@ -473,7 +473,7 @@ def test_hybrid_sharding_gives_the_losses_of_one(tiny, train, uninterrupted, tmp
     # their shards.
     words += ["--parallelism.fsdp_reshard_after_forward", "never"]
     words = merge(tiny, [*words, *batch])
-    result = launch("--config", "configs/debug.toml", *words, processes=4)
+    result = fork("--config", "configs/debug.toml", *words, processes=4)
     assert result.returncode == 0, result.stdout + result.stderr
     one = uninterrupted(train, "venom_2of16", *batch)
     assert losses(rows(tmp_path)) == pytest.approx(losses(one), rel=1e-3)
