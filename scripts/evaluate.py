@@ -155,12 +155,12 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for every context that is cut to the model's length
-    manager = TaskManager()
-    unknown = [name for name in names if name != "local" and name not in manager.all_tasks]
+    tasks: list[Any] = [name for name in names if name != "local"]
+    manager = TaskManager(include_defaults=bool(tasks))  # the harness's own are thousands of files to read
+    unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(f'--tasks {unknown[0]} is unknown to lm-evaluation-harness; "lm-eval ls tasks" lists them')
     with tempfile.TemporaryDirectory() as folder:
-        tasks: list[Any] = [name for name in names if name != "local"]
         if "local" in names:
             items = local_items(documents, limit or 500, model.config.max_position_embeddings - 1)
             if not items:
