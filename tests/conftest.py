@@ -167,6 +167,7 @@ def write_study(tiny, tmp_path):
     def write(runs: str, shared: str = "") -> Path:
         keys = dict(zip((word[2:] for word in tiny[::2]), map(toml, tiny[1::2]), strict=True))
         del keys["schedule.phases"]
+        keys["checkpoint.interval"] = "4"  # saving takes longer than training
         folder = tmp_path / "question"
         folder.mkdir(exist_ok=True)
         file = folder / "study.toml"
