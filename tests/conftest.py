@@ -225,19 +225,22 @@ def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> sub
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
             started.append(PROCESSES.Process(target=_run_train, args=(words, shared | own, outputs)))
             started[-1].start()
-        # Where one fails, the others would wait for it.
         deadline, running = time.monotonic() + timeout, started
-        while running and not any(process.exitcode for process in started) and time.monotonic() < deadline:
-            connection.wait([process.sentinel for process in running], deadline - time.monotonic())
-            running = [process for process in started if process.is_alive()]
-        status = next((process.exitcode for process in started if process.exitcode), -bool(running))
-        for process in running:
-            process.kill()
-            process.join()
+        try:
+            # Where one fails, the others would wait for it.
+            while running and not any(process.exitcode for process in started) and time.monotonic() < deadline:
+                connection.wait([process.sentinel for process in running], deadline - time.monotonic())
+                running = [process for process in started if process.is_alive()]
+            status = next((process.exitcode for process in started if process.exitcode), -bool(running))
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
 
 
 def _run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+    """A process of `fork`: train.py with its output in files."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     multiprocessing.set_start_method(None, force=True)  # whatever started this process, its own are as ever
