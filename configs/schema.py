@@ -305,6 +305,7 @@ BOUNDS = {
     "training.max_norm": (0, None),
     "training.gc_freq": (1, None),
     "training.dataloader.num_workers": (0, None),
+    "training.dataloader.prefetch_factor": (1, None),
     "optimizer.lr": (0, None),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),

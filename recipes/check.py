@@ -13,6 +13,8 @@ from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
 
+CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx")  # torchtitan's that find something in these models
+
 
 def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     """Check a configuration as a whole, and settle what one key leaves to another.
@@ -37,7 +39,7 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     _check_schedule(config)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
-    _check_parallelism(config, world)
+    _check_parallelism(config, args, world)
     _check_batch(config, world)
     _check_rest(config)
     return args, spans
@@ -150,7 +152,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
 
 
-def _check_parallelism(config: JobConfig, world: int) -> None:
+def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
     parallelism = config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     tensor = parallelism.tensor_parallel_degree
@@ -178,11 +180,16 @@ def _check_parallelism(config: JobConfig, world: int) -> None:
             f"parallelism.data_parallel_replicate_degree = {replicate} without sharding halves gradients in "
             "torchtitan 0.2.2: use data_parallel_shard_degree"
         )
-    if config.training.seq_len % tensor:
-        raise ConfigError(
-            f"training.seq_len = {config.training.seq_len} is not divisible by tensor_parallel_degree = {tensor}: "
-            "change one of them"
-        )
+    for key, length in (
+        ("training.seq_len", config.training.seq_len),
+        ("model.n_heads", args.n_heads),
+        ("model.n_kv_heads", args.n_kv_heads or args.n_heads),
+        ("model.hidden_dim", args.hidden_dim),
+    ):
+        if length % tensor:
+            raise ConfigError(
+                f"{key} = {length} is not divisible by tensor_parallel_degree = {tensor}: change one of them"
+            )
 
 
 def _check_batch(config: JobConfig, world: int) -> None:
@@ -207,6 +214,11 @@ def _check_rest(config: JobConfig) -> None:
         raise ConfigError("training.max_norm = 0 clips every gradient to nothing: give a norm, or inf for no clipping")
     if unknown := [name for name in config.compile.components if name not in ("model", "loss")]:
         raise ConfigError(f'compile.components has "{unknown[0]}", which is unknown: use "model" and "loss"')
+    # Only where it is used: asking imports the compiler.
+    if config.compile.enable and config.compile.backend not in torch.compiler.list_backends(()):
+        raise ConfigError(f'compile.backend = "{config.compile.backend}" is unknown: use "inductor"')
+    if unknown := [name for name in config.model.converters if name not in CONVERTERS]:
+        raise ConfigError(f'model.converters has "{unknown[0]}", which is unknown: use "{CONVERTERS[0]}"')
     checkpointing = config.activation_checkpoint
     option = checkpointing.selective_ac_option
     if checkpointing.mode == "selective" and option != "op" and not (option.isdigit() and int(option) > 0):

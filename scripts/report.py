@@ -322,8 +322,9 @@ def probes_table(folder: Path, pad: bool = False) -> str:
     one, cloze = about[0], about[0]["cloze"]
     dates = _range([each["date"][:10] for each in about], "{}")
     devices = " and ".join(sorted({each["hardware"] for each in about}))
+    sequences = _range([each["sequences"] for each in about], "{}")
     text = (
-        f"{_range([each['sequences'] for each in about], '{}')} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
+        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
         f"{cloze['choices']} choices, ± the standard error. Leak, in nats a token of the first half: the second halves "
         "of all sequences replaced, own: of one alone; next: of a position that is followed by another text; gain: how "
         "much lower the loss was with the true future, so above zero it looked ahead. "

@@ -118,6 +118,9 @@ BAD = [
     (f"{DEBUG} --optimizer.name SGD", ["optimizer.name", "SGD", "AdamW"]),
     (f"{DEBUG} --training.max_norm 0", ["training.max_norm = 0", "inf"]),
     (f"{DEBUG} --compile.components modle", ["compile.components", "modle", '"model"']),
+    (f"{DEBUG} --compile.enable true --compile.backend inductr", ["compile.backend", "inductr", '"inductor"']),
+    (f"{DEBUG} --model.converters '[\"float8\"]'", ["model.converters", "float8", '"quantize.linear.float8"']),
+    (f"{DEBUG} --training.dataloader.prefetch_factor 0", ["prefetch_factor = 0", "at least 1"]),
     (f"{DEBUG} --job.dump_folder /dev/null/x", ["job.dump_folder", "/dev/null/x", "another folder"]),
 ]
 
@@ -165,6 +168,10 @@ def test_world_size_must_match_the_degrees(monkeypatch):
         ("--parallelism.data_parallel_shard_degree 1", "2 processes"),
         ("--parallelism.data_parallel_replicate_degree 2", "halves gradients"),
         ("--training.global_batch_size 8", "2 data-parallel ranks"),
+        (
+            "--recipe recipes/dense.toml --parallelism.tensor_parallel_degree 2 --model.n_kv_heads 1",
+            "model.n_kv_heads = 1 is not divisible by tensor_parallel_degree = 2",
+        ),
     ]:
         with pytest.raises(ConfigError, match=part):
             check(f"{DEBUG} {words}")
