@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny jobs that train in seconds, in this process or under torchrun."""
+"""Shared by the tests: tiny jobs that train in seconds, in this process, forked ones or under torchrun."""
 
 import json
 import multiprocessing
