@@ -182,9 +182,7 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
         )
     for key, length in (
         ("training.seq_len", config.training.seq_len),
-        ("model.n_heads", args.n_heads),
-        ("model.n_kv_heads", args.n_kv_heads or args.n_heads),
-        ("model.hidden_dim", args.hidden_dim),
+        ("model.n_kv_heads", args.n_kv_heads or args.n_heads),  # and so n_heads, which it divides
     ):
         if length % tensor:
             raise ConfigError(
