@@ -135,6 +135,12 @@ class Activations:
     active.
     """
 
+    window: int = _in(0, 0)
+    """
+    groups: neurons in a window; every window of neighbouring neurons keeps the share `keep` of its groups, as Venom
+    keeps four columns of every m. 0: one window of all neurons.
+    """
+
     sample: int = _in(1, 1)
     """groups: a block chooses by every `sample`-th of its tokens, so that product (1) need not be computed for all."""
 

@@ -4,8 +4,8 @@ With blocks of a thousand sorted tokens a block can keep single neurons: the row
 copied once and used by a thousand tokens, so the copying costs little beside the products, which are batches of dense
 ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and K the neurons that each keeps:
 
-    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum, weighed by how
-                     active they are elsewhere
+    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum, of all or of every
+                     window of neighbours, weighed by how active they are elsewhere
     sample           (1) x W1^T and (3) dy W2 at the chosen neurons: [B, V, K]
     reduce_neurons   (2) h W2^T and (5) dy1 W1: [B, V, d]
     reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], added up to the weight's gradient
@@ -51,7 +51,9 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
     h = (active * active).view(blocks.shape[0], -1, w1.shape[0])
     sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum(1)
     sums = balanced(sums.view(blocks.shape[0], -1, pattern.g).sum(2), pattern.balance)
-    place = keep_largest(sums, pattern.kept_groups(w1.shape[0]))
+    groups = sums.shape[1]
+    in_window = pattern.window // pattern.g if pattern.window else groups
+    place = keep_largest(sums, pattern.kept_groups(w1.shape[0]) * in_window // groups, in_window)
     if pattern.g == 1:
         return place
     inside = torch.arange(pattern.g, dtype=torch.int32, device=w1.device)
@@ -59,19 +61,23 @@ def choose(blocks: Tensor, w1: Tensor, pattern: Groups) -> Tensor:
 
 
 @triton.jit
-def _keep_largest(sums, place, groups, kept, GROUPS: tl.constexpr):
-    group = tl.arange(0, GROUPS)
-    at, inside = tl.program_id(0) * groups + group, group < groups
+def _keep_largest(
+    sums, place, rows, windows, groups, kept, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A row is a window of `groups` groups; a block has `windows` of them, one after another."""
+    row, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUPS)
+    at, inside = row[:, None] * groups + group[None, :], (row < rows)[:, None] & (group < groups)[None, :]
     key = tl.where(inside, sort_key(tl.load(sums + at, mask=inside, other=0.0)), -1)
-    # The least key that is kept, bit by bit: the largest number that `kept` keys reach.
-    least = 0
+    # The smallest key that is kept, bit by bit: the largest number that `kept` keys reach.
+    least = tl.zeros([ROWS], tl.int32)
     for bit in range(31):
         higher = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((key >= higher).to(tl.int32)) >= kept, higher, least)
-    equal = key == least
-    left = kept - tl.sum((key > least).to(tl.int32))
-    keep = (key > least) | (equal & (tl.cumsum(equal.to(tl.int32)) <= left))
-    tl.store(place + at, tl.where(keep, tl.cumsum(keep.to(tl.int32)) - 1, -1), mask=inside)
+        least = tl.where(tl.sum((key >= higher[:, None]).to(tl.int32), 1) >= kept, higher, least)
+    above, equal = key > least[:, None], key == least[:, None]
+    left = kept - tl.sum(above.to(tl.int32), 1)
+    keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None]))
+    first = (row % windows) * kept - 1
+    tl.store(place + at, tl.where(keep, first[:, None] + tl.cumsum(keep.to(tl.int32), 1), -1), mask=inside)
 
 
 @triton.jit
@@ -109,12 +115,14 @@ def _add_rows(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=exists)
 
 
-def _launch_largest(sums: Tensor, kept: int) -> Tensor:
-    blocks, groups = sums.shape
-    place = sums.new_empty((blocks, groups), dtype=torch.int32)
-    _keep_largest[(blocks,)](
-        sums.contiguous(), place, groups, kept, GROUPS=triton.next_power_of_2(groups), num_warps=16
-    )
+def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
+    place = sums.new_empty(sums.shape, dtype=torch.int32)
+    rows, width = sums.numel() // window, triton.next_power_of_2(window)
+    at_once = max(1, 1024 // width)  # a program of 1024 groups at least
+    _keep_largest[(triton.cdiv(rows, at_once),)](
+        sums.contiguous(), place, rows, sums.shape[1] // window, window, kept,
+        ROWS=at_once, GROUPS=width, num_warps=16 if width > 1024 else 4,
+    )  # fmt: skip
     return place
 
 
@@ -135,9 +143,10 @@ def _launch_add(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
     return out
 
 
-def _reference_largest(sums: Tensor, kept: int) -> Tensor:
-    largest = sums.sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    keep = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, largest, True)
+def _reference_largest(sums: Tensor, kept: int, window: int) -> Tensor:
+    windows = sums.unflatten(1, (-1, window))
+    largest = windows.sort(dim=2, descending=True, stable=True).indices[:, :, :kept]
+    keep = torch.zeros_like(windows, dtype=torch.bool).scatter_(2, largest, True).flatten(1)
     return torch.where(keep, keep.cumsum(1) - 1, -1).int()
 
 
@@ -158,22 +167,24 @@ def _copied(weight: Tensor, place: Tensor, kept: int) -> Tensor:
 
 
 @operator("columns_keep_largest")
-def keep_largest(sums: Tensor, kept: int) -> Tensor:
-    """Of each row the `kept` largest, the first of equals, NaN above all.
+def keep_largest(sums: Tensor, kept: int, window: int) -> Tensor:
+    """The `kept` largest entries in every window of a row, the first of equals, NaN above all.
 
     Args:
         sums: `[B, G]`, not negative; the kernel ranks float32, any other dtype PyTorch's sort.
+        kept: entries that a window keeps.
+        window: entries in a window, a divisor of G; G itself where a row is one window.
 
     Returns:
         `[B, G]` int32: how many kept ones stand before a kept one in its row; -1 for the others.
     """
     ranked = sums.is_cuda and sums.dtype == torch.float32  # by its bits, as an int32
     with torch.cuda.device_of(sums):
-        return (_launch_largest if ranked else _reference_largest)(sums, kept)
+        return (_launch_largest if ranked else _reference_largest)(sums, kept, window)
 
 
 @register_fake(keep_largest)
-def _(sums: Tensor, kept: int) -> Tensor:
+def _(sums: Tensor, kept: int, window: int) -> Tensor:
     return sums.new_empty(sums.shape, dtype=torch.int32)
 
 

@@ -295,21 +295,21 @@ def backend(
             return "reference", "nothing is sparse"
         case None:
             return "two_four", "2:4 weights by cuSPARSELt"
-        case Preceding(Groups(v, g, sample=1)) if v == g == TILE and not width % 64 and not weight_products:
+        case Preceding(Groups(v, g, sample=1, window=0)) if v == g == TILE and not width % 64 and not weight_products:
             return "groups", "column groups chosen by the block before"
         case Preceding(Groups(v, _, _, "block")) if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of what the block before keeps, cuBLAS"
         case Preceding():
             return "reference", (
                 f"kernels for a choice made from the block before need groups without 2:4 weights, of v = g = {TILE}, "
-                f"sample = 1 and a width divisible by 64, or of v from {LARGE}"
+                f"sample = 1, no window and a width divisible by 64, or of v from {LARGE}"
             )
         case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
-        case Groups(v, g, sample=sample) if v != TILE or g != TILE or sample > 1 or width % 64:
+        case Groups(v, g, sample=sample, window=window) if v != TILE or g != TILE or sample > 1 or window or width % 64:
             return "reference", (
-                f"kernels for groups need v = g = {TILE}, sample = 1 and a width divisible by 64, or v of {LARGE} and "
-                'more with a budget of "block" and without 2:4 weights'
+                f"kernels for groups need v = g = {TILE}, sample = 1, no window and a width divisible by 64, or v of "
+                f'{LARGE} and more with a budget of "block" and without 2:4 weights'
             )
         case Groups():
             if not here or not hopper.missing(device):

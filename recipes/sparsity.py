@@ -60,6 +60,7 @@ def activation_pattern(activations: Activations) -> Pattern | None:
                 activations.budget,
                 activations.sample,
                 activations.balance,
+                activations.window,
             )
         case _:
             return None

@@ -11,22 +11,27 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from kernels import Groups, Preceding, columns, feed_forward, groups, sparse_feed_forward
+from kernels import Groups, Preceding, Venom, columns, feed_forward, groups, sparse_feed_forward
 from kernels.feed_forward import _Masked, backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
-# tokens, v, g, keep, sample, balance: whole blocks, a short last one, one that is shorter than v, groups, no sample
+# tokens, v, g, keep, sample, balance, window: whole blocks, a short last one, one that is shorter than v, groups, no
+# sample, windows
 SHAPES = [
-    (64, 16, 1, 0.25, 4, 0.0),
-    (75, 16, 1, 0.25, 4, 0.5),
-    (75, 16, 1, 0.125, 8, 0.0),
-    (7, 16, 1, 0.25, 3, 0.0),
-    (70, 32, 4, 0.3, 5, 0.25),
-    (40, 20, 8, 0.25, 1, 0.0),
-    (33, 16, 1, 1.0, 16, 0.5),
+    (64, 16, 1, 0.25, 4, 0.0, 0),
+    (75, 16, 1, 0.25, 4, 0.5, 0),
+    (75, 16, 1, 0.125, 8, 0.0, 0),
+    (7, 16, 1, 0.25, 3, 0.0, 0),
+    (70, 32, 4, 0.3, 5, 0.25, 0),
+    (40, 20, 8, 0.25, 1, 0.0, 0),
+    (33, 16, 1, 1.0, 16, 0.5, 0),
+    (75, 16, 1, 0.25, 4, 0.5, 16),
+    (64, 16, 1, 0.125, 1, 0.0, 8),
+    (40, 20, 2, 0.5, 8, 0.0, 12),
+    (33, 16, 1, 0.25, 16, 0.0, 48),
 ]
 
 
@@ -50,10 +55,10 @@ def by_columns(monkeypatch):
     return sparse_feed_forward
 
 
-@pytest.mark.parametrize("tokens, v, g, keep, sample, balance", SHAPES)
+@pytest.mark.parametrize("tokens, v, g, keep, sample, balance, window", SHAPES)
 @pytest.mark.parametrize("ordered", [False, True])
-def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, ordered):
-    pattern = Groups(v, g, keep, sample=sample, balance=balance)
+def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, window, ordered):
+    pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     for seed in range(3):
         x, w1, w2, dy = operands(tokens, seed=seed)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
@@ -71,9 +76,9 @@ def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, samp
             assert one.is_contiguous()
 
 
-@pytest.mark.parametrize("tokens, v, g, keep, sample, balance", SHAPES)
-def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance):
-    pattern = Groups(v, g, keep, sample=sample, balance=balance)
+@pytest.mark.parametrize("tokens, v, g, keep, sample, balance, window", SHAPES)
+def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance, window):
+    pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     x, w1, *_ = operands(tokens)
     place = columns.choose(columns.in_blocks(x, v), w1, pattern)
     assert place.dtype == torch.int32 and place.shape == (-(-tokens // v), 48)
@@ -110,7 +115,7 @@ def test_nan_in_a_sample_shows(by_columns):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype):
     rand = torch.Generator().manual_seed(0)
-    place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept).to(DEVICE)
+    place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept, hidden).to(DEVICE)
     weight = torch.randn(hidden, width, generator=rand).to(DEVICE, dtype)
     for each in (weight, weight.T.contiguous().T):
         found = columns._launch_copy(each, place, kept)
@@ -125,8 +130,8 @@ def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype
     assert not found[:, (place < 0).all(0)].any()
 
 
-@pytest.mark.parametrize("groups", [1, 37, 128, 1000])
-def test_the_largest_are_a_stable_sort_s(groups):
+@pytest.mark.parametrize("groups, window", [(1, 1), (37, 37), (128, 128), (1000, 1000), (96, 16), (60, 12), (4096, 8)])
+def test_the_largest_are_a_stable_sort_s(groups, window):
     rand = torch.Generator().manual_seed(groups)
     sums = torch.rand(6, groups, generator=rand)
     sums[1] = 0
@@ -134,10 +139,31 @@ def test_the_largest_are_a_stable_sort_s(groups):
     sums[3, ::3] = torch.nan
     sums[4, ::5] = torch.inf
     sums[5] *= 1e-40  # denormal
-    for kept in {1, -(-groups // 3), groups}:
-        found = columns._launch_largest(sums.to(DEVICE), kept)
-        assert torch.equal(found.cpu(), columns._reference_largest(sums, kept))
-        assert ((found >= 0).sum(1) == kept).all()
+    for kept in {1, -(-window // 3), window}:
+        found = columns._launch_largest(sums.to(DEVICE), kept, window)
+        assert torch.equal(found.cpu(), columns._reference_largest(sums, kept, window))
+        assert ((found >= 0).unflatten(1, (-1, window)).sum(2) == kept).all()
+
+
+def test_windows_keep_what_venom_keeps_with_all_four_columns():
+    h = torch.rand(70, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(Groups(32, 1, 0.25, window=16).mask(h), Venom(32, 4, 16).mask(h))
+    assert torch.equal(Groups(32, 1, 0.125, window=32).mask(h), Venom(32, 4, 32).mask(h))
+
+
+@pytest.mark.parametrize(
+    "pattern, problem",
+    [
+        (Groups(16, 1, 0.25, window=20), "divides the FFN's hidden_dim = 48"),
+        (Groups(16, 4, 0.25, window=6), "multiple of g = 4"),
+        (Groups(16, 1, 0.25, window=6), "is 1.5, not a whole number"),
+        (Groups(16, 1, 0.25, "batch", window=16), 'needs budget = "block"'),
+        (Groups(16, 1, 0.25, window=-16), "window = -16"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(pattern, problem):
+    with pytest.raises(ValueError, match=problem):
+        pattern.check(48)
 
 
 def test_which_patterns_run_as_columns():
@@ -151,6 +177,9 @@ def test_which_patterns_run_as_columns():
     assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25), dtype=torch.float32) == "reference"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25)) == "groups"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25, sample=2)) == "reference"
+    assert chosen(Groups(groups.TILE, groups.TILE, 0.25, window=1536)) == "reference"
+    assert chosen(Preceding(Groups(groups.TILE, groups.TILE, 0.25, window=1536), 4096)) == "reference"
+    assert chosen(Groups(1024, 1, 0.25, window=16)) == "columns"
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -180,12 +209,13 @@ from kernels.columns import _add_rows, _copy_rows, _keep_largest
 
 SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
 ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
-LARGEST = {"sums": "*fp32", "place": "*i32", "groups": "i32", "kept": "i32"}
+LARGEST = {"sums": "*fp32", "place": "*i32", "rows": "i32", "windows": "i32", "groups": "i32", "kept": "i32"}
 for arch in (80, 90):
     for kernel, signature, constants, warps in (
         (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
         (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
-        (_keep_largest, LARGEST, {"GROUPS": 16384}, 16),
+        (_keep_largest, LARGEST, {"ROWS": 1, "GROUPS": 16384}, 16),
+        (_keep_largest, LARGEST, {"ROWS": 64, "GROUPS": 16}, 4),
     ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})

@@ -17,7 +17,10 @@ and less is kept of h. What it does to a run is in docs/studies/branch_40m.
 A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
 have met W1.
 
-Source: this project. With G = 1 and the choice made in every window of M neurons it would be Venom with N = 4.
+With a `window` the choice is made in every window of so many neighbouring neurons, each of which keeps the share `keep`
+of its groups. With G = 1 that is the choice of columns that Venom makes: V:4:M keeps four of M (SC 2023).
+
+Source: this project.
 """
 
 from dataclasses import dataclass
@@ -39,12 +42,13 @@ def group_mask(
     budget: Literal["block", "batch"] = "block",
     sample: int = 1,
     balance: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     """Which entries of h lie in a kept group.
 
-    A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one. Among equal sums the
-    lower index wins, of block and then of group. An exact zero never counts as kept; NaN does, so that it is not
-    hidden.
+    A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one; with a window, the
+    `keep * window / g` of largest sum in every window. Among equal sums the lower index wins, of block and then of
+    group. An exact zero never counts as kept; NaN does, so that it is not hidden.
 
     Args:
         h: `[T, f]`, non-negative. T need not be a multiple of v: the last block is shorter.
@@ -56,6 +60,7 @@ def group_mask(
         budget: "batch": so many groups a block on average, those of largest sum of all blocks.
         sample: sums are over the tokens 0, sample, 2 sample, ... of a block.
         balance: a group's sums are divided by their mean over all blocks to this power, in [0, 1].
+        window: neurons in a window, a multiple of g that divides f; 0: all f.
 
     Returns:
         bool mask `[T, f]`.
@@ -64,7 +69,7 @@ def group_mask(
         ValueError: a pattern outside these bounds.
     """
     tokens, hidden_dim = h.shape
-    pattern = Groups(v, g, keep, budget, sample, balance)
+    pattern = Groups(v, g, keep, budget, sample, balance, window)
     pattern.check(hidden_dim)
     h = h.detach()
     blocks, groups = -(-tokens // v), hidden_dim // g
@@ -76,6 +81,8 @@ def group_mask(
     energies, kept = balanced(energies, balance), pattern.kept_groups(hidden_dim)
     if budget == "batch":
         energies, kept = energies.view(1, -1), blocks * kept
+    elif window:
+        energies, kept = energies.view(-1, window // g), kept * window // hidden_dim
     order = energies.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
     chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, order, True).view(blocks, groups)
     mask = chosen[:, None, :, None] & (tiles != 0)
@@ -99,6 +106,7 @@ class Groups:
     budget: Literal["block", "batch"] = "block"
     sample: int = 1
     balance: float = 0.0
+    window: int = 0
 
     def density(self, hidden_dim: int) -> float:
         """Share of h that is kept at most in an FFN of width `hidden_dim`."""
@@ -120,11 +128,25 @@ class Groups:
             raise ValueError(f"balance = {self.balance}: the power of a group's mean is in [0, 1]")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep = {self.keep}: the share of groups to keep is in (0, 1]")
+        if self.window:
+            if self.window < 0 or self.window % self.g or hidden_dim % self.window:
+                raise ValueError(
+                    f"window = {self.window}: it is a multiple of g = {self.g} that divides the FFN's hidden_dim = "
+                    f"{hidden_dim}, or 0 for one window of all neurons"
+                )
+            kept = self.keep * self.window / self.g
+            if abs(kept - round(kept)) > 1e-6 or not round(kept):
+                raise ValueError(
+                    f"window = {self.window}: the share keep = {self.keep} of its {self.window // self.g} groups is "
+                    f"{kept:g}, not a whole number of groups"
+                )
+            if self.budget != "block":
+                raise ValueError(f'window = {self.window}: it needs budget = "block", not "{self.budget}"')
         if hidden_dim % self.g:
             raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
 
     def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
-        return group_mask(h, self.v, self.g, self.keep, sums, self.budget, self.sample, self.balance)
+        return group_mask(h, self.v, self.g, self.keep, sums, self.budget, self.sample, self.balance, self.window)
 
 
 def select_tiles(
