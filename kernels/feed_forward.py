@@ -118,22 +118,29 @@ class _Columns(torch.autograd.Function):
     """Groups that large blocks keep, `kernels.columns`; x, y and their gradients `[B, V, d]`, in blocks."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, pattern):
-        place = columns.choose(x, w1, pattern)
+    def forward(ctx, x, w1, w2, pattern, w1_scale, w2_scale):
         kept = pattern.kept_groups(w1.shape[0]) * pattern.g
-        active = columns.sample(x, w1, place, kept).relu()  # (1)
-        h = active * active
-        ctx.save_for_backward(x, w1, w2, h, place)
+        if pattern.sample == 1:
+            y1 = _linear(x.flatten(0, 1), w1, w1_scale, packed=x.is_cuda).unflatten(0, x.shape[:2])  # (1)
+            place = columns.choose(y1, pattern)
+            h = columns.square_kept(y1, place, kept)
+        else:
+            thresholded = _thresholded(w1, w1_scale)
+            sampled = x[:, :: pattern.sample].flatten(0, 1) @ thresholded.T
+            place = columns.choose(sampled.unflatten(0, (x.shape[0], -1)), pattern)
+            active = columns.sample(x, thresholded, place, kept).relu()  # (1)
+            h = active * active
+        ctx.save_for_backward(x, w1, w2, h, place, w1_scale, w2_scale)
         return columns.reduce_neurons(h, w2.T, place)  # (2)
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, w2, h, place = ctx.saved_tensors
-        dy1 = 2 * h.sqrt() * columns.sample(dy, w2.T, place, h.shape[2])  # (3)
+        x, w1, w2, h, place, w1_scale, w2_scale = ctx.saved_tensors
+        dy1 = 2 * h.sqrt() * columns.sample(dy, _thresholded(w2.T, w2_scale), place, h.shape[2])  # (3)
         dw2 = columns.reduce_tokens(h, dy, place, True)  # (4)
-        dx = columns.reduce_neurons(dy1, w1, place)  # (5)
+        dx = columns.reduce_neurons(dy1, _thresholded(w1, w1_scale), place)  # (5)
         dw1 = columns.reduce_tokens(dy1, x, place, False)  # (6)
-        return dx, dw1, dw2, None
+        return dx, dw1, dw2, None, None, None
 
 
 def _preceding_groups(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) -> Tensor:
@@ -164,7 +171,7 @@ def _preceding_columns(x: Tensor, w1: Tensor, w2: Tensor, pattern: Preceding) ->
         active = (blocks[:, :1] @ w1.T).relu()
         y = (active * active) @ w2.T
         if length > v:
-            place = columns.choose(blocks[:, :-1].flatten(0, 1), w1, choice)
+            place = columns.choose(blocks[:, :-1].flatten(0, 1)[:, :: choice.sample] @ w1.T, choice)
             active = columns.sample(blocks[:, 1:].flatten(0, 1), w1, place, kept).relu()  # (1)
             rest = columns.reduce_neurons(active * active, w2.T, place)  # (2)
             y = torch.cat([y, rest.unflatten(0, (sequences, -1))], 1)
@@ -247,10 +254,14 @@ def _two_four(
     return y.unflatten(0, (parts, -1))[:, :tokens].flatten(0, 1)
 
 
-def _columns(x: Tensor, w1: Tensor, w2: Tensor, pattern: Groups) -> Tensor:
+def _columns(
+    x: Tensor, w1: Tensor, w2: Tensor, pattern: Groups, w1_scale: Tensor | None, w2_scale: Tensor | None
+) -> Tensor:
     """`_Columns` for any T."""
     # Not inside: a contiguous view as its result gets gradients of zero where torch 2.11 compiles it.
-    return _Columns.apply(columns.in_blocks(x, pattern.v), w1, w2, pattern).flatten(0, 1)[: x.shape[0]]
+    return _Columns.apply(columns.in_blocks(x, pattern.v), w1, w2, pattern, w1_scale, w2_scale).flatten(0, 1)[
+        : x.shape[0]
+    ]
 
 
 def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Tensor | None = None) -> Tensor:
@@ -304,12 +315,12 @@ def backend(
                 f"kernels for a choice made from the block before need groups without 2:4 weights, of v = g = {TILE}, "
                 f"sample = 1, no window and a width divisible by 64, or of v from {LARGE}"
             )
-        case Groups(v, _, _, "block") if v >= LARGE and not weight_products:
+        case Groups(v, _, _, "block") if v >= LARGE:
             return "columns", f"blocks of {v} tokens as dense FFNs of the neurons that they keep, cuBLAS"
         case Groups(v, g, sample=sample, window=window) if v != TILE or g != TILE or sample > 1 or window or width % 64:
             return "reference", (
                 f"kernels for groups need v = g = {TILE}, sample = 1, no window and a width divisible by 64, or v of "
-                f'{LARGE} and more with a budget of "block" and without 2:4 weights'
+                f'{LARGE} and more with a budget of "block"'
             )
         case Groups():
             if not here or not hopper.missing(device):
@@ -386,7 +397,7 @@ def sparse_feed_forward(
             y = _preceding_columns(x, w1, w2, pattern)
         else:
             assert isinstance(pattern, Groups)
-            y = _columns(x, w1, w2, pattern)
+            y = _columns(x, w1, w2, pattern, w1_scale, w2_scale)
     elif packed and pattern is not None:
         y = _two_four(x, w1, w2, w1_scale, w2_scale, cut_along_tokens)
     else:

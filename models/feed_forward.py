@@ -70,7 +70,10 @@ class FeedForwardSparsity:
         first = 0.5 if 1 in self.weight_products else 1.0
         if backend == "columns":
             assert isinstance(self.pattern, Groups)  # of a sparse phase: Preceding is for inference
-            return (1 / self.pattern.sample + 6 * self.pattern.density(hidden_dim)) / 6
+            density = self.pattern.density(hidden_dim)
+            if self.pattern.sample > 1:
+                first = 1 / self.pattern.sample + density  # to choose, then of the kept neurons
+            return (first + 5 * density) / 6
         if self.pattern is None or backend == "two_four":
             third = 0.5 if 3 in self.weight_products else 1.0
             along_neurons = 0.5 if self.pattern is not None else 1.0

@@ -56,19 +56,20 @@ def by_columns(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, v, g, keep, sample, balance, window", SHAPES)
-@pytest.mark.parametrize("ordered", [False, True])
-def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, window, ordered):
+@pytest.mark.parametrize("ordered, scales", [(False, (None, None)), (True, (None, None)), (True, (1.1, 0.9))])
+def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, window, ordered, scales):
+    w1_scale, w2_scale = (None if each is None else torch.tensor(each, device=DEVICE) for each in scales)
     pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     for seed in range(3):
         x, w1, w2, dy = operands(tokens, seed=seed)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
         leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = by_columns(*leaves, pattern, order=order)
+        y = by_columns(*leaves, pattern, w1_scale, w2_scale, order=order)
         found = (y, *torch.autograd.grad(y, leaves, dy))
         # The same in the blocks' order, by the reference.
         place = torch.arange(tokens, device=DEVICE) if order is None else order
         leaves = [each.clone().requires_grad_() for each in (x[place], w1, w2)]
-        y = _Masked.apply(*leaves, pattern, None, None, False, False)
+        y = _Masked.apply(*leaves, pattern, w1_scale, w2_scale, False, False)
         dx, dw1, dw2 = torch.autograd.grad(y, leaves, dy[place])
         inverse = place.argsort()
         for one, other in zip(found, (y[inverse], dx[inverse], dw1, dw2), strict=True):
@@ -80,7 +81,7 @@ def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, samp
 def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance, window):
     pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     x, w1, *_ = operands(tokens)
-    place = columns.choose(columns.in_blocks(x, v), w1, pattern)
+    place = columns.choose(columns.in_blocks(x, v)[:, ::sample] @ w1.T, pattern)
     assert place.dtype == torch.int32 and place.shape == (-(-tokens // v), 48)
     count = pattern.kept_groups(48) * g
     for row in place:
@@ -130,6 +131,20 @@ def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype
     assert not found[:, (place < 0).all(0)].any()
 
 
+@pytest.mark.parametrize("blocks, tokens, hidden, kept", [(2, 40, 300, 75), (3, 32, 128, 128), (1, 5, 16, 1)])
+def test_kept_squares_are_their_reference(blocks, tokens, hidden, kept):
+    rand = torch.Generator().manual_seed(0)
+    place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept, hidden).to(DEVICE)
+    # Squares that bf16 holds: Triton's interpreter rounds others down.
+    y1 = torch.randint(-15, 16, (blocks, tokens, hidden), generator=rand).to(DEVICE, torch.bfloat16)
+    y1[0, 0, 0] = torch.nan
+    found = columns._launch_square(y1, place, kept)
+    torch.testing.assert_close(found, columns._reference_square(y1, place, kept), rtol=0, atol=0, equal_nan=True)
+    for block in range(blocks):
+        expected = y1[block][:, place[block] >= 0].relu() ** 2
+        torch.testing.assert_close(found[block], expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("groups, window", [(1, 1), (37, 37), (128, 128), (1000, 1000), (96, 16), (60, 12), (4096, 8)])
 def test_the_largest_are_a_stable_sort_s(groups, window):
     rand = torch.Generator().manual_seed(groups)
@@ -174,7 +189,8 @@ def test_which_patterns_run_as_columns():
     assert chosen(Groups(256, 1, 0.25)) == chosen(Groups(1024, 1, 0.25, "batch")) == "reference"
     assert chosen(Preceding(Groups(1024, 1, 0.25, sample=8), 4096)) == "columns"
     assert chosen(Preceding(Groups(256, 1, 0.25), 4096)) == "reference"
-    assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25), dtype=torch.float32) == "reference"
+    assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25, sample=8), 1, 3) == "columns"
+    assert chosen(Groups(1024, 1, 0.25), dtype=torch.float32) == "reference"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25)) == "groups"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25, sample=2)) == "reference"
     assert chosen(Groups(groups.TILE, groups.TILE, 0.25, window=1536)) == "reference"
@@ -205,16 +221,18 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.columns import _add_rows, _copy_rows, _keep_largest
+from kernels.columns import _add_rows, _copy_rows, _keep_largest, _square_kept
 
 SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
 ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
 LARGEST = {"sums": "*fp32", "place": "*i32", "rows": "i32", "windows": "i32", "groups": "i32", "kept": "i32"}
+SQUARE = {"y1": "*bf16", "place": "*i32", "h": "*bf16"} | dict.fromkeys(("tokens", "hidden_dim", "kept"), "i32")
 for arch in (80, 90):
     for kernel, signature, constants, warps in (
         (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
         (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
         (_keep_largest, LARGEST, {"ROWS": 1, "GROUPS": 16384}, 16),
+        (_square_kept, SQUARE, {"ROWS": 32, "NEURONS": 128}, 4),
         (_keep_largest, LARGEST, {"ROWS": 64, "GROUPS": 16}, 4),
     ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)

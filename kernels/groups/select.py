@@ -15,7 +15,7 @@ from kernels.groups.tiles import COUNTERS, TILE, TileLists
 
 
 @triton.jit
-def _squared_relu(y1):
+def squared_relu(y1):
     # As the reference rounds: h is in y1's dtype. NaN stays.
     active = tl.maximum(y1.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     return (active * active).to(y1.dtype)
@@ -28,7 +28,7 @@ def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
     rows = block * TILE + tl.arange(0, TILE)
     columns = group * TILE + tl.arange(0, TILE)
     at = rows[:, None].to(tl.int64) * (groups * TILE) + columns[None, :]
-    h = _squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
+    h = squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
     tl.store(sums + block * groups + group, tl.sum(h.to(tl.float32)))
 
 
@@ -103,7 +103,7 @@ def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.con
     rows = tl.load(tile_block + tile) * TILE + row
     columns = tl.load(tile_group + tile) * TILE + column
     at = rows[:, None].to(tl.int64) * (groups * TILE) + columns[None, :]
-    h = _squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
+    h = squared_relu(tl.load(y1 + at, mask=rows[:, None] < tokens, other=0.0))
     to = tile.to(tl.int64) * TILE * TILE + row[:, None] * TILE + column[None, :]
     tl.store(tiles + to, h)
 
