@@ -49,6 +49,17 @@ def test_every_contender_is_a_job(name):
     check_keys(config, 1)
 
 
+def test_float8_is_measured_in_both_scalings():
+    """torchtitan's converter takes tensor-wise scaling where no recipe is named, row-wise where that is."""
+    scalings = {}
+    for name in ("float8", "float8_tensorwise"):
+        keys = [f"--{key}={word}" for key, word in benchmark.CONTENDERS[name].keys.items()]
+        config, _ = load_config(["--config=configs/1b.toml", *keys])
+        assert config.model.converters == ["quantize.linear.float8"]
+        scalings[name] = config.quantize.linear.float8.recipe_name
+    assert scalings == {"float8": "rowwise", "float8_tensorwise": None}
+
+
 def test_parts_of_a_trace():
     def kernel(at, dur, number, name="k"):
         args = {"External id": number, "correlation": 10 * number}
