@@ -11,11 +11,14 @@ neurons, W1's rows and W2's columns moved together, and no other tensor knows of
 """
 
 import importlib.metadata
+import json
 import logging
+import os
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import kernels
 from configs.errors import ConfigError
@@ -80,6 +83,13 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
     def refuse(key: str, value: Any, remedy: str) -> ConfigError:
         return ConfigError(f"{source}: {key} = {value} is no model of this trainer: {remedy}")
 
+    def number(key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 2**31:
+            raise ConfigError(f"{source}: {key} = {json.dumps(value)} is no number above 0: restore the model's own")
+        return kind(value)
+
+    if not isinstance(config, dict):
+        raise ConfigError(f"{source} holds no object: give the config.json that the model was saved with")
     kind = config.get("model_type")
     if kind not in ("arcee", "llama"):
         raise refuse("model_type", kind, 'give a folder of "arcee" (squared ReLU) or "llama" (SwiGLU)')
@@ -91,31 +101,84 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
         if config.get(key):
             raise refuse(key, True, "its linear layers have no biases")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{source}: rope_parameters = {json.dumps(rope)} is no object: restore the model's own")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise refuse("rope_type", scaling, "its RoPE is not scaled; give the model as it was before that")
     try:
-        width, heads, hidden_dim = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-        args = LlamaArgs(
-            dim=width,
-            n_layers=config["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=config.get("num_key_value_heads") or heads,
-            hidden_dim=hidden_dim * 3 // 2 if swiglu else hidden_dim,
-            swiglu=swiglu,
-            vocab_size=config["vocab_size"],
-            max_seq_len=config["max_position_embeddings"],
-            norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
+        width, layers, heads, hidden_dim, vocab_size, length = (
+            number(key, config[key])
+            for key in (
+                *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+                "max_position_embeddings",
+            )
         )
+        norm_eps = number("rms_norm_eps", config["rms_norm_eps"], float)
+        theta = number("rope_theta", rope.get("rope_theta") or config["rope_theta"], float)
     except KeyError as error:
         raise ConfigError(f"{source}: {error} is missing: give the config.json that the model was saved with") from None
+    kv_heads = number("num_key_value_heads", config.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads} is needed")
     head_dim = config.get("head_dim") or width // heads
     if head_dim * heads != width:
         raise refuse("head_dim", head_dim, f"its {heads} heads make up the hidden_size = {width}")
+    args = LlamaArgs(
+        dim=width,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        hidden_dim=hidden_dim * 3 // 2 if swiglu else hidden_dim,
+        swiglu=swiglu,
+        vocab_size=vocab_size,
+        max_seq_len=length,
+        norm_eps=norm_eps,
+        rope_theta=theta,
+    )
     if swiglu and hidden_dim % args.multiple_of:
         raise refuse("intermediate_size", hidden_dim, f"its SwiGLU's width is a multiple of {args.multiple_of}")
     return args
+
+
+def load_export(folder: str | os.PathLike, dtype: torch.dtype | str = "auto") -> Any:
+    """transformers' model of a Hugging Face folder: every one of its weights is the folder's, and no code is run.
+
+    transformers itself fills a weight that a folder lacks with random numbers, passes over one that it has no use for,
+    and unpickles a `.bin`.
+
+    Raises:
+        ConfigError: the folder cannot be loaded, or does not hold the model's weights, all and no others.
+    """
+    try:
+        model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} cannot be loaded ({first_line(error)}): export it anew") from error
+    for problem in ("missing", "unexpected", "mismatched"):
+        if names := sorted(str(name) for name in info.get(f"{problem}_keys") or ()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(
+                f"{folder}: {names[0]}{more}: {problem} among its weights by config.json's model: export it anew"
+            )
+    return model
+
+
+def load_export_tokenizer(folder: str | os.PathLike) -> Any:
+    """transformers' tokenizer of a Hugging Face folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what it raises depends on the file that is damaged
+        raise ConfigError(f"{folder}: no tokenizer can be loaded ({first_line(error)}): export it anew") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def import_transformers() -> ModuleType:

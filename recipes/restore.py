@@ -71,9 +71,12 @@ class Checkpoint:
         Raises:
             ConfigError: the checkpoint holds another model than run.json says.
         """
-        with torch.device("meta"):
-            model = Llama(self.args)
-        state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
+        try:
+            with torch.device("meta"):
+                model = Llama(self.args)
+            state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
+        except RuntimeError as error:  # of a size that no memory has
+            raise self._another(error) from error
         self._load(state)
         return state
 
@@ -119,10 +122,13 @@ class Checkpoint:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(state, checkpoint_id=self.folder, no_dist=True)
         except (CheckpointException, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{self.folder} does not hold the model that {self.run / 'run.json'} describes "
-                f"({first_line(error)}): give the run's own run.json back to it"
-            ) from error
+            raise self._another(error) from error
+
+    def _another(self, error: BaseException) -> ConfigError:
+        return ConfigError(
+            f"{self.folder} does not hold the model that {self.run / 'run.json'} describes "
+            f"({first_line(error)}): give the run's own run.json back to it"
+        )
 
 
 def find_checkpoint(path: str) -> Checkpoint:
@@ -174,6 +180,9 @@ def _read_run(run: Path) -> tuple[JobConfig, int]:
         raise ConfigError(
             f"{file} cannot be read ({type(error).__name__}: {error}): give the run's own back to it"
         ) from None
+    if not isinstance(config, dict) or not 0 < vocab_size < 2**31:
+        wrong = "config is no object" if not isinstance(config, dict) else f"vocabulary = {vocab_size}"
+        raise ConfigError(f"{file} cannot be read ({wrong}): give the run's own back to it")
     return restored(config, str(file)), vocab_size
 
 

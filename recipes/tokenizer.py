@@ -5,6 +5,10 @@ tokens. Every string has a UTF-8 encoding, so nothing is unknown and decoding gi
 names of the special tokens. Its tokens are bytes, written as one printable character a byte; a token may end in the
 middle of a character.
 
+A tokenizer.json may carry more than the vocabulary: truncation, padding, BPE dropout, a template that surrounds every
+text with tokens. Those are settings of whoever saved it. `DocumentTokenizer` switches them off, so a document is read
+whole, the same way each time, between the markers that were asked for and no others.
+
 Losses of different tokenizers cannot be compared by the token. They can by the byte: bits per byte is the loss in bits
 summed over the tokens, divided by the UTF-8 bytes that these tokens stand for, which `token_bytes` counts.
 """
@@ -18,8 +22,9 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,87 @@ from recipes.data import load_corpus, refuse
 logger = logging.getLogger("sparsetitan")
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+PIECE = 1 << 20  # characters that are encoded at once: a document of 39 MB as one piece takes 4 GB
+WORD = (
+    1024  # characters of one class in a row that the BPE is trained on; the time grows with the square of their number
+)
+LONG_WORD = re.compile(rf"\w{{{WORD}}}|\s{{{WORD}}}|[^\w\s]{{{WORD}}}")
+# Before a space that ends a word, no tokenizer's rule joins the two sides.
+WORD_END = re.compile(r"[^\W_](?= \w)")
+SAMPLE = "The naïve Café:\n\tx1 = 20,  # 漢字 👍\n"
+
+
+class DocumentTokenizer(HuggingFaceTokenizer):
+    """A folder's tokenizer, for documents of any length.
+
+    `encode(text, add_bos, add_eos)` gives the ids of the whole text, with the markers that were asked for and no
+    others. A document that spells out the name of a special token, as the source of a tokenizer does, means the text.
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.tokenizer.encode_special_tokens = True
+        self._find_markers()
+
+    def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
+        file = os.path.join(tokenizer_path, "tokenizer.json")
+        if not os.path.exists(file):
+            if os.path.exists(os.path.join(tokenizer_path, "tokenizer.model")):
+                raise FileNotFoundError(
+                    "tokenizer.json is missing, and tokenizer.model is not read; transformers makes one of the other: "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
+            return super()._load_tokenizer_from_path(tokenizer_path)
+        with open(file, encoding="utf-8") as stream:
+            spec = json.load(stream)
+        if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+            raise ValueError("tokenizer.json describes no model")
+        spec |= {"truncation": None, "padding": None}
+        if spec["model"].get("dropout"):
+            spec["model"]["dropout"] = None
+        return Tokenizer.from_str(json.dumps(spec))
+
+    def _find_markers(self) -> None:
+        """The tokens that the template puts around a text, where tokenizer_config.json names no markers."""
+        bare, whole = (self.tokenizer.encode("x", add_special_tokens=special).ids for special in (False, True))
+        place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+        if not bare or place is None:
+            return
+        before, after = whole[:place], whole[place + len(bare) :]
+        if self.bos_id is None and len(before) == 1 and before[0] != self.eos_id:
+            self.bos_id = before[0]
+            self.bos_token = self.tokenizer.id_to_token(self.bos_id)
+        if self.eos_id is None and len(after) == 1 and after[0] != self.bos_id:
+            self.eos_id = after[0]
+            self.eos_token = self.tokenizer.id_to_token(self.eos_id)
+
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:  # type: ignore[override]
+        """The token ids of a text."""
+        ids = [self.bos_id] if add_bos and self.bos_id is not None else []
+        for piece in pieces(text):
+            ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+        if add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def keeps_every_text(self) -> bool:
+        """Whether decoding gives back a text of many kinds, but for blanks around it."""
+        return self.decode(self.encode(SAMPLE), skip_special_tokens=False).strip() == SAMPLE.strip()
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """A long text in pieces of `size` characters at most, cut at the end of a word where there is one."""
+    start = 0
+    while len(text) - start > size:
+        window = text[start + size - min(size // 2, 4096) : start + size + 1]
+        ends = [match.end() for match in WORD_END.finditer(window)]
+        stop = start + size if not ends else start + size + 1 - len(window) + ends[-1]
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def prepare_tokenizer(config: JobConfig) -> str:
@@ -107,12 +193,14 @@ def _check_folder(path: str) -> None:
     if not os.path.isdir(path):
         raise refuse("tokenizer.path", path, "no such folder", remedy)
     try:
-        tokenizer = HuggingFaceTokenizer(path)
+        tokenizer = DocumentTokenizer(path)
     except Exception as error:  # the tokenizers library raises nothing more special
         problem = f"no tokenizer can be loaded from it ({_first_line(error)})"
         raise refuse("tokenizer.path", path, problem, remedy) from error
     if tokenizer.eos_id is None:
         logger.warning("the tokenizer in %s names no eos_token: documents will run into each other", path)
+    if not tokenizer.keeps_every_text():
+        logger.warning("the tokenizer in %s does not keep every text: decoding gives back another", path)
 
 
 def _first_line(error: Exception) -> str:
@@ -138,13 +226,21 @@ def _cache_name(config: JobConfig) -> str:
 
 
 def _sample(config: JobConfig) -> Iterator[str]:
-    """Training documents in their order, until they make `tokenizer.sample_bytes` or an epoch ends."""
+    """Training documents in their order, until they make `tokenizer.sample_bytes` or an epoch ends.
+
+    Within words of more than `WORD` characters, such as a genome, they are cut.
+    """
     left = config.tokenizer.sample_bytes
     for document in load_corpus(config).row(0, 1):
-        yield document["text"]
-        left -= len(document["text"].encode("utf-8"))
-        if left <= 0:
-            return
+        for piece in pieces(document["text"]):
+            start = 0
+            for match in LONG_WORD.finditer(piece):
+                yield piece[start : match.end()]
+                start = match.end()
+            yield piece[start:]
+            left -= len(piece.encode("utf-8"))
+            if left <= 0:
+                return
 
 
 def _train(config: JobConfig, folder: Path) -> None:
@@ -160,7 +256,7 @@ def _train(config: JobConfig, folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_sample(config), trainer)
+    _in_thread(lambda: tokenizer.train_from_iterator(_sample(config), trainer))
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning("the corpus gives a vocabulary of %d tokens only", tokenizer.get_vocab_size())
 
@@ -185,27 +281,40 @@ def _train(config: JobConfig, folder: Path) -> None:
     logger.info("trained a BPE of %d tokens in %.1f s: %s", tokenizer.get_vocab_size(), seconds, folder)
 
 
-def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+def _in_thread(function: Callable[[], object]) -> None:
+    """Call a function that heeds no signals, so that this thread still does."""
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failed:
+        raise failed[0]
+
+
+def build_tokenizer(job_config: JobConfig) -> DocumentTokenizer:
     """The prepared tokenizer, as torchtitan's TrainSpec asks for it."""
     return load_tokenizer(job_config.model.hf_assets_path)
 
 
-def load_tokenizer(folder: str) -> HuggingFaceTokenizer:
-    """A folder's tokenizer, for documents.
-
-    A document that spells out the name of a special token, as the source of a tokenizer does, means the text.
+def load_tokenizer(folder: str | os.PathLike) -> DocumentTokenizer:
+    """A folder's tokenizer.
 
     Raises:
         ConfigError: there is none, or none that can be read.
     """
     try:
-        tokenizer = HuggingFaceTokenizer(folder)
+        return DocumentTokenizer(str(folder))
     except Exception as error:  # as in _check_folder
-        raise ConfigError(
-            f"{folder}: no tokenizer can be loaded ({_first_line(error)}): restore the run's own"
-        ) from error
-    tokenizer.tokenizer.encode_special_tokens = True
-    return tokenizer
+        remedy = "give the folder its own tokenizer.json back"
+        raise ConfigError(f"{folder}: no tokenizer can be loaded ({_first_line(error)}): {remedy}") from error
 
 
 def _is_byte_level(spec: Any) -> bool:
@@ -224,7 +333,7 @@ def token_bytes(tokenizer_folder: str) -> torch.Tensor:
     Returns:
         int64 [vocabulary].
     """
-    tokenizer = HuggingFaceTokenizer(tokenizer_folder).tokenizer
+    tokenizer = load_tokenizer(tokenizer_folder).tokenizer
     spec = json.loads(tokenizer.to_str())
     byte_level = _is_byte_level([spec["pre_tokenizer"], spec["decoder"]])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)

@@ -80,9 +80,9 @@ class SparseTrainer(titan.Trainer):
         set_up_process(config)
         self.lock = _lock(config)
         self.interrupted = False
+        config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
         numbers = (signal.SIGTERM, signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
-        config.model.hf_assets_path = prepare_tokenizer(config)
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
         titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)

@@ -82,7 +82,15 @@ def main(arguments: list[str]) -> int:
     served = vllm.LLM(model=str(options.export), dtype="float32", enforce_eager=True, gpu_memory_utilization=0.5)
     wanted = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
     outputs = served.generate(list(PROMPTS), wanted)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.export, dtype=torch.float32)
+    # Weights that are missing would be random ones; this script cannot import models.hugging_face, which refuses them.
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        options.export, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if wrong := sorted(map(str, [name for names in info.values() for name in names])):
+        print(
+            f"error: {options.export} does not hold the model's weights ({wrong[0]}): export it anew", file=sys.stderr
+        )
+        return 2
     rows = compare(outputs, model)
     for row in rows:
         print(f"{row['prompt']!r}: {row['tokens']} tokens, {row['difference']:.1e} nats apart: {row['text'][:60]!r}")

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from configs.errors import ConfigError, exit_with
 from models.feed_forward import inference_modes
+from recipes.files import UnreadableError, read_text
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.generate import choose_device, find_model, load_model
@@ -75,7 +76,10 @@ class Text:
         """Inputs and labels, both `[batch_size, length]` int64; what is left is in a last one or two."""
         inputs, labels = torch.tensor(self.ids[:-1]), torch.tensor(self.ids[1:])
         whole = len(inputs) // length * length
-        batches = list(zip(*(ids[:whole].view(-1, length).split(batch_size) for ids in (inputs, labels)), strict=True))
+        batches: list[tuple[Tensor, Tensor]] = []
+        if whole:
+            rows = (ids[:whole].view(-1, length).split(batch_size) for ids in (inputs, labels))
+            batches += zip(*rows, strict=True)
         if whole < len(inputs):
             batches.append((inputs[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)))
         return batches
@@ -101,9 +105,10 @@ class Text:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {file} cannot be read ({error}): name a text file in UTF-8") from None
+        return read_text(file)
+    except (OSError, UnreadableError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--text {file} cannot be read ({reason}): name a text file in UTF-8") from None
 
 
 def local_items(documents: list[str], count: int, longest: int) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from configs.errors import ConfigError, exit_with
-from configs.titan import TORCH_DTYPE_MAP, HuggingFaceTokenizer
+from configs.titan import TORCH_DTYPE_MAP
 from models.hugging_face import StateDictAdapter, export_config
 from recipes.restore import Checkpoint, copy_tokenizer, find_checkpoint
+from recipes.tokenizer import load_tokenizer
 
 
 def export_weights(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Tensor]:
@@ -33,15 +34,24 @@ def export_assets(checkpoint: Checkpoint, folder: Path, weights: dict[str, Tenso
     """Write all but the weights themselves: config.json, generation_config.json and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(checkpoint.tokenizer, folder)
-    tokenizer = HuggingFaceTokenizer(str(folder))
+    tokenizer = load_tokenizer(folder)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    if bos is not None and not tokenizer.hf_adds_bos and (folder / "tokenizer.json").exists():
-        _begin_with(folder / "tokenizer.json", tokenizer.bos_token, bos)
+    if (file := folder / "tokenizer.json").exists():
+        _clean(file)
+        if bos is not None and not tokenizer.hf_adds_bos:
+            _begin_with(file, tokenizer.bos_token, bos)
     w1 = weights["model.layers.0.mlp.up_proj.weight"]
     config = export_config(checkpoint.args, w1.shape[0], w1.dtype, bos, eos)
     generation = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, "do_sample": True}
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _clean(file: Path) -> None:
+    """Take truncation and padding out of a tokenizer.json, as the trainer did when it read documents."""
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    if spec.get("truncation") or spec.get("padding"):
+        file.write_text(json.dumps(spec | {"truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
 
 
 def _begin_with(file: Path, token: str, index: int) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from configs.errors import ConfigError, exit_with
-from models.hugging_face import import_transformers
+from models.hugging_face import import_transformers, load_export, load_export_tokenizer
 from recipes.restore import Checkpoint, find_checkpoint
 from scripts.export_hf import export_assets, export_weights
 
@@ -39,16 +38,12 @@ def load_model(source: Checkpoint | Path, dtype: str | None, device: torch.devic
     """
     transformers = import_transformers()
     if isinstance(source, Path):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"{source} cannot be loaded ({str(error).splitlines()[0]}): export it anew") from error
+        model, tokenizer = load_export(source, dtype or "auto"), load_export_tokenizer(source)
     else:
         weights = export_weights(source, dtype)
         with tempfile.TemporaryDirectory() as assets:
             export_assets(source, Path(assets), weights)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
+            tokenizer = load_export_tokenizer(assets)
             config = transformers.AutoConfig.from_pretrained(assets)
             cls = getattr(transformers, config.architectures[0])
             model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)

@@ -9,6 +9,9 @@ continues it. A run whose [model] is another one is refused (recipes/restore.py)
 
 import argparse
 import json
+import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors, by their names there."""
     index = folder / INDEX
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
+        names = _shards(index) if index.exists() else [SINGLE]
         return {name: value for file in names for name, value in load_file(folder / file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: its safetensors cannot be read ({error}): fetch the folder again") from error
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index lists, of files beside it."""
+    values = json.loads(index.read_text())
+    files = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index.name} has no weight_map")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index.name} lists {json.dumps(file)}, which is no file beside it")
+    return sorted(set(files.values()))
 
 
 def import_weights(weights: dict[str, Tensor], args: LlamaArgs, folder: Path) -> dict[str, Tensor]:
@@ -79,9 +94,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'config.json'} cannot be read ({error}): give a Hugging Face folder") from None
     args = import_args(values, str(folder / "config.json"))
+    vocab_size = len(token_bytes(str(folder)))
     weights = read_weights(folder)
-    copy_tokenizer(folder, out / "tokenizer")
-    vocab_size = len(token_bytes(str(out / "tokenizer")))
     if vocab_size > args.vocab_size:
         raise ConfigError(f"{folder}: its tokenizer has {vocab_size} tokens, its embedding only {args.vocab_size}")
     if vocab_size < args.vocab_size:
@@ -89,22 +103,16 @@ def main() -> None:
     args.vocab_size = vocab_size
     state = import_weights(weights, args, folder)
 
-    step = out / "checkpoint" / "step-0"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(state, checkpoint_id=step, no_dist=True)
-    write_manifest(str(step))
-    (step.parent / POINTER).write_text(step.name)
     dtypes = {value.dtype for value in weights.values()}
     dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
-    tokenizer = str(out / "tokenizer")
+    step, tokenizer = out / "checkpoint" / "step-0", str(out / "tokenizer")
     config = {
         "model": model_facts(args),
         "tokenizer": {"path": tokenizer},
         "training": {"seq_len": args.max_seq_len, "mixed_precision_param": dtype},
     }
     run = {"config": config, "vocabulary": vocab_size, "imported_from": str(folder)}
-    (out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    _write(out, folder, state, run)
     keys = {
         "model": _model_keys(args),
         "tokenizer": {"path": tokenizer},
@@ -115,6 +123,25 @@ def main() -> None:
         print(f"\n[{section}]")
         for key, value in pairs.items():
             print(f"{key} = {json.dumps(value)}")
+
+
+def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any]) -> None:
+    """Write the run's folder, which gets its name last: an import that fails leaves nothing behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out.parent))
+    try:
+        copy_tokenizer(folder, unfinished / "tokenizer")
+        step = unfinished / "checkpoint" / "step-0"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(state, checkpoint_id=step, no_dist=True)
+        write_manifest(str(step))
+        (step.parent / POINTER).write_text(step.name)
+        (unfinished / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+        unfinished.chmod(0o755)  # mkdtemp's folders are private
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _model_keys(args: LlamaArgs) -> dict[str, Any]:

@@ -4,14 +4,20 @@ import gzip
 import itertools
 import json
 import os
+import random
+import re
+import shutil
+import signal
 import sysconfig
+import threading
+import time
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
@@ -604,3 +610,114 @@ def test_special_tokens_spelt_out_in_a_document_are_text(tmp_path):
     ids = built.encode("a<|end_of_text|>b", add_bos=True, add_eos=True)
     assert ids.count(built.bos_id) == ids.count(built.eos_id) == 1
     assert built.tokenizer.decode(ids) == "a<|end_of_text|>b"
+
+
+@pytest.fixture
+def bpe_folder(bpe_config) -> Path:
+    return Path(tokenizer.prepare_tokenizer(bpe_config))
+
+
+def saved(folder: Path, to: Path, change, **settings) -> Path:
+    """A copy of a tokenizer's folder, changed as who saved it may have, and its tokenizer_config.json's settings."""
+    shutil.copytree(folder, to)
+    changed = Tokenizer.from_file(str(to / "tokenizer.json"))
+    change(changed)
+    changed.save(str(to / "tokenizer.json"))
+    if settings:
+        (to / "tokenizer_config.json").write_text(json.dumps(settings))
+    return to
+
+
+def test_settings_of_a_foreign_tokenizer_do_not_change_what_is_read(tmp_path, bpe_folder):
+    text = "doc17: abcabcabc doc18: " * 40
+
+    def template(tokens: str):
+        special = [("<|begin_of_text|>", 0), ("<|end_of_text|>", 1)]
+        return processors.TemplateProcessing(single=tokens, special_tokens=special)
+
+    def drop(changed):
+        changed.model.dropout = 0.5
+
+    changes = {
+        "truncation": lambda changed: changed.enable_truncation(16),
+        "left": lambda changed: changed.enable_truncation(16, stride=4, direction="left"),
+        "padding": lambda changed: changed.enable_padding(length=4000, pad_id=0, pad_token="<|begin_of_text|>"),
+        "dropout": drop,
+        "template": lambda changed: setattr(changed, "post_processor", template("<|end_of_text|> $A <|end_of_text|>")),
+    }
+    own = tokenizer.load_tokenizer(bpe_folder)
+    for name, change in changes.items():
+        other = tokenizer.load_tokenizer(saved(bpe_folder, tmp_path / name, change))
+        for markers in ({}, {"add_bos": True, "add_eos": True}, {"add_bos": True}):
+            assert other.encode(text, **markers) == own.encode(text, **markers), (name, markers)
+        assert (other.bos_id, other.eos_id) == (0, 1)
+    assert len(own.encode(text)) > 16
+    # Where tokenizer_config.json names no markers, the template does.
+    both = saved(
+        bpe_folder,
+        tmp_path / "unnamed",
+        lambda changed: setattr(changed, "post_processor", template("<|begin_of_text|> $A <|end_of_text|>")),
+        model_max_length=16,
+    )
+    assert tokenizer.load_tokenizer(both).encode(text, add_bos=True, add_eos=True) == [0, *own.encode(text), 1]
+
+
+def test_a_tokenizer_that_changes_text_is_said(tmp_path, bpe_config, bpe_folder, caplog):
+    folder = saved(
+        bpe_folder, tmp_path / "lower", lambda changed: setattr(changed, "normalizer", normalizers.Lowercase())
+    )
+    for path, said in ((bpe_folder, False), (folder, True)):
+        caplog.clear()
+        bpe_config.tokenizer.path = str(path)
+        tokenizer.prepare_tokenizer(bpe_config)
+        assert ("does not keep every text" in caplog.text) == said
+
+
+def test_long_documents_are_encoded_in_pieces(tmp_path, bpe_folder, monkeypatch):
+    text = "".join(f"word{index}, naïve and old  {index % 7}\n\tif (x == {index}) {{ }}  \r\n" for index in range(400))
+    metaspace = Tokenizer(models.BPE(byte_fallback=True))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    metaspace.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    (tmp_path / "metaspace").mkdir()
+    metaspace.save(str(tmp_path / "metaspace" / "tokenizer.json"))
+    for folder in (bpe_folder, tmp_path / "metaspace"):
+        own = tokenizer.load_tokenizer(folder)
+        whole = own.tokenizer.encode(text, add_special_tokens=False).ids
+        for size in (200, 333, 1000):
+            assert "".join(tokenizer.pieces(text, size)) == text
+            assert max(map(len, tokenizer.pieces(text, size))) <= size
+            monkeypatch.setattr(tokenizer.pieces, "__defaults__", (size,))
+            assert own.encode(text) == whole, (folder, size)
+    assert list(map(len, tokenizer.pieces("a" * 250, 100))) == [100, 100, 50]
+
+
+def test_long_words_do_not_hold_up_the_training_of_the_bpe(bpe_config):
+    """Without a bound the time grows with the square of a word's length: these would take minutes."""
+    random.seed(0)
+    genome, blanks = "".join(random.choices("ACGT", k=400_000)), " " * 400_000
+    for name, text in (("genome", genome), ("blanks", "x" + blanks), ("dashes", "x" + "-=" * 200_000)):
+        Path(bpe_config.data.sources[0].path, f"{name}.txt").write_text(text)
+    bpe_config.data.validation_share = 0.0
+    bpe_config.tokenizer.vocab_size = 1024
+    sample = list(tokenizer._sample(bpe_config))
+    assert not any(re.search(r"\w{2000}|\s{2000}|[^\w\s]{2000}", piece) for piece in sample)
+    assert sum(map(len, sample)) > 1_200_000
+    began = time.monotonic()
+    folder = tokenizer.prepare_tokenizer(bpe_config)
+    assert time.monotonic() - began < 30
+    own = tokenizer.load_tokenizer(folder)
+    assert own.decode(own.encode(genome)) == genome
+
+
+def test_a_signal_is_heeded_while_the_bpe_is_trained():
+    released = threading.Event()
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer._in_thread(lambda: released.wait(60))
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+        released.set()
+    with pytest.raises(ValueError, match="from the thread"):
+        tokenizer._in_thread(lambda: (_ for _ in ()).throw(ValueError("from the thread")))

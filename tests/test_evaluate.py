@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import kernels
 import kernels.feed_forward
 from configs.errors import ConfigError
 from kernels import Groups, Preceding, Venom
 from models.feed_forward import FeedForward, FeedForwardSparsity, inference_modes
+from recipes.files import read_text
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
-from scripts import evaluate
+from scripts import evaluate, export_hf, generate, import_hf
 from scripts.evaluate import PAPER_TASKS, local_items
 
 
@@ -73,6 +75,87 @@ def test_scores_are_those_of_every_token_and_byte(run, text, evaluated):
     size = sum(Path(file).stat().st_size for file in text)
     assert row["text"]["bytes"] == size and row["text"]["tokens"] == len(ids)
     assert score["bits_per_byte"] == pytest.approx(sum(losses) / (math.log(2) * size), rel=1e-5)
+
+
+def test_a_text_shorter_than_a_sequence_is_scored(run, evaluated, tmp_path):
+    (tmp_path / "short.txt").write_text("x = 3\n")
+    row = evaluated(run, "--text", str(tmp_path / "short.txt"))
+    assert row["text"]["tokens"] < 32 and row["text"]["bytes"] == 6
+    ids = torch.tensor(load_tokenizer(run / "tokenizer").encode("x = 3\n", add_bos=True, add_eos=True))
+    with torch.no_grad():
+        loss = F.cross_entropy(find_checkpoint(str(run)).model()[0](ids[None, :-1])[0], ids[1:])
+    assert row["scores"]["exported, float32"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_text_is_read_as_the_trainer_reads_it(run, tmp_path):
+    file = tmp_path / "windows.txt"
+    file.write_bytes(b"\xef\xbb\xbfone line\r\nand another\r\n")
+    assert evaluate.Text([str(file)], run / "tokenizer").documents == ["one line\r\nand another\r\n"]
+    assert read_text(str(file)) == "one line\r\nand another\r\n"
+
+
+def test_an_export_without_all_of_its_weights_is_not_scored(run, text, evaluated, tmp_path, monkeypatch):
+    """transformers would fill them with random numbers."""
+    monkeypatch.setattr(sys, "argv", ["export_hf", str(run), str(tmp_path / "hf")])
+    export_hf.main()
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, problem in (
+        ({key: value for key, value in weights.items() if key != name}, "missing"),
+        (weights | {"model.layers.7.mlp.up_proj.weight": weights[name].clone()}, "unexpected"),
+        (weights | {name: weights[name][:-16].clone()}, "mismatched|cannot be loaded"),
+    ):
+        save_file(changed, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=problem):
+            evaluated(tmp_path / "hf", "--text", *text)
+        monkeypatch.setattr(sys, "argv", ["generate", str(tmp_path / "hf"), "--prompt", "def"])
+        with pytest.raises(ConfigError, match=problem):
+            generate.main()
+    assert not (tmp_path / "hf" / "evaluations.jsonl").exists()
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_an_export_runs_no_code(run, text, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export_hf", str(run), str(tmp_path / "hf")])
+    export_hf.main()
+    folder, mark = tmp_path / "hf", tmp_path / "executed"
+    config = json.loads((folder / "config.json").read_text())
+    code = f"open({str(mark)!r}, 'w')\nfrom transformers import ArceeConfig as C, ArceeForCausalLM as M\n"
+    (folder / "code.py").write_text(code)
+    remote = {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config | remote))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | remote))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    evaluated(folder, "--text", *text)
+    monkeypatch.setattr(sys, "argv", ["generate", str(folder), "--prompt", "def", "--max-new-tokens", "2"])
+    generate.main()
+    (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "unheard_of"}))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        evaluated(folder, "--text", *text)
+    assert not mark.exists()
+
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Bomb(mark)}, folder / "pytorch_model.bin")
+    for script in (["evaluate", str(folder), "--text", *text], ["generate", str(folder), "--prompt", "def"]):
+        monkeypatch.setattr(sys, "argv", script)
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            {"evaluate": evaluate, "generate": generate}[script[0]].main()
+    monkeypatch.setattr(sys, "argv", ["import_hf", str(folder), str(tmp_path / "imported")])
+    with pytest.raises(ConfigError, match="safetensors cannot be read"):
+        import_hf.main()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind, levels", [("int8", 256), ("float8", 254)])

@@ -227,6 +227,10 @@ def edit(folder: Path, **values) -> None:
         ({"num_hidden_layers": 3}, "layers.2.* is missing"),
         ({"intermediate_size": 128}, r"w1.weight is \(256, 32\), but config.json makes it \(128, 32\)"),
         ({"vocab_size": 300}, "its tokenizer has 384 tokens, its embedding only 300"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 .* a divisor of num_attention_heads = 4"),
+        ({"rope_parameters": 5}, "rope_parameters = 5 is no object"),
+        ({"max_position_embeddings": "x"}, 'max_position_embeddings = "x" is no number'),
+        ({"hidden_size": -32}, "hidden_size = -32 is no number above 0"),
     ],
 )
 def test_a_folder_that_is_no_model_of_ours_is_refused(train, trained, script, tmp_path, values, message):
@@ -234,7 +238,50 @@ def test_a_folder_that_is_no_model_of_ours_is_refused(train, trained, script, tm
     edit(tmp_path / "hf", **values)
     with pytest.raises(ConfigError, match=message):
         script(import_hf, tmp_path / "hf", tmp_path / "out")
-    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_of_a_folder_are_named(train, trained, script, tmp_path):
+    script(export_hf, trained(train), tmp_path / "hf")
+    for name, content, message in (
+        ("model.safetensors.index.json", "[]", "has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}', "lists 5, which is no file beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../hf/model.safetensors"}}', "is no file beside it"),
+        ("config.json", "[]", "config.json holds no object"),
+        ("tokenizer.json", "{}", "tokenizer.json describes no model"),
+        ("tokenizer.json", None, r"tokenizer.json is missing, and tokenizer.model is not read.*save_pretrained"),
+    ):
+        folder = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "hf", folder)
+        (folder / "tokenizer.model").write_bytes(b"\x0a\x0e")
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            script(import_hf, folder, tmp_path / "out")
+        shutil.rmtree(folder)
+    # Nothing is left behind, so the same command works once the folder has been mended.
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+    script(import_hf, tmp_path / "hf", tmp_path / "out")
+    assert find_checkpoint(str(tmp_path / "out")).step == 0
+
+
+def test_a_run_json_of_another_size_is_one_message(train, trained, script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained(train), run)
+    own = json.loads((run / "run.json").read_text())
+    large = {**own["config"], "model": {**own["config"]["model"], "dim": 10**9}}
+    for change, message in (
+        ({"config": "abc"}, "config is no object"),
+        ({"vocabulary": -5}, "vocabulary = -5"),
+        ({"vocabulary": 10**12}, "vocabulary = 1000000000000"),
+        ({"config": large}, "does not hold the model"),
+    ):
+        (run / "run.json").write_text(json.dumps(own | change))
+        with pytest.raises(ConfigError, match=rf"run.json.*{message}|{message}.*run.json"):
+            script(export_hf, run, tmp_path / "hf")
 
 
 def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, script):
