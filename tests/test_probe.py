@@ -134,7 +134,7 @@ def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, word
             assert torch.allclose(ffn.centroids.norm(dim=1), torch.ones(len(ffn.centroids)))
             assert not torch.equal(ffn.centroids, old.centroids)
     (run / "tokenizer").rename(tmp_path / "tokenizer")
-    with pytest.raises(ConfigError, match=r"run/tokenizer: no tokenizer can be loaded .*restore the run's own"):
+    with pytest.raises(ConfigError, match=r"run/tokenizer: no tokenizer can be loaded .*its own tokenizer.json back"):
         probe.Probe(str(run))
     (tmp_path / "tokenizer").rename(run / "tokenizer")
     assert len(probe.Probe(str(run)).batches) == 2
