@@ -111,8 +111,8 @@ class Weights:
 
 @dataclass
 class Activations:
-    pattern: Literal["none", "2:4", "venom", "groups"] = "none"
-    """What h is cut to in a sparse phase."""
+    pattern: str = "none"
+    """What h is cut to in a sparse phase: none, 2:4, venom or groups."""
 
     v: int = _in(64, 1)
     """venom, groups: tokens in a block."""
@@ -128,12 +128,6 @@ class Activations:
 
     keep: float = _in(0.25, 0.0, 1.0)
     """groups: share of the groups that is kept."""
-
-    budget: Literal["block", "batch"] = "block"
-    """
-    groups: who keeps that share: every block of tokens, or all blocks of a micro-batch together, where they are most
-    active.
-    """
 
     window: int = _in(0, 0)
     """
@@ -279,6 +273,7 @@ class JobConfig(titan_config.JobConfig):
 
 # Keys of torchtitan that have no meaning here, and what to set instead.
 REPLACED = {
+    "activations.budget": "activations.keep, a share that every block keeps",
     "training.dataset": "data.sources",
     "training.dataset_path": "data.sources",
     "validation.dataset": "data.sources",

@@ -1,8 +1,9 @@
-"""The sparse feed-forward network, one module or folder a family, each with its plain PyTorch reference.
+"""The sparse feed-forward network, a folder a family, each with its plain PyTorch reference.
 
-A family's reference is its specification and its CPU path. `feed_forward` puts the families together into
-the six matrix products of a squared-ReLU FFN:
+A family's reference is its specification and its CPU path. `family` says what a family is; `feed_forward` has the six
+matrix products of a squared-ReLU FFN and chooses the family that computes them:
 
+    masked           dense products over masked operands, right for any pattern on any device
     two_four         2:4 weights (S-STE) and activations, packing and products on the sparse tensor cores
     venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
@@ -14,7 +15,8 @@ the six matrix products of a squared-ReLU FFN:
 
 from kernels.causal import Preceding
 from kernels.clustering import activation_clusters, balanced_clusters, permute_rows, route_tokens
-from kernels.feed_forward import Pattern, backend, hidden_activations, sparse_feed_forward
+from kernels.family import Cost, Family, FeedForwardSparsity, Pattern, Shape
+from kernels.feed_forward import MASKED, choose, explain, hidden_activations, prefer, sparse_feed_forward
 from kernels.groups import Groups, group_mask
 from kernels.two_four.reference import soft_threshold_2_4, soft_threshold_scale
 from kernels.venom import Venom, venom_mask
@@ -24,16 +26,23 @@ from kernels.venom import Venom, venom_mask
 __version__ = "0.0.0"
 
 __all__ = [
+    "MASKED",
+    "Cost",
+    "Family",
+    "FeedForwardSparsity",
     "Groups",
     "Pattern",
     "Preceding",
+    "Shape",
     "Venom",
     "activation_clusters",
-    "backend",
     "balanced_clusters",
+    "choose",
+    "explain",
     "group_mask",
     "hidden_activations",
     "permute_rows",
+    "prefer",
     "route_tokens",
     "soft_threshold_2_4",
     "soft_threshold_scale",

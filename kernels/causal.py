@@ -25,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.groups.reference import Groups
-from kernels.venom.reference import Venom
+from kernels.family import Pattern
 
 
 @dataclass(frozen=True)
 class Preceding:
     """A pattern whose blocks take the choice of the block before them, in sequences of `seq_len` tokens."""
 
-    pattern: Groups | Venom
+    pattern: Pattern
     seq_len: int
 
     def density(self, hidden_dim: int) -> float:
@@ -44,10 +43,8 @@ class Preceding:
     def check(self, hidden_dim: int) -> None:
         """Raise ValueError where the pattern does not fit a width of `hidden_dim`, or later tokens would choose."""
         self.pattern.check(hidden_dim)
-        if isinstance(self.pattern, Groups) and self.pattern.balance:
-            raise ValueError(f"balance = {self.pattern.balance}: a mean over all blocks would tell of later tokens")
-        if isinstance(self.pattern, Groups) and self.pattern.budget != "block":
-            raise ValueError(f'budget = "{self.pattern.budget}": shared by all blocks, it would tell of later tokens')
+        if self.pattern.causal() != self.pattern:
+            raise ValueError(f"{self.pattern}: a block would be told of later tokens; take {self.pattern.causal()}")
 
     def mask(self, h: Tensor) -> Tensor:
         """Which entries of `h [T, f]` are kept: bool `[T, f]`. T is whole sequences, but for a shorter last one."""
@@ -56,7 +53,7 @@ class Preceding:
 
     def _mask(self, h: Tensor) -> Tensor:
         v, (tokens, hidden_dim) = self.pattern.v, h.shape
-        blocks, sample = -(-tokens // v), self.pattern.sample if isinstance(self.pattern, Groups) else 1
+        blocks, sample = -(-tokens // v), self.pattern.sample
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         sums = F.pad(wide, (0, 0, 0, blocks * v - tokens)).view(blocks, v, hidden_dim)[:, ::sample].sum(1)
         mask = self.pattern.mask(h, sums.roll(1, 0))

@@ -8,7 +8,7 @@ In evaluation mode the module also counts how its activations fit the pattern. V
 its own, so the counting costs a training step nothing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch._dynamo
@@ -16,72 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.titan import trunc_normal_
-from kernels import Groups, Pattern, Preceding, Venom, hidden_activations, route_tokens, sparse_feed_forward
-from kernels.venom.reference import COLUMNS, DENSE_FEATURES
+from kernels import FeedForwardSparsity, Pattern, Preceding, hidden_activations, route_tokens, sparse_feed_forward
 
 # The numbers of a pattern are constants of the graph. Left to itself, the compiler makes a symbol of a share that it
 # sees take a second value, as in a model whose layers keep different shares.
 torch._dynamo.config.specialize_float = True
-
-
-@dataclass(frozen=True)
-class FeedForwardSparsity:
-    """What a sparse phase does to an FFN."""
-
-    pattern: Pattern | Preceding | None = None
-    """What h is cut to."""
-
-    weight_products: tuple[int, ...] = ()
-    """Products that read a 2:4 weight: 1 (W1), 3 (W2 for the gradient of h)."""
-
-    cut_along_tokens: bool = False
-    """Products (4) and (6) read operands cut along the tokens as well."""
-
-    clusters: int = 0
-    """Clusters that the router sorts tokens by; 0: no router."""
-
-    by_cluster: bool = False
-    """For inference: a token keeps what its cluster's centroid would, so nothing depends on its block (v = 1)."""
-
-    def flops_share(self, hidden_dim: int) -> float:
-        """FLOPs left of the six products', forward and backward, without those that multiply by a dropped entry.
-
-        What a kernel executes can be more: one that gathers four columns of M executes 4 / M, whatever N.
-        """
-        density = self.pattern.density(hidden_dim) if self.pattern is not None else 1.0
-        first = 0.5 if 1 in self.weight_products else self._chosen_by(density)
-        # (3) is needed where h is not zero, and reads a 2:4 weight: the better of both counts.
-        third = min(density, 0.5) if 3 in self.weight_products else density
-        return (first + third + 4 * density) / 6
-
-    def _chosen_by(self, density: float) -> float:
-        """Share of product (1) that it takes to choose what is kept, and to compute that."""
-        if isinstance(self.pattern, Groups) and self.pattern.sample > 1:
-            return min(1.0, 1 / self.pattern.sample + density)
-        return 1.0
-
-    def executed_share(self, hidden_dim: int, backend: str) -> float:
-        """FLOPs that a backend (`kernels.backend`, or "dense") executes, of the six products'.
-
-        Those of a product on the sparse tensor cores count half; Venom's kernels execute 4 / m, whatever n.
-        """
-        if backend in ("dense", "reference"):
-            return 1.0
-        first = 0.5 if 1 in self.weight_products else 1.0
-        if backend == "columns":
-            assert isinstance(self.pattern, Groups)  # of a sparse phase: Preceding is for inference
-            density = self.pattern.density(hidden_dim)
-            if self.pattern.sample > 1:
-                first = 1 / self.pattern.sample + density  # to choose, then of the kept neurons
-            return (first + 5 * density) / 6
-        if self.pattern is None or backend == "two_four":
-            third = 0.5 if 3 in self.weight_products else 1.0
-            along_neurons = 0.5 if self.pattern is not None else 1.0
-            along_tokens = 0.5 + DENSE_FEATURES if self.cut_along_tokens else 1.0
-            return (first + third + 2 * along_neurons + 2 * along_tokens) / 6
-        tiles = COLUMNS / self.pattern.m if isinstance(self.pattern, Venom) else self.pattern.density(hidden_dim)
-        along_tokens = 1.0 if isinstance(self.pattern, Venom) and not self.cut_along_tokens else tiles
-        return (first + 3 * tiles + 2 * along_tokens) / 6
 
 
 def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, FeedForwardSparsity | None]:
@@ -106,16 +45,12 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
     pattern = sparsity.pattern
     if pattern is not None or sparsity.weight_products:
         modes["sparse"] = sparsity
-    if pattern is None or isinstance(pattern, Preceding):
+    if not isinstance(pattern, Pattern):
         return modes
     if 1 in sparsity.weight_products:
         modes["dense W1"] = replace(sparsity, weight_products=())
-    token: Pattern = replace(pattern, v=1)
-    if isinstance(pattern, Groups):
-        # One budget for the whole batch would be shared with later tokens, and of one token there is no sample.
-        pattern = replace(pattern, budget="block", balance=0.0)
-        token = replace(pattern, v=1, sample=1)
-    alone = FeedForwardSparsity(token)
+    pattern = pattern.causal()
+    alone = FeedForwardSparsity(pattern.of_one_token())
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone
     if sparsity.clusters:
@@ -191,21 +126,12 @@ class FeedForward(nn.Module):
                 return self._forward_by_cluster(x, clusters)
         if not self.training:
             self._count(hidden_activations(x if order is None else x[order], self.w1.weight, w1_scale))
-        return sparse_feed_forward(
-            x,
-            self.w1.weight,
-            self.w2.weight,
-            self.sparsity.pattern,
-            w1_scale,
-            w2_scale,
-            self.sparsity.cut_along_tokens,
-            order,
-        )
+        return sparse_feed_forward(x, self.w1.weight, self.w2.weight, self.sparsity, w1_scale, w2_scale, order)
 
     def _forward_by_cluster(self, x: Tensor, clusters: Tensor) -> Tensor:
         """What h is cut to depends on a token's cluster and the weights alone: causal, and known before product (1)."""
         pattern = self.sparsity.pattern
-        assert pattern is not None and not isinstance(pattern, Preceding)
+        assert isinstance(pattern, Pattern)
         centroids = hidden_activations(self.centroids.to(x.dtype), self.w1.weight).float()
         h = hidden_activations(x, self.w1.weight)
         mask = pattern.mask(h, centroids[clusters])

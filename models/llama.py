@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.titan import RoPEScalingArgs, SwiGLU, Transformer, TransformerModelArgs
+from kernels import FeedForwardSparsity
 from models.attention import Attention
-from models.feed_forward import FeedForward, FeedForwardSparsity
+from models.feed_forward import FeedForward
 
 
 @dataclass
@@ -55,6 +56,10 @@ def llama_args(flavor: str, **changes: Any) -> LlamaArgs:
     return replace(FLAVORS[flavor], **{name: value for name, value in changes.items() if value is not None})
 
 
+# What torch.compile and activation checkpointing put into a module's name.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
 class Llama(Transformer):
     """torchtitan's Llama with the FFN that `model_args` names: tokens `[B, S]` int64 to logits `[B, S, vocabulary]`."""
 
@@ -86,9 +91,13 @@ class Llama(Transformer):
         for mine, theirs in zip(self.buffers(), whole.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def feed_forwards(self) -> list[FeedForward]:
-        """The squared-ReLU FFNs in order of depth; none in a SwiGLU model."""
-        return [module for module in self.modules() if isinstance(module, FeedForward)]
+    def feed_forwards(self) -> dict[str, FeedForward]:
+        """The squared-ReLU FFNs in order of depth, by name ("layers.0.feed_forward"); none in a SwiGLU model."""
+        return {
+            ".".join(part for part in name.split(".") if part not in WRAPPERS): module
+            for name, module in self.named_modules()
+            if isinstance(module, FeedForward)
+        }
 
 
 def _feed_forward(args: LlamaArgs, layer: int) -> nn.Module:

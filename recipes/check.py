@@ -1,14 +1,17 @@
 """What keys mean together: combinations that cannot run are refused here, before any process group or model exists."""
 
+import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import JobConfig
+from configs.schema import Activations, JobConfig
 from configs.titan import device_type
+from kernels.feed_forward import recipe_patterns
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
@@ -111,6 +114,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             )
         if args.dim % 4:
             raise ConfigError(f"model.dim = {args.dim} is not divisible by 4, as weights.pattern = 2:4 needs")
+    _check_activation_keys(activations)
     if activations.pattern == "groups" and activations.keep == 0:
         raise ConfigError("activations.keep = 0.0 keeps nothing: give a share above 0, such as 0.25")
     pattern = activation_pattern(activations)
@@ -126,10 +130,6 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "(training.local_batch_size x training.seq_len): lower v or raise those"
         )
     if activations.cut_along_tokens:
-        if activations.pattern not in ("2:4", "venom"):
-            raise ConfigError(
-                f'activations.cut_along_tokens = true does not fit pattern = "{activations.pattern}": set it to false'
-            )
         window = 4 if activations.pattern == "2:4" else activations.m
         if tokens % window:
             raise ConfigError(
@@ -150,6 +150,25 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "sparse phase: lower it, or use --recipe recipes/dense.toml"
         )
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
+
+
+def _check_activation_keys(activations: Activations) -> None:
+    """Refuse an unknown pattern, and a key that the pattern does not read but that has been set."""
+    name, patterns = activations.pattern, recipe_patterns()
+    if name != "none" and name not in patterns:
+        close = difflib.get_close_matches(name, patterns, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"there are none, {', '.join(sorted(patterns))}"
+        raise ConfigError(f'activations.pattern = "{name}" is unknown: {hint}')
+    if name == "none":
+        return
+    reads = {"pattern", *patterns[name].keys, *patterns[name].options}
+    for field in dataclasses.fields(activations):
+        value = getattr(activations, field.name)
+        if field.name not in reads and value != field.default:
+            raise ConfigError(
+                f'activations.{field.name} = {json.dumps(value)} is not read by pattern = "{name}", which reads '
+                f"{', '.join(sorted(reads - {'pattern'})) or 'no other key'}: leave it at {json.dumps(field.default)}"
+            )
 
 
 def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:

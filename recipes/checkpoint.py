@@ -99,8 +99,12 @@ class SafeCheckpointManager(CheckpointManager):
         if SPARSITY in state_dict and not from_hf:
             found = {SPARSITY: {"prepared": ""}}
             dcp.load(found, checkpoint_id=checkpoint_id)
-            if not found[SPARSITY]["prepared"]:  # the rest of it is nothing yet, of whatever pattern it is
-                state_dict = {key: value for key, value in state_dict.items() if key != SPARSITY}
+            table = found[SPARSITY]["prepared"]
+            sparsity = self.states[SPARSITY]
+            sparsity.expect(table)
+            state_dict = {key: value for key, value in state_dict.items() if key != SPARSITY}
+            if table:  # else the rest of it is nothing yet, of whatever pattern it is
+                state_dict[SPARSITY] = sparsity
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()

@@ -10,9 +10,12 @@ neurons' order in the checkpoint (the order is the weights' own: a cluster is a 
 spread, every C-th).
 """
 
+import ast
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,47 +26,86 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
 from kernels import (
-    Groups,
+    Family,
+    FeedForwardSparsity,
     Pattern,
-    Venom,
+    Shape,
     activation_clusters,
-    backend,
     balanced_clusters,
+    explain,
     soft_threshold_2_4,
     soft_threshold_scale,
 )
-from models.feed_forward import FeedForward, FeedForwardSparsity
+from kernels.feed_forward import recipe_patterns
+from models.feed_forward import FeedForward
 from models.llama import LlamaArgs
 from recipes.schedule import Span, span_at
 
 logger = logging.getLogger("sparsetitan")
 
+# Preparing a sparse phase depends on these keys; a checkpoint keeps their values.
+PREPARED_BY = (
+    "schedule.dense_layers",
+    "weights.pattern",
+    "router.enable",
+    "router.cluster_size",
+    "router.cluster_by",
+    "router.spread",
+)
+STATE_VERSION = 2
+BUFFERS = ("w1_scale", "w2_scale", "centroids")
 MASK_ROWS = 1024  # of a matrix whose mask is watched
 SAMPLE = 8192  # tokens by whose activations neurons are clustered
 TOGETHER = 16  # layers that are clustered at once: of the 1b h is 5.3 GiB then
 
 
 def activation_pattern(activations: Activations) -> Pattern | None:
-    """The pattern that the section [activations] describes."""
-    match activations.pattern:
-        case "venom":
-            return Venom(activations.v, activations.n, activations.m)
-        case "2:4":
-            return Venom(v=1, n=2, m=4)
-        case "groups":
-            return Groups(
-                activations.v,
-                activations.g,
-                activations.keep,
-                activations.budget,
-                activations.sample,
-                activations.balance,
-                activations.window,
+    """The pattern that the section [activations] describes.
+
+    Raises:
+        KeyError: a name that no family knows.
+    """
+    if activations.pattern == "none":
+        return None
+    made = recipe_patterns()[activations.pattern]
+    return made.make(**{key: getattr(activations, key) for key in made.keys})
+
+
+def _value_of(config: JobConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _read_table(text: str) -> dict[str, Any]:
+    """What a checkpoint's FFNs are prepared for.
+
+    Args:
+        text: a JSON table with its version; the first version, up to commit c93bbb7, wrote "START DENSE_LAYERS" and the
+            sections as Python shows dataclasses: "Weights(pattern='2:4', ...) Activations(...) Router(...)".
+
+    Raises:
+        ConfigError: a later version.
+    """
+    if not text:
+        return {}
+    if text.startswith("{"):
+        table = json.loads(text)
+        if table.pop("version") > STATE_VERSION:
+            raise ConfigError(
+                f"the checkpoint's sparse state is of a later release (its version is above {STATE_VERSION}): "
+                "resume it with that release"
             )
-        case _:
-            return None
+        return table
+    start, dense_layers, sections = text.split(" ", 2)
+    values: dict[str, Any] = {"schedule.dense_layers": int(dense_layers)}
+    for name, arguments in re.findall(r"(\w+)\((.*?)\)", sections):
+        call = ast.parse(f"{name}({arguments})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        values |= {f"{name.lower()}.{each.arg}": ast.literal_eval(each.value) for each in call.keywords}
+    return {"start": int(start)} | {key: values[key] for key in PREPARED_BY}
 
 
 def _apart(clusters: int) -> Tensor:
@@ -83,32 +125,32 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
     )
 
 
-def sparse_backend(
+def sparse_family(
     args: LlamaArgs, spans: Sequence[Span], device: torch.device, dtype: torch.dtype, here: bool = True
-) -> tuple[str, str]:
-    """What computes the FFNs in sparse phases, and why; "dense" where there is none.
+) -> tuple[Family | None, str]:
+    """What computes the FFNs in sparse phases, and why; None where there is no sparse phase.
 
     Args:
         args: of the model, with its sparsity.
         spans: the run's phases.
-        device, dtype, here: as in `kernels.backend`; FSDP and, on one GPU, autocast compute in the dtype.
+        device, dtype, here: as in `kernels.choose`; FSDP and, on one GPU, autocast compute in the dtype.
     """
-    sparsity = args.sparsity
     if all(span.mode == "dense" for span in spans):
-        return "dense", "no sparse phase"
-    products, cut = sparsity.weight_products, sparsity.cut_along_tokens
-    return backend(sparsity.pattern, products, cut, args.dim, args.hidden_dim, device, dtype, here)
+        return None, "no sparse phase"
+    return explain(args.sparsity, Shape(args.dim, args.hidden_dim), device, dtype, here)
 
 
 def flops_per_token(
-    dense: float, args: LlamaArgs, feed_forwards: Sequence[FeedForward], backend: str
+    dense: float, args: LlamaArgs, feed_forwards: Iterable[FeedForward], family: Family | None
 ) -> dict[str, float]:
-    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the backend executes."""
+    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes."""
     ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards if not ffn.always_dense)
+    shape = Shape(args.dim, args.hidden_dim)
+    executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
     return {
         "dense": dense,
         "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
-        "sparse_executed": dense - ffn * (1 - args.sparsity.executed_share(args.hidden_dim, backend)),
+        "sparse_executed": dense - ffn * (1 - executed),
     }
 
 
@@ -130,7 +172,7 @@ class Sparsity(Stateful):
 
     Args:
         config: the job.
-        feed_forwards: the FFNs in order of depth; none in a model that has no sparse mode.
+        feed_forwards: the FFNs in order of depth, by name; none in a model that has no sparse mode.
         optimizers: those that hold the FFNs' moments.
         spans: the run's phases.
     """
@@ -138,22 +180,23 @@ class Sparsity(Stateful):
     def __init__(
         self,
         config: JobConfig,
-        feed_forwards: Sequence[FeedForward],
+        feed_forwards: Mapping[str, FeedForward],
         optimizers: Sequence[Optimizer],
         spans: Sequence[Span],
     ) -> None:
         self.config = config
-        self.feed_forwards = feed_forwards
+        self.names = list(feed_forwards)
+        self.feed_forwards = list(feed_forwards.values())
         self.optimizers = optimizers
         self.spans = spans
         self.phase = "dense"
-        # What the FFNs are prepared for: a phase, by its start, and a recipe. A resumed run may have been given others.
-        self.prepared = ""
+        # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
+        self.prepared: dict[str, Any] = {}
+        self._by_position = False
 
-    def _wanted(self, span: Span) -> str:
-        """What `prepared` is in a sparse phase."""
-        config = self.config
-        return f"{span.start} {config.schedule.dense_layers} {config.weights} {config.activations} {config.router}"
+    def _wanted(self, span: Span) -> dict[str, Any]:
+        """What `prepared` is in a sparse phase: the phase, by its start, and the keys that preparation depends on."""
+        return {"start": span.start} | {key: _value_of(self.config, key) for key in PREPARED_BY}
 
     def prepares(self, step: int) -> bool:
         """Whether entering this step clusters neurons or fits scales, which takes as long as some steps."""
@@ -174,7 +217,7 @@ class Sparsity(Stateful):
         span = span_at(self.spans, step)
         if self.prepares(step):
             wanted = self._wanted(span)
-            if self.prepared.split(" ", 1)[0] == str(span.start) and self.prepared != wanted:
+            if self.prepared.get("start") == span.start and self.prepared != wanted:
                 logger.info(f"step {step}: the recipe is not the one that this phase began with; prepared anew")
             self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
@@ -302,20 +345,35 @@ class Sparsity(Stateful):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prepared": self.prepared} | {
-            f"{index}.{name}": buffer
-            for index, feed_forward in enumerate(self.feed_forwards)
-            for name in ("w1_scale", "w2_scale", "centroids")
-            if (buffer := feed_forward.get_buffer(name)).numel()
+        table = json.dumps({"version": STATE_VERSION, **self.prepared}) if self.prepared else ""
+        return {"prepared": table} | {
+            f"{index if self._by_position else name}.{buffer_name}": buffer
+            for index, (name, feed_forward) in enumerate(zip(self.names, self.feed_forwards, strict=True))
+            for buffer_name in BUFFERS
+            if (buffer := feed_forward.get_buffer(buffer_name)).numel()
         }
 
+    def expect(self, table: str) -> None:
+        """Let `state_dict` have the keys of a checkpoint: the first version named layers by their position.
+
+        Args:
+            table: the checkpoint's "prepared".
+        """
+        self._by_position = bool(table) and not table.startswith("{")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.prepared = state_dict["prepared"]
-        for key, value in state_dict.items():
-            if key == "prepared":
-                continue
-            index, name = key.split(".")
-            self.feed_forwards[int(index)].get_buffer(name).copy_(value)
+        """Take what `state_dict` gave.
+
+        Raises:
+            ConfigError: state of a later version than this one.
+        """
+        self.prepared = _read_table(state_dict["prepared"])
+        for index, (name, feed_forward) in enumerate(zip(self.names, self.feed_forwards, strict=True)):
+            for buffer_name in BUFFERS:
+                value = state_dict.get(f"{name}.{buffer_name}", state_dict.get(f"{index}.{buffer_name}"))
+                if value is not None:
+                    feed_forward.get_buffer(buffer_name).copy_(value)
+        self._by_position = False
 
     def reset_health(self) -> None:
         """Forget what the FFNs have counted so far in evaluation mode."""

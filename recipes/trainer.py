@@ -38,7 +38,7 @@ from recipes.data import build_dataloader, load_corpus
 from recipes.metrics import Metrics, build_metrics
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.schedule import Span
-from recipes.sparsity import Sparsity, flops_per_token, sparse_backend
+from recipes.sparsity import Sparsity, flops_per_token, sparse_family
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator, reshard
 
@@ -108,12 +108,12 @@ class SparseTrainer(titan.Trainer):
         self.metrics_processor.start(self.step)
         dtype = titan.TORCH_DTYPE_MAP[config.training.mixed_precision_param]
         device = torch.device(titan.device_type)
-        backend = sparse_backend(self.model_args, self.sparsity.spans, device, dtype)
+        family, reason = sparse_family(self.model_args, self.sparsity.spans, device, dtype)
         dense = self.metrics_processor.num_flops_per_token
-        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, backend[0])
+        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, family)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         if dist.get_rank() == 0:
-            self._describe_run(backend, flops)
+            self._describe_run("dense" if family is None else family.name, reason, flops)
         if self.step:
             logger.info(f"resumed after step {self.step}")
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
@@ -217,7 +217,7 @@ class SparseTrainer(titan.Trainer):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(flag)
 
-    def _describe_run(self, backend: tuple[str, str], flops: dict[str, float]) -> None:
+    def _describe_run(self, family: str, reason: str, flops: dict[str, float]) -> None:
         """Say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
         (model,) = self.model_parts
@@ -237,7 +237,7 @@ class SparseTrainer(titan.Trainer):
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
             "flops_per_token": flops,
             "peak_flops": self.metrics_processor.peak_flops,
-            "backend": dict(zip(("name", "reason"), backend, strict=True)),
+            "backend": {"name": family, "reason": reason},
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), "cuda": torch.version.cuda},
             "hardware": {"device": device, "ranks": dist.get_world_size()},
@@ -257,7 +257,7 @@ class SparseTrainer(titan.Trainer):
         logger.info(f"{config.recipe}: {phases}")
         if any(span.mode == "sparse" for span in spans):
             logger.info(
-                f"FFN backend in sparse phases: {backend[0]} ({backend[1]}); a step's FLOPs are "
+                f"FFN in sparse phases: {family} ({reason}); a step's FLOPs are "
                 f"{100 * flops['sparse_executed'] / flops['dense']:.0f}% of the dense model's, without the zeros they "
                 f"would be {100 * flops['sparse_pattern'] / flops['dense']:.0f}%"
             )

@@ -49,10 +49,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from configs.errors import ConfigError, exit_with
-from kernels import Groups, Venom, hidden_activations
-from kernels.feed_forward import backend
-from kernels.venom.reference import COLUMNS
-from models.feed_forward import FeedForwardSparsity
+from kernels import MASKED, Cost, Family, FeedForwardSparsity, Groups, Shape, Venom, explain, hidden_activations
+from kernels.feed_forward import FAMILIES
 from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weights, relative_error, step
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
@@ -84,26 +82,8 @@ SMALL = (512, 2048)  # where contenders are checked before the shapes
 ROUNDS, STEPS = 12, 4  # turns of each contender, timed steps of a turn
 PROFILED = 5
 
-# An operator's stage in the forward pass and in the backward pass; two where its calls there take turns.
-# scripts/plot_kernels.py knows the stages' order.
-OPERATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "groups_select_tiles": (("selection",), ()),
-    "groups_reduce_neurons": (("(2)",), ("(5)",)),
-    "groups_sample": ((), ("(3)",)),
-    "groups_reduce_tokens": ((), ("(4)", "(6)")),
-    "columns_keep_largest": (("selection",), ()),
-    "columns_sample": (("(1)",), ("(3)",)),
-    "columns_reduce_neurons": (("(2)",), ("(5)",)),
-    "columns_reduce_tokens": ((), ("(4)", "(6)")),
-    "venom_select_columns": (("selection",), ()),
-    "venom_reduce_columns": (("(2)",), ("(5)",)),
-    "venom_sample_columns": ((), ("(3)",)),
-    "venom_cut_tokens": ((), ("selection",)),
-    "venom_reduce_tokens": ((), ("(4)", "(6)")),
-    "two_four_pack": (("packing",), ("packing",)),
-    "two_four_unpack": ((), ("packing",)),
-    "two_four_reduce_tokens": ((), ("(4)", "(6)")),
-}
+# An operator's stages, see `kernels.family.Family.operators`; scripts/plot_kernels.py knows the stages' order.
+OPERATORS = {name: stages for family in FAMILIES for name, stages in family.operators.items()}
 PRODUCTS_BY_SHAPE = "aten::mm", "two_four_matmul"
 
 # Of what no operator of ours launched, the stage: the first whose expression is found in a kernel's name.
@@ -327,8 +307,9 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
         }
         if device.type != "cuda":
             continue
-        sparsity, call = modules[name].sparsity, calls[name]
-        reference = name != "dense" and implementation(name, dim, hidden_dim, device)[0] == "reference"
+        call, family = calls[name], implementation(name, dim, hidden_dim, device)[0]
+        cost = Cost() if family is None else family.cost(CONTENDERS[name][1], Shape(dim, hidden_dim, tokens))
+        reference = family is MASKED
         result["peak_bytes"] = peak_memory(call)
         result["waits"] = waits_for_device(call)
         result["stages"] = stages = profiled_stages(call, tokens, dim, hidden_dim, reference)
@@ -338,35 +319,21 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
             result["graph_ms"], result["graph_rounds"] = graph_median[name], graph_rounds[name]
             result["graph_speedup"] = graph_median["dense"] / graph_median[name]
         result["products"] = {}
-        for product in PRODUCTS:
+        for product, share in zip(PRODUCTS, cost.products, strict=True):
             if product in stages and not reference:
-                rate = gflop * executed(sparsity, product, hidden_dim) / stages[product]
+                rate = gflop * share / stages[product]
                 result["products"][product] = {"tflops": rate, "of_cublas": rate / cublas[product]}
     return results, cublas
-
-
-def executed(sparsity: FeedForwardSparsity, product: str, hidden_dim: int) -> float:
-    """Share of a dense product's multiplications that our kernels execute; a 2:4 product counts as the dense one."""
-    pattern = sparsity.pattern
-    if pattern is None:
-        return 1.0
-    if product == "(1)" and not (isinstance(pattern, Groups) and pattern.sample > 1):
-        return 1.0
-    if not isinstance(pattern, Venom):
-        return pattern.density(hidden_dim)
-    return 1.0 if product in ("(4)", "(6)") and not sparsity.cut_along_tokens else COLUMNS / pattern.m
 
 
 # ---- what is shown
 
 
-def implementation(name: str, dim: int, hidden_dim: int, device: torch.device) -> tuple[str, str]:
-    """Which implementation runs a contender, and why."""
+def implementation(name: str, dim: int, hidden_dim: int, device: torch.device) -> tuple[Family | None, str]:
+    """The family that runs a contender, and why; None for dense."""
     if name == "dense":
-        return "cuBLAS", "nothing sparse"
-    sparsity = CONTENDERS[name][1]
-    products, cut = sparsity.weight_products, sparsity.cut_along_tokens
-    return backend(sparsity.pattern, products, cut, dim, hidden_dim, device, torch.bfloat16)
+        return None, "nothing sparse"
+    return explain(CONTENDERS[name][1], Shape(dim, hidden_dim), device, torch.bfloat16)
 
 
 def text_table(shape: dict[str, Any]) -> str:
@@ -427,9 +394,9 @@ def benchmark(
     """
     runs = {name: implementation(name, *shapes[0], device) for name in names}
     for name, (chosen, reason) in runs.items():
-        if chosen == "reference" and not references:
+        if chosen is MASKED and not references:
             print(f"{name}: skipped, runs on the reference ({reason})")
-    names = [name for name, (chosen, _) in runs.items() if chosen != "reference" or references]
+    names = [name for name, (chosen, _) in runs.items() if chosen is not MASKED or references]
     prepared = prepared_weights(*SMALL, device)
     small: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -441,7 +408,10 @@ def benchmark(
             large[name] = checked(name, prepared, large.get("dense"), compiled=False)
         right = [name for name in names if not small[name]["failed"] + large[name]["failed"]]
         timed, cublas = measure(right, tokens, prepared) if "dense" in right else ({}, {})
-        entries = {name: {"backend": chosen, "reason": reason} for name, (chosen, reason) in runs.items()}
+        entries = {
+            name: {"backend": "cuBLAS" if chosen is None else chosen.name, "reason": reason}
+            for name, (chosen, reason) in runs.items()
+        }
         for name in names:
             entries[name] |= {"checks": [small[name], large[name]]} | timed.get(name, {})
         result = {"dim": dim, "hidden_dim": hidden_dim, "cublas": cublas, "contenders": entries}

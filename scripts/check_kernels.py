@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import (
+    FeedForwardSparsity,
     Pattern,
     Venom,
     balanced_clusters,
@@ -28,8 +29,8 @@ from kernels import (
     soft_threshold_2_4,
     soft_threshold_scale,
 )
-from kernels.feed_forward import token_mask
-from models.feed_forward import FeedForward, FeedForwardSparsity
+from kernels.venom import token_mask
+from models.feed_forward import FeedForward
 
 TOKENS = 2048 + 77
 CLUSTER = 128  # neurons of a cluster

@@ -50,10 +50,10 @@ from configs.errors import ConfigError, exit_with
 from configs.loader import ROOT, load_config
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP
-from kernels.venom.reference import COLUMNS
+from kernels import MASKED, Cost, Family, Shape
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
-from recipes.sparsity import flops_per_token, sparse_backend
+from recipes.sparsity import flops_per_token, sparse_family
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
 
@@ -106,19 +106,7 @@ def layout(config: JobConfig, gpus: int) -> Layout:
     )
 
 
-def kept_share(args: LlamaArgs, backend: str) -> float:
-    """What a sparse FFN keeps for its backward pass of h, in numbers over T f."""
-    pattern = args.sparsity.pattern
-    if backend in ("groups", "columns"):
-        return pattern.density(args.hidden_dim)  # type: ignore[union-attr]
-    if backend == "venom":
-        return COLUMNS / pattern.m  # type: ignore[union-attr]
-    if backend == "two_four" and pattern is not None:
-        return 1 / 2 + 1 / 16  # half the numbers, and two bits each of which half
-    return 1.0
-
-
-def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str | None) -> dict[str, float]:
+def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Family | None) -> dict[str, float]:
     """Bytes that a GPU holds at the peak of a step.
 
     Args:
@@ -126,7 +114,7 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
         model: on the meta device.
         on: how the job lies on GPUs.
         mode: of activation checkpointing, instead of the job's own.
-        backend: that computes the FFNs of a sparse step; None: a dense step.
+        family: that computes the FFNs of a sparse step; None: a dense step.
 
     Returns:
         its parts, and their `peak`, less than their sum: gradients come as activations go.
@@ -151,32 +139,32 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, backend: str 
         every = 1 - config.activation_checkpoint.memory_budget
     every = 0.0 if mode == "none" else every
 
-    def of_a_layer(backend: str | None) -> tuple[float, float, float]:
+    def of_a_layer(family: Family | None) -> tuple[float, float, float]:
         """Bytes that it keeps of attention and norms, and of the FFN; that its backward pass works in."""
-        whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
-        share = whole if backend is None else kept_share(args, backend)
-        ffn = tokens * width * hidden * share
-        # Gradients of h and y1, whole unless the kernels keep those compacted, too.
-        compact = backend in ("groups", "columns") or (backend == "venom" and args.sparsity.cut_along_tokens)
-        work = tokens * (width * hidden * 2 * (share if compact else 1.0) + on.stream * d)
-        if backend == "columns":  # a weight's rows that the blocks keep, or as many of a gradient
-            work += width * d * hidden * share * -(-tokens // args.sparsity.pattern.v)  # type: ignore[union-attr]
+        if family is None:
+            whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
+            cost = Cost(kept_h=whole)
+        else:
+            cost = family.cost(args.sparsity, Shape(d, hidden, tokens))
+        ffn = tokens * width * hidden * cost.kept_h
+        work = tokens * (width * hidden * 2 * cost.gradients + on.stream * d)
+        work += width * d * hidden * cost.copied_rows  # or as many rows of a gradient
         recomputed = tokens * on.stream * d
         if by_operator:
             # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
             recomputed += tokens * (width * (2 * d + kv) + 4 * args.n_heads)
-            if backend is None:
+            if family is None:
                 recomputed += tokens * width * hidden
             elif args.sparsity.clusters:
                 recomputed += tokens * width * args.sparsity.clusters
             elif 1 not in args.sparsity.weight_products:
-                recomputed += tokens * width * hidden / (args.sparsity.pattern.sample if backend == "columns" else 1)  # type: ignore[union-attr]
+                recomputed += tokens * width * hidden * cost.chosen_by
         block = attention + ffn + copies
         kept = (1 - every) * attention + every * min(recomputed, block)
         return kept / on.tensor, (1 - every) * ffn / on.tensor, (work + (block if every else 0.0)) / on.tensor
 
-    dense_layers = args.dense_layers if backend else 0
-    first, last = of_a_layer(None if dense_layers else backend), of_a_layer(backend)
+    dense_layers = args.dense_layers if family else 0
+    first, last = of_a_layer(None if dense_layers else family), of_a_layer(family)
     kept_attention, kept_ffn = (dense_layers * first[i] + (layers - dense_layers) * last[i] for i in (0, 1))
     kept_copies = layers * (1 - every) * copies / on.tensor
 
@@ -253,10 +241,9 @@ def estimate(arguments: list[str]) -> str:
     with torch.device("meta"):
         model = Llama(args)
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-    backend, reason = sparse_backend(args, spans, torch.device("cuda"), dtype, here=False)
+    family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, model.feed_forwards(), backend)
-    sparse = backend != "dense"
+    flops = flops_per_token(dense, args, model.feed_forwards().values(), family)
     mode = config.activation_checkpoint.mode
 
     lines = [
@@ -267,10 +254,10 @@ def estimate(arguments: list[str]) -> str:
         f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
         f"micro-batches of {on.tokens:,}, {on.accumulates} a step",
     ]
-    if sparse:
-        lines.append(f"sparse phases: {backend} ({reason if backend == 'reference' else 'on a GPU with its kernels'})")
+    if family is not None:
+        lines.append(f"sparse phases: {family.name} ({reason if family is MASKED else 'on a GPU with its kernels'})")
 
-    columns = [None, backend] if sparse else [None]
+    columns = [None] if family is None else [None, family]
     parts = [memory(config, model, on, mode, each) for each in columns]
     lines += ["", _row("memory of a GPU, GiB", ["dense step", "sparse step"][: len(columns)])]
     lines += [_row(name, [f"{part[name] / GIB:.2f}" for part in parts]) for name in parts[0]]
@@ -298,20 +285,20 @@ def estimate(arguments: list[str]) -> str:
     lines.append(
         f"at {100 * options.mfu:g}% of {options.peak_tflops:g} TFLOP/s on each GPU; see --help for what it bounds"
     )
-    if sparse:
-        lines += _sparse_note(flops, args, backend, on, speed)
+    if family is not None:
+        lines += _sparse_note(flops, args, family, on, speed)
     return "\n".join(lines)
 
 
-def _sparse_note(flops: dict[str, float], args: LlamaArgs, backend: str, on: Layout, speed: float) -> list[str]:
+def _sparse_note(flops: dict[str, float], args: LlamaArgs, family: Family, on: Layout, speed: float) -> list[str]:
     """How far to trust a sparse step's time."""
-    if backend == "reference":
+    if family is MASKED:
         return ["Sparse steps run on the reference, which is never faster than dense."]
-    said = ["Sparse steps: the FLOPs that the backend executes, at the MFU of dense ones. That is a bound."]
+    said = ["Sparse steps: the FLOPs that are executed, at the MFU of dense ones. That is a bound."]
     reached = ffn_reached(args)
     if reached is None:
         return [*said, "The FFN benchmark (docs/kernels) has not this recipe at this shape."]
-    share, (speedup, where) = args.sparsity.executed_share(args.hidden_dim, backend), reached
+    share, (speedup, where) = family.cost(args.sparsity, Shape(args.dim, args.hidden_dim)).executed_share, reached
     ffn = (flops["dense"] - flops["sparse_executed"]) / (1 - share)
     seconds = on.step_tokens * (flops["dense"] - ffn * (1 - 1 / speedup)) / speed
     return [

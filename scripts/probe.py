@@ -58,7 +58,8 @@ from torch import Tensor
 from configs.errors import ConfigError, exit_with
 from configs.schema import JobConfig
 from configs.titan import device_module, device_type
-from models.feed_forward import FeedForwardSparsity, inference_modes
+from kernels import FeedForwardSparsity
+from models.feed_forward import inference_modes
 from recipes.data import load_corpus, validation_sequences
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes

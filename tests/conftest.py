@@ -24,6 +24,7 @@ import torch.distributed as dist
 # Without a GPU the Triton kernels are tested in its interpreter; Triton asks for this when it is first imported.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
+import kernels.feed_forward
 from configs.loader import load_config
 from recipes.check import check_config
 from recipes.data import check_data
@@ -151,6 +152,19 @@ def train(tiny):
         return rows(folder)
 
     return run
+
+
+def sparse_feed_forward(x, w1, w2, pattern=None, w1_scale=None, w2_scale=None, cut_along_tokens=False, **more):
+    """`kernels.sparse_feed_forward` with the specification that follows from a pattern and the given scales."""
+    products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)
+    sparsity = kernels.FeedForwardSparsity(pattern, products, cut_along_tokens)
+    return kernels.sparse_feed_forward(x, w1, w2, sparsity, w1_scale, w2_scale, **more)
+
+
+def family_named(name, sparsity):
+    """The family of that name for a sparsity; "reference": the masked one."""
+    families = [*kernels.feed_forward.FAMILIES, kernels.MASKED]
+    return next(family for family in families if family.name == name and family.handles(sparsity))
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """The kernel benchmark at toy size on the CPU: nothing wrong gets past its gate, its figures are what was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from test_plot import pixels
 
-import kernels.feed_forward
+import kernels
 import models.feed_forward
-from kernels import Groups, Venom
+from kernels import Venom
+from kernels.groups.ffn import TILE_GROUPS
+from kernels.two_four.ffn import PACKED_ACTIVATIONS
 from scripts import benchmark_kernels, check_kernels, plot_kernels
 from scripts.benchmark_kernels import CONTENDERS, benchmark, stages_of, text_table
 from scripts.check_kernels import check, prepared_weights
@@ -39,11 +42,13 @@ def test_references_pass(weights, name):
     assert 0 < max(result["errors"].values()) < 5e-3
 
 
-@pytest.mark.parametrize("name, chosen", [("groups_quarter", "groups"), ("activations_2of4", "two_four")])
-def test_ops_pass(weights, monkeypatch, name, chosen):
-    """The op that runs on a GPU, on its own CPU path."""
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: (chosen, ""))
-    assert check(CONTENDERS[name][1], weights, None, compiled=False)["failed"] == []
+@pytest.mark.parametrize(
+    "name, family", [("groups_quarter", TILE_GROUPS), ("activations_2of4", PACKED_ACTIVATIONS)], ids=["groups", "2:4"]
+)
+def test_ops_pass(weights, name, family):
+    """The operators that run on a GPU, on their own CPU path."""
+    with kernels.prefer(family):
+        assert check(CONTENDERS[name][1], weights, None, compiled=False)["failed"] == []
 
 
 def broken(monkeypatch, change):
@@ -79,8 +84,8 @@ def never_written(op, args):
 
 
 def one_group_fewer(op, args):
-    pattern = args[3]
-    args[3] = Groups(pattern.v, pattern.g, pattern.keep - 128 / args[1].shape[0])
+    pattern = args[3].pattern
+    args[3] = replace(args[3], pattern=replace(pattern, keep=pattern.keep - 128 / args[1].shape[0]))
     return op(*args)
 
 
@@ -118,7 +123,7 @@ def test_each_output_counts(weights, monkeypatch, output):
 
 def test_a_choice_other_than_the_largest_fails(weights, monkeypatch):
     """The module keeps as many groups as it should, but not the largest; the reference is asked after it."""
-    right, calls = kernels.groups.reference.group_mask, []
+    right, calls = kernels.groups.pattern.group_mask, []
 
     def second_best(h, v, g, keep, *rest):
         calls.append(h)
@@ -131,7 +136,7 @@ def test_a_choice_other_than_the_largest_fails(weights, monkeypatch):
     module = check_kernels.build(CONTENDERS["groups_quarter"][1], ones)
     x = torch.randn(300, SHAPE[0]).bfloat16()
     assert check_kernels.kept_share(module, ones, x) == pytest.approx(1, abs=check_kernels.KEPT)
-    monkeypatch.setattr(kernels.groups.reference, "group_mask", second_best)
+    monkeypatch.setattr(kernels.groups.pattern, "group_mask", second_best)
     assert check_kernels.kept_share(module, ones, x) < 0.99
 
 
@@ -141,7 +146,7 @@ def test_a_broken_contender_gets_no_time(monkeypatch, capsys):
     names = ["dense", "groups_quarter", "venom_4of16"]
 
     def venom_scaled(op, args):
-        return op(*args) * (1.02 if isinstance(args[3], Venom) else 1)
+        return op(*args) * (1.02 if isinstance(args[3].pattern, Venom) else 1)
 
     broken(monkeypatch, venom_scaled)
     (shape,) = benchmark(names, [SHAPE], 256, True, CPU)
@@ -194,7 +199,7 @@ def trace():
     matmul(6, 200, (256, 256), (256, 64))  # (5)
     matmul(7, 200, (256, 256), (256, 64), True)  # (6)
     operator(11, 100, "groups_reduce_neurons", 1.0)  # (2)
-    operator(12, 200, "groups_sample", 2.0)  # (3)
+    operator(12, 200, "groups_sample_dy1", 2.0)  # (3)
     operator(13, 200, "venom_reduce_tokens", 3.0)  # (4)
     operator(14, 200, "groups_reduce_neurons", 4.0)  # (5)
     operator(15, 200, "venom_reduce_tokens", 5.0)  # (6)

@@ -5,14 +5,25 @@ interpreter.
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sparse_feed_forward
 from torch.testing import assert_close
 
-from kernels import Groups, Preceding, Venom, columns, feed_forward, groups, sparse_feed_forward
-from kernels.feed_forward import _Masked, backend
+from kernels import (
+    MASKED,
+    FeedForwardSparsity,
+    Groups,
+    Preceding,
+    Shape,
+    Venom,
+    choose,
+    columns,
+    groups,
+)
+from kernels.columns.ffn import LARGE_BLOCKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,16 +59,13 @@ def operands(tokens, width=12, hidden=48, dtype=torch.float64, seed=0):
     return tuple(each.to(DEVICE, dtype) for each in (x, w1, w2, dy))
 
 
-@pytest.fixture
-def by_columns(monkeypatch):
-    """`sparse_feed_forward` by columns, in any dtype and on any device."""
-    monkeypatch.setattr(feed_forward, "backend", lambda *_: ("columns", ""))
-    return sparse_feed_forward
+by_columns = partial(sparse_feed_forward, family=LARGE_BLOCKS)
+by_reference = partial(sparse_feed_forward, family=MASKED)
 
 
 @pytest.mark.parametrize("tokens, v, g, keep, sample, balance, window", SHAPES)
 @pytest.mark.parametrize("ordered, scales", [(False, (None, None)), (True, (None, None)), (True, (1.1, 0.9))])
-def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, sample, balance, window, ordered, scales):
+def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, balance, window, ordered, scales):
     w1_scale, w2_scale = (None if each is None else torch.tensor(each, device=DEVICE) for each in scales)
     pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     for seed in range(3):
@@ -69,7 +77,7 @@ def test_the_feed_forward_is_the_masked_one(by_columns, tokens, v, g, keep, samp
         # The same in the blocks' order, by the reference.
         place = torch.arange(tokens, device=DEVICE) if order is None else order
         leaves = [each.clone().requires_grad_() for each in (x[place], w1, w2)]
-        y = _Masked.apply(*leaves, pattern, w1_scale, w2_scale, False, False)
+        y = by_reference(*leaves, pattern, w1_scale, w2_scale)
         dx, dw1, dw2 = torch.autograd.grad(y, leaves, dy[place])
         inverse = place.argsort()
         for one, other in zip(found, (y[inverse], dx[inverse], dw1, dw2), strict=True):
@@ -94,10 +102,10 @@ def test_chosen_are_the_mask_s_neurons(tokens, v, g, keep, sample, balance, wind
 # Whole sequences, a shorter last one, one alone, less than a block.
 @pytest.mark.parametrize("tokens", [120, 75, 40, 7])
 @pytest.mark.parametrize("v, g, keep, sample", [(16, 1, 0.25, 4), (16, 4, 0.3, 1), (20, 1, 0.1, 20), (64, 1, 0.25, 8)])
-def test_the_block_before_chooses(by_columns, tokens, v, g, keep, sample):
+def test_the_block_before_chooses(tokens, v, g, keep, sample):
     pattern = Preceding(Groups(v, g, keep, sample=sample), 40)
     x, w1, w2, _ = operands(tokens)
-    expected = _Masked.apply(x, w1, w2, pattern, None, None, False, False)
+    expected = by_reference(x, w1, w2, pattern)
     torch._dynamo.reset()
     compiled = torch.compile(by_columns, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.no_grad():
@@ -105,7 +113,7 @@ def test_the_block_before_chooses(by_columns, tokens, v, g, keep, sample):
             assert_close(function(x, w1, w2, pattern), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_nan_in_a_sample_shows(by_columns):
+def test_nan_in_a_sample_shows():
     x, w1, w2, _ = operands(64)
     x[16, 3] = torch.nan  # the first token of a block, which is in its sample
     y = by_columns(x, w1, w2, Groups(16, 1, 0.25, sample=4))
@@ -172,7 +180,6 @@ def test_windows_keep_what_venom_keeps_with_all_four_columns():
         (Groups(16, 1, 0.25, window=20), "divides the FFN's hidden_dim = 48"),
         (Groups(16, 4, 0.25, window=6), "multiple of g = 4"),
         (Groups(16, 1, 0.25, window=6), "is 1.5, not a whole number"),
-        (Groups(16, 1, 0.25, "batch", window=16), 'needs budget = "block"'),
         (Groups(16, 1, 0.25, window=-16), "window = -16"),
     ],
 )
@@ -183,10 +190,11 @@ def test_windows_that_do_not_fit_are_refused(pattern, problem):
 
 def test_which_patterns_run_as_columns():
     def chosen(pattern, *products, dtype=torch.bfloat16):
-        return backend(pattern, products, False, 768, 4608, torch.device("cuda"), dtype, here=False)[0]
+        sparsity = FeedForwardSparsity(pattern, products)
+        return choose(sparsity, Shape(768, 4608), torch.device("cuda"), dtype, here=False)[0].name
 
     assert chosen(Groups(1024, 1, 0.25, sample=8)) == chosen(Groups(512, 128, 0.25)) == "columns"
-    assert chosen(Groups(256, 1, 0.25)) == chosen(Groups(1024, 1, 0.25, "batch")) == "reference"
+    assert chosen(Groups(256, 1, 0.25)) == "reference"
     assert chosen(Preceding(Groups(1024, 1, 0.25, sample=8), 4096)) == "columns"
     assert chosen(Preceding(Groups(256, 1, 0.25), 4096)) == "reference"
     assert chosen(Groups(1024, 1, 0.25), 1) == chosen(Groups(1024, 1, 0.25, sample=8), 1, 3) == "columns"
@@ -199,7 +207,7 @@ def test_which_patterns_run_as_columns():
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_compiled_graph_holds_through_it(by_columns, ordered):
+def test_a_compiled_graph_holds_through_it(ordered):
     x, w1, w2, dy = operands(40, dtype=torch.float32)
     pattern = Groups(16, 1, 0.25, sample=4)
 

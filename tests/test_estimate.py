@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, family_named
 from torch.autograd.graph import saved_tensors_hooks
 
 from configs.errors import ConfigError
@@ -27,7 +27,8 @@ def parts(*words, gpus=1, mode="none", backend=None):
     args.vocab_size = expected_vocabulary(config)
     with torch.device("meta"):
         model = Llama(args)
-    return {name: size / GIB for name, size in memory(config, model, layout(config, gpus), mode, backend).items()}
+    family = None if backend is None else family_named(backend, args.sparsity)
+    return {name: size / GIB for name, size in memory(config, model, layout(config, gpus), mode, family).items()}
 
 
 def numbers(report, name):
@@ -80,7 +81,7 @@ def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
         from torchtitan.distributed.activation_checkpoint import apply_ac
 
         apply_ac(model, titan_config.ActivationCheckpoint(mode=mode), model_compile_enabled=True)
-    for ffn in model.feed_forwards():
+    for ffn in model.feed_forwards().values():
         ffn.sparse = backend is not None
     torch._dynamo.reset()
     block = torch.compile(model.layers["0"], backend="aot_eager_decomp_partition", fullgraph=True)
@@ -96,9 +97,10 @@ def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
     x = torch.randn(12, 128, args.dim, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
         block(x, model.freqs_cis, None)
-    reckoned = memory(config, model, layout(config, 1), mode, backend)
+    family = None if backend is None else family_named(backend, args.sparsity)
+    estimated = memory(config, model, layout(config, 1), mode, family)
     head = 2 * args.vocab_size * args.dim
-    kept = sum(size for name, size in reckoned.items() if name.startswith(("activations", "matrices"))) - head
+    kept = sum(size for name, size in estimated.items() if name.startswith(("activations", "matrices"))) - head
     # Beside them: angles of RoPE and the generator's state, the same for any batch; a sparse FFN recasts one matrix.
     assert sum(saved.values()) == pytest.approx(kept, rel=0.1)
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import kernels
-import kernels.feed_forward
 from configs.errors import ConfigError
-from kernels import Groups, Preceding, Venom
-from models.feed_forward import FeedForward, FeedForwardSparsity, inference_modes
+from kernels import FeedForwardSparsity, Groups, Preceding, Venom
+from kernels.groups.ffn import TILE_GROUPS
+from models.feed_forward import FeedForward, inference_modes
 from recipes.files import read_text
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
@@ -276,24 +277,23 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
 
 
 @pytest.mark.parametrize("tokens", [640, 600, 128, 100])
-def test_groups_chosen_by_the_block_before_run_on_the_kernels_operators(tokens, monkeypatch):
+def test_groups_chosen_by_the_block_before_run_on_the_kernels_operators(tokens):
     """Sequences of 320 tokens, so a last block of 64; compiled, the tiles of 128 x 128 and the mask are one FFN."""
     torch.manual_seed(0)
-    pattern = Preceding(Groups(128, 128, 0.25), 320)
+    sparsity = FeedForwardSparsity(Preceding(Groups(128, 128, 0.25), 320))
     x, w1, w2 = torch.randn(tokens, 64), torch.randn(1024, 64), torch.randn(64, 1024)
-    expected = kernels.sparse_feed_forward(x, w1, w2, pattern)
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *args: ("groups", "asked for"))
-    assert torch.allclose(kernels.sparse_feed_forward(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
-    compiled = torch.compile(kernels.sparse_feed_forward, fullgraph=True, backend="aot_eager")
+    expected = kernels.sparse_feed_forward(x, w1, w2, sparsity)
+    by_groups = partial(kernels.sparse_feed_forward, family=TILE_GROUPS)
+    compiled = torch.compile(by_groups, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(compiled(x, w1, w2, pattern), expected, rtol=1e-4, atol=1e-2)
+        for function in (by_groups, compiled):
+            assert torch.allclose(function(x, w1, w2, sparsity), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_which_patterns_for_inference_have_kernels(monkeypatch):
-    cuda = torch.device("cuda")
-
-    def backend(pattern, weight_products=()):
-        return kernels.backend(pattern, weight_products, False, 64, 1024, cuda, torch.bfloat16)[0]
+def test_which_patterns_for_inference_have_kernels():
+    def backend(pattern):
+        sparsity, shape = FeedForwardSparsity(pattern), kernels.Shape(64, 1024)
+        return kernels.choose(sparsity, shape, torch.device("cuda"), torch.bfloat16, here=False)[0].name
 
     assert backend(Preceding(Groups(128, 128, 0.25), 4096)) == "groups"
     assert backend(Preceding(Groups(64, 128, 0.25), 4096)) == backend(Preceding(Venom(128, 2, 16), 4096)) == "reference"
@@ -309,5 +309,5 @@ def test_groups_chosen_by_the_block_before_on_a_gpu():
     h = h * h
     expected = torch.where(pattern.mask(h), h, 0).double() @ w2.T.double()
     with torch.no_grad():
-        y = kernels.sparse_feed_forward(x, w1, w2, pattern)
+        y = kernels.sparse_feed_forward(x, w1, w2, FeedForwardSparsity(pattern))
     assert (y.double() - expected).norm() < 1e-2 * expected.norm()

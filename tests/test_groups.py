@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sparse_feed_forward
 from torch import library
 from torch.testing import assert_close
 
-from kernels import Groups, group_mask, groups, sparse_feed_forward
-from kernels.feed_forward import _Groups
+from kernels import Groups, group_mask, groups
 from kernels.groups import TILE, TileLists, portable, products, reference, select
+from kernels.groups.ffn import TILE_GROUPS
 from kernels.groups.tiles import COUNTERS
 
 GPU = torch.cuda.is_available()
@@ -72,18 +72,17 @@ def dense(tiles, lists):
 
 @pytest.mark.parametrize("kind", ["floats", "ties", "sparse", "zeros", "favourite"])
 @pytest.mark.parametrize("tokens, hidden, kept", [(300, 384, 2), (1, 128, 1), (256, 640, 5), (129, 768, 1)])
-@pytest.mark.parametrize("budget", ["block", "batch"])
 @pytest.mark.parametrize("balance", [0.0, 0.5])
-def test_selection_is_group_mask(kind, tokens, hidden, kept, budget, balance):
-    y1, pooled = pre_activations(kind, tokens, hidden), budget == "batch"
+def test_selection_is_group_mask(kind, tokens, hidden, kept, balance):
+    y1 = pre_activations(kind, tokens, hidden)
     h = y1.relu() * y1.relu()
-    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE), budget=budget, balance=balance)
+    mask = group_mask(h, TILE, TILE, kept / (hidden // TILE), balance=balance)
     for selection in (reference, select):
-        tiles, lists = selection.select_tiles(y1, kept, pooled=pooled, balance=balance)
+        tiles, lists = selection.select_tiles(y1, kept, balance=balance)
         assert torch.equal(dense(tiles, lists)[:tokens], torch.where(mask, h, 0))
         assert not dense(tiles, lists)[tokens:].any()
-        check_lists(lists, None if pooled else kept)
-    expected = reference.select_tiles(y1, kept, pooled=pooled, balance=balance)[1]
+        check_lists(lists, kept)
+    expected = reference.select_tiles(y1, kept, balance=balance)[1]
     for name in ("start", "tile_group", "tile_block", "group_count", "group_order"):
         assert torch.equal(getattr(lists, name), getattr(expected, name)), name
 
@@ -135,12 +134,8 @@ def test_selection_prefers_nan_to_infinity():
 # ---- products
 
 
-def operands(tokens, width, hidden, kept, kind="floats", pooled=False):
-    y1 = pre_activations(kind, tokens, hidden)
-    if pooled:
-        y1[TILE : 2 * TILE] = 0  # a block that keeps nothing, where there are three
-        y1[:TILE] *= 2
-    tiles, lists = select.select_tiles(y1, kept, pooled=pooled)
+def operands(tokens, width, hidden, kept, kind="floats"):
+    tiles, lists = select.select_tiles(pre_activations(kind, tokens, hidden), kept)
     x, dy = normal(tokens, width, seed=1), normal(tokens, width, seed=2)
     w1, w2 = normal(hidden, width, seed=3), normal(width, hidden, seed=4)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5)).int().to(DEVICE)
@@ -156,17 +151,15 @@ def close(actual, expected):
 @PRODUCTS
 @pytest.mark.parametrize("kind", ["floats", "sparse", "favourite"])
 @pytest.mark.parametrize("tokens, width, hidden, kept", SHAPES)
-@pytest.mark.parametrize("pooled", [False, True])
-def test_products(product, kind, tokens, width, hidden, kept, pooled):
-    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept, kind, pooled)
+def test_products(product, kind, tokens, width, hidden, kept):
+    tiles, lists, x, dy, w1, w2, order = operands(tokens, width, hidden, kept, kind)
     h = tiles.double()
     for o in (order, None):
         expected = reference.reduce_neurons(h, lists, w2.double().T, o, tokens)
         close(product.reduce_neurons(tiles, lists, w2.T, o, tokens), expected)
         expected = reference.reduce_neurons(h, lists, w1.double(), o, tokens)
         close(product.reduce_neurons(tiles, lists, w1, o, tokens), expected)
-    most = hidden // TILE if pooled else kept
-    close(product.sample(dy, w2, tiles, lists, most), reference.sample(dy.double(), w2.double(), h, lists))
+    close(product.sample_dy1(dy, w2.T, tiles, lists), reference.sample_dy1(dy.double(), w2.double().T, h, lists))
     for transposed in (False, True):  # groups that no block keeps get zeros
         expected = reference.reduce_tokens(h, lists, x.double(), transposed)
         close(product.reduce_tokens(tiles, lists, x, transposed), expected)
@@ -183,7 +176,7 @@ def test_a_launch_points_at_the_lists_and_each_product_at_its_counter(monkeypatc
     outputs = [
         products.reduce_neurons(tiles, lists, w1, order, 300),
         products.reduce_neurons(tiles, lists, w2.T, None, 300),
-        products.sample(dy, w2, tiles, lists, 2),
+        products.sample_dy1(dy, w2.T, tiles, lists),
         products.reduce_tokens(tiles, lists, x, False),
         products.reduce_tokens(tiles, lists, x, True),
     ]
@@ -238,7 +231,7 @@ def test_products_show_nan(product):
     neuron = lists.tile_group[0].item() * TILE + 5
     y = product.reduce_neurons(tiles, lists, w1, None, 300)
     assert y[3].isnan().all() and y.isnan().sum() == 192
-    assert product.sample(dy, w2, tiles, lists, 2).isnan().sum() == 1
+    assert product.sample_dy1(dy, w2.T, tiles, lists).isnan().sum() == 1
     dw1 = product.reduce_tokens(tiles, lists, x, False)
     assert dw1[neuron].isnan().all() and dw1.isnan().sum() == 192
 
@@ -254,7 +247,7 @@ def test_operators():
         (groups.select_tiles, (pre_activations("floats", 300, 384), 2)),
         (groups.reduce_neurons, (tiles, buffer, w1, order, 300)),
         (groups.reduce_neurons, (tiles, buffer, w2.T, None, 300)),
-        (groups.sample, (x, w2, tiles, buffer, 2)),
+        (groups.sample_dy1, (x, w2.T, tiles, buffer)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, True)),
         (groups.reduce_tokens, (tiles, buffer, x, 384, False)),
     ):
@@ -276,18 +269,17 @@ def test_an_operator_does_not_swallow_a_gradient():
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("budget", ["block", "batch"])
-def test_operators_compose_to_the_feed_forward(ordered, scaled, budget):
+def test_operators_compose_to_the_feed_forward(ordered, scaled):
     """Against the masked reference, in float64 on the CPU: outputs and all gradients."""
     rand = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*s, generator=rand, dtype=torch.float64) for s in ((300, 64), (384, 64), (64, 384))]
     x, w1, w2 = (t.requires_grad_() for t in inputs)
     order = torch.randperm(300, generator=rand) if ordered else None
     scales = [torch.tensor(1.3, dtype=torch.float64)] * 2 if scaled else [None, None]
-    pattern = Groups(TILE, TILE, 2 / 3, budget)
+    pattern = Groups(TILE, TILE, 2 / 3)
     expected = sparse_feed_forward(x, w1, w2, pattern, *scales, order=order)
     # On the CPU nothing is packed; the rest is what runs on a GPU.
-    actual = _Groups.apply(x, w1, w2, pattern, *scales, order)
+    actual = sparse_feed_forward(x, w1, w2, pattern, *scales, order=order, family=TILE_GROUPS)
     dy = torch.randn(300, 64, generator=rand, dtype=torch.float64)
     for y in (actual, expected):
         y.grads = torch.autograd.grad(y, (x, w1, w2), dy)

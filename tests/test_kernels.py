@@ -9,31 +9,37 @@ is checked by what defines it: equal sizes, stability, a fixed point of k-means.
 
 import math
 import shutil
+from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 import torch
+from conftest import sparse_feed_forward
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-import kernels.feed_forward
+import kernels.weights
 from kernels import (
+    MASKED,
+    FeedForwardSparsity,
     Groups,
     Preceding,
+    Shape,
     Venom,
     activation_clusters,
     balanced_clusters,
+    choose,
+    explain,
     group_mask,
     hidden_activations,
     permute_rows,
     route_tokens,
     soft_threshold_2_4,
     soft_threshold_scale,
-    sparse_feed_forward,
     venom_mask,
 )
 from kernels.clustering import _balanced_assignment
-from kernels.feed_forward import token_mask
+from kernels.venom import token_mask
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -45,7 +51,6 @@ PATTERNS = (
     Venom(64, 2, 20),
     Groups(3, 4, 0.4),
     Groups(4, 1, 0.3),
-    Groups(3, 4, 0.4, "batch"),
     Groups(3, 4, 0.4, balance=0.5),
 )
 TOKENS, WIDTH, HIDDEN = 13, 12, 40
@@ -75,7 +80,7 @@ def brute_venom(h, v, n, m):
     return mask
 
 
-def brute_groups(h, v, g, keep, budget="block", balance=0.0):
+def brute_groups(h, v, g, keep, balance=0.0):
     value, mask = h.double().tolist(), torch.zeros(h.shape, dtype=torch.bool)
     groups, blocks = h.shape[1] // g, row_blocks(h.shape[0], v)
     count = max(1, int((Decimal(str(keep)) * groups).quantize(Decimal(1), ROUND_HALF_EVEN)))
@@ -83,11 +88,7 @@ def brute_groups(h, v, g, keep, budget="block", balance=0.0):
     if balance:
         means = [math.fsum(own[j] for own in sums) / len(blocks) for j in range(groups)]
         sums = [[one / mean**balance if mean else 0.0 for one, mean in zip(own, means, strict=True)] for own in sums]
-    if budget == "batch":
-        kept = [divmod(place, groups) for place in largest([one for own in sums for one in own], count * len(blocks))]
-    else:
-        kept = [(b, j) for b, own in enumerate(sums) for j in largest(own, count)]
-    for b, j in kept:
+    for b, j in [(b, j) for b, own in enumerate(sums) for j in largest(own, count)]:
         for r in blocks[b]:
             for c in range(j * g, j * g + g):
                 mask[r, c] = value[r][c] != 0
@@ -99,7 +100,7 @@ def brute_mask(h, pattern):
         return torch.ones(h.shape, dtype=torch.bool)
     if isinstance(pattern, Venom):
         return brute_venom(h, pattern.v, pattern.n, pattern.m)
-    return brute_groups(h, pattern.v, pattern.g, pattern.keep, pattern.budget, pattern.balance)
+    return brute_groups(h, pattern.v, pattern.g, pattern.keep, pattern.balance)
 
 
 def brute_token_mask(h, pattern):
@@ -207,19 +208,16 @@ def test_group_mask_is_brute_force(kind, v, tokens):
                 assert mask.dtype == torch.bool
                 assert torch.equal(mask, brute_groups(h, v, g, keep)), (g, groups, keep, dtype)
                 assert torch.equal(mask, Groups(v, g, keep).mask(h))
-                batch = Groups(v, g, keep, "batch").mask(h)
-                assert torch.equal(batch, brute_groups(h, v, g, keep, "batch")), (g, groups, keep, dtype)
 
 
-@pytest.mark.parametrize("budget", ["block", "batch"])
 @BLOCKS
-def test_balanced_mask_is_brute_force(budget, v, tokens):
+def test_balanced_mask_is_brute_force(v, tokens):
     for seed, (g, groups) in enumerate([(1, 10), (4, 5), (3, 3), (8, 6), (12, 1)]):
         for balance in (0.25, 0.5, 0.9):
             for kind in ("floats", "sparse"):
                 h = activations(kind, tokens, g * groups, torch.float64, seed)
                 h[:, :g] = 0
-                pattern = Groups(v, g, 0.3, budget, balance=balance)
+                pattern = Groups(v, g, 0.3, balance=balance)
                 assert torch.equal(pattern.mask(h), brute_mask(h, pattern)), (g, groups, balance, kind)
 
 
@@ -250,7 +248,6 @@ def test_density_is_what_a_mask_of_positive_entries_keeps():
         Venom(16, 2, 20),
         Groups(4, 8, 0.3),
         Groups(8, 1, 0.25),
-        Groups(8, 4, 0.3, "batch"),
     ):
         assert pattern.mask(h).double().mean().item() == pytest.approx(pattern.density(h.shape[1]))
 
@@ -478,7 +475,32 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
         assert torch.equal(a, e.to(a.dtype))
 
 
-# ---- which implementation runs
+# ---- which family runs
+
+HOPPER = Shape(192, 512), torch.device("cuda"), torch.bfloat16
+
+
+@dataclass(frozen=True)
+class EveryOther:
+    """A pattern of nobody's: every other neuron."""
+
+    v: int = 1
+    sample: int = 1
+
+    def check(self, hidden_dim):
+        pass
+
+    def density(self, hidden_dim):
+        return 0.5
+
+    def mask(self, h, sums=None):
+        return (torch.arange(h.shape[1]) % 2 == 0) & (h != 0)
+
+    def causal(self):
+        return self
+
+    def of_one_token(self):
+        return self
 
 
 @pytest.mark.parametrize(
@@ -486,7 +508,6 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
     [
         (Groups(128, 128, 0.25), (), False, 192, 512, torch.bfloat16, "groups"),
         (Groups(128, 128, 0.25), (1, 3), False, 192, 512, torch.bfloat16, "groups"),
-        (Groups(128, 128, 0.25, "batch"), (), False, 192, 512, torch.bfloat16, "groups"),
         (Groups(128, 64, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(64, 128, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(128, 128, 0.25), (), False, 96, 512, torch.bfloat16, "reference"),
@@ -507,16 +528,33 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
         (None, (), False, 192, 512, torch.bfloat16, "reference"),
     ],
 )
-def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, expected):
+def test_the_first_family_that_does_not_refuse_is_chosen(
+    monkeypatch, pattern, products, cut, width, hidden, dtype, expected
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(kernels.feed_forward, "CUSPARSELT", True)
-    cuda = torch.device("cuda")
-    name, reason = kernels.backend(pattern, products, cut, width, hidden, cuda, dtype)
-    assert name == expected and reason
-    assert kernels.backend(pattern, products, cut, width, hidden, torch.device("cpu"), dtype)[0] == "reference"
-    monkeypatch.setattr(kernels.feed_forward, "CUSPARSELT", False)
-    without = kernels.backend(pattern, products, cut, width, hidden, cuda, dtype)[0]
+    sparsity, shape, cuda = FeedForwardSparsity(pattern, products, cut), Shape(width, hidden), torch.device("cuda")
+    monkeypatch.setattr(kernels.weights, "CUSPARSELT", True)
+    family, reason = explain(sparsity, shape, cuda, dtype)
+    assert family.name == expected and reason
+    assert choose(sparsity, shape, cuda, dtype, here=False)[0] is family
+    assert choose(sparsity, shape, torch.device("cpu"), dtype)[0] is MASKED
+    monkeypatch.setattr(kernels.weights, "CUSPARSELT", False)
+    without = choose(sparsity, shape, cuda, dtype)[0].name
     assert without == ("reference" if products or expected == "two_four" else expected)
+
+
+def test_a_pattern_that_no_family_knows_runs_on_the_reference_on_any_device():
+    @dataclass(frozen=True)
+    class Every(Groups):  # a subclass is known; what is not is a pattern of its own
+        pass
+
+    assert choose(FeedForwardSparsity(Every(128, 128, 0.25)), *HOPPER, here=False)[0].name == "groups"
+    unknown = FeedForwardSparsity(EveryOther())
+    family, reason = choose(unknown, *HOPPER, here=False)
+    assert family is MASKED and reason == "no family has kernels for this pattern"
+    inputs = ffn_inputs(8, tokens=10)
+    expected = run(dense_feed_forward, inputs, torch.arange(HIDDEN).expand(10, -1) % 2 == 0)
+    close(run(sparse_feed_forward, inputs, EveryOther()), expected)
 
 
 # ---- what is refused
@@ -541,8 +579,7 @@ def test_backends(monkeypatch, pattern, products, cut, width, hidden, dtype, exp
         (Groups(4, 4, math.nan), "keep = nan"),
         (Groups(4, 4, 0.5, balance=1.5), "balance = 1.5"),
         (Groups(4, 4, 0.5, balance=-0.5), "balance = -0.5"),
-        (Preceding(Groups(4, 4, 0.5, balance=0.5), 8), "balance = 0.5: .* later tokens"),
-        (Preceding(Groups(4, 4, 0.5, "batch"), 8), 'budget = "batch": .* later tokens'),
+        (Preceding(Groups(4, 4, 0.5, balance=0.5), 8), "balance=0.5.* later tokens"),
     ],
     ids=str,
 )

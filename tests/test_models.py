@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, family_named
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from configs.loader import load_config
-from kernels import Groups, Venom, activation_clusters
+from kernels import FeedForwardSparsity, Groups, Shape, Venom, activation_clusters
 from models.attention import rotate
-from models.feed_forward import FeedForwardSparsity
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
 from recipes.sparsity import Sparsity, _apart
@@ -90,7 +89,7 @@ def test_a_pattern_that_keeps_everything_changes_nothing(clusters):
     tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["max_seq_len"]))
     results = []
     for sparse in (False, True):
-        for feed_forward in model.feed_forwards():
+        for feed_forward in model.feed_forwards().values():
             feed_forward.sparse = sparse
             torch.nn.init.normal_(feed_forward.centroids)
         model.zero_grad()
@@ -109,7 +108,7 @@ def test_the_state_dict_does_not_depend_on_the_recipe():
 def test_counts_in_evaluation_mode_are_those_of_the_activations():
     pattern = Venom(8, 2, 16)
     model = build(n_layers=1, sparsity=FeedForwardSparsity(pattern))
-    (feed_forward,) = model.feed_forwards()
+    (feed_forward,) = model.feed_forwards().values()
     feed_forward.sparse = True
     x = torch.randn(2, SMALL["max_seq_len"], SMALL["dim"])
     feed_forward(x)
@@ -132,12 +131,13 @@ def test_flops_left_by_a_pattern():
     assert FeedForwardSparsity(Groups(128, 64, 0.125)).flops_share(768) == pytest.approx((1 + 5 * 2 / 12) / 6)
 
 
-def test_flops_that_a_backend_executes():
-    def share(backend, *sparsity):
-        return FeedForwardSparsity(*sparsity).executed_share(1024, backend)
+def test_flops_that_a_family_executes():
+    def share(name, *sparsity):
+        spec = FeedForwardSparsity(*sparsity)
+        return family_named(name, spec).cost(spec, Shape(64, 1024)).executed_share
 
     quarter, venom = Groups(128, 128, 0.25), Venom(128, 2, 16)
-    assert share("reference", quarter) == share("dense") == 1
+    assert share("reference", quarter) == 1
     assert share("groups", quarter) == pytest.approx((1 + 5 / 4) / 6)
     assert share("groups", quarter, (1, 3)) == pytest.approx((0.5 + 5 / 4) / 6)
     # Product (1) for a sample and then for what is kept or, chosen by all tokens, once and dense or 2:4.
@@ -165,7 +165,7 @@ def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recip
         model = Llama(args)
         tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64)
     for sparse in (False, True):
-        for feed_forward in model.feed_forwards():
+        for feed_forward in model.feed_forwards().values():
             feed_forward.sparse = sparse
         logits = model(tokens)
         logits.float().logsumexp(-1).mean().backward()
@@ -214,9 +214,9 @@ def test_what_stays_dense_is_neither_clustered_nor_cut():
     model = Llama(args)
     with torch.no_grad():
         model.init_weights()
-        ffns = model.feed_forwards()
+        ffns = list(model.feed_forwards().values())
         old = [ffn.w1.weight.clone() for ffn in ffns]
-        sparsity = Sparsity(config, ffns, [], spans)
+        sparsity = Sparsity(config, model.feed_forwards(), [], spans)
         sparsity.enter(spans[1].start + 1, lambda: model(tokens))
         assert [ffn.sparse for ffn in ffns] == [False, False, False, True]
         assert [torch.equal(ffn.w1.weight, weight) for ffn, weight in zip(ffns, old, strict=True)] == [True] * 3 + [
@@ -242,9 +242,9 @@ def test_a_sparse_phase_clusters_neurons_by_the_activations_of_its_first_tokens(
         for key, block in model.layers.items() if compiled else ():
             model.layers.register_module(key, torch.compile(block, backend="eager", fullgraph=True))
         expected, read = model(tokens), []
-        ffns = model.feed_forwards()
+        ffns = list(model.feed_forwards().values())
         old = [ffn.w1.weight.clone() for ffn in ffns]
-        sparsity = Sparsity(config, ffns, [], spans)
+        sparsity = Sparsity(config, model.feed_forwards(), [], spans)
         with pytest.raises(ValueError, match="give the step's forward pass"):
             sparsity.enter(spans[1].start + 1)
         graphs = counters["stats"]["unique_graphs"]

@@ -19,8 +19,11 @@ import torch.distributed as dist
 from conftest import ROOT, fork, launch, losses, merge, rows
 from filelock import FileLock
 
-import kernels.feed_forward
+import kernels
 from configs.errors import ConfigError
+from kernels.columns.ffn import LARGE_BLOCKS
+from kernels.groups.ffn import TILE_GROUPS
+from kernels.venom.ffn import COMPACT_VENOM
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.sparsity import Sparsity
 from recipes.trainer import SparseTrainer
@@ -170,21 +173,21 @@ def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "recipe, words, chosen",
+    "recipe, words, family",
     [
-        ("groups_quarter", ("--activations.v", "128"), "groups"),
-        ("columns_quarter", (), "columns"),
-        ("venom_2of16", (), "venom"),
-        ("venom_4of16", ("--activations.cut_along_tokens", "true"), "venom"),
+        ("groups_quarter", ("--activations.v", "128"), TILE_GROUPS),
+        ("columns_quarter", (), LARGE_BLOCKS),
+        ("venom_2of16", (), COMPACT_VENOM),
+        ("venom_4of16", ("--activations.cut_along_tokens", "true"), COMPACT_VENOM),
     ],
+    ids=["groups", "columns", "venom", "venom_tokens"],
 )
-def test_the_kernels_operators_train_as_the_reference(train, tmp_path, monkeypatch, recipe, words, chosen):
+def test_the_kernels_operators_train_as_the_reference(train, tmp_path, recipe, words, family):
     """Their CPU path in float32: the same products, sorted and compacted, through the whole trainer."""
     expected = train(tmp_path / "reference", *words, recipe=recipe)
-    asked = []
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *args: asked.append(args) or (chosen, "asked for"))
-    actual = train(tmp_path / chosen, *words, recipe=recipe)
-    assert asked
+    with kernels.prefer(family):
+        actual = train(tmp_path / family.name, *words, recipe=recipe)
+    assert json.loads((tmp_path / family.name / "run.json").read_text())["backend"]["name"] == family.name
     assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
     assert actual[8]["val_loss_sparse"] == pytest.approx(expected[8]["val_loss_sparse"], rel=1e-4)
 

@@ -6,19 +6,18 @@ The kernels are held against their plain PyTorch versions, on a GPU as compiled,
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import ROOT
+from conftest import ROOT, sparse_feed_forward
 from torch import library
 from torch.testing import assert_close
 
-import kernels.feed_forward
-from kernels import Venom, sparse_feed_forward, venom_mask
-from kernels.feed_forward import token_mask
+from kernels import Venom, venom_mask
 from kernels.two_four import (
     cusparselt,
     keep_largest_pack,
@@ -34,7 +33,9 @@ from kernels.two_four import (
     token_groups,
     token_rows,
 )
+from kernels.two_four.ffn import PACKED_ACTIVATIONS
 from kernels.two_four.reference import join_packed, split_packed, unpack
+from kernels.venom import token_mask
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -454,7 +455,7 @@ def ffn(inputs, scaled, cut, order, compiled=False):
     leaves = [value.requires_grad_() for value in (x, w1, w2)]
     scales = [torch.tensor(scale, device=x.device) if scaled else None for scale in (0.5, 2.0)]
     function = torch.compile(sparse_feed_forward, fullgraph=True, dynamic=False) if compiled else sparse_feed_forward
-    y = function(*leaves, Venom(1, 2, 4), *scales, cut, order)
+    y = function(*leaves, Venom(1, 2, 4), *scales, cut, order=order)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
@@ -468,7 +469,8 @@ def test_operators_compose_to_the_feed_forward(tokens, cut, scaled, ordered, dev
     inputs = ffn_inputs(tokens, "cpu")
     expected = ffn([value.double() for value in inputs], scaled, cut, order)
     if device == "cpu":
-        monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
+        packed = partial(sparse_feed_forward, family=PACKED_ACTIVATIONS)
+        monkeypatch.setitem(globals(), "sparse_feed_forward", packed)
     inputs, order = [value.to(device) for value in inputs], None if order is None else order.to(device)
     for compiled in (False, True) if device == "cuda" and scaled and ordered else (False,):
         torch._dynamo.reset()
@@ -491,19 +493,18 @@ def test_a_step_of_the_feed_forward_does_not_wait():
 
 
 def test_the_feed_forward_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
-    inputs = ffn_inputs(172, "cpu")
-    function = torch.compile(sparse_feed_forward, fullgraph=True, backend="aot_eager")
+    inputs, packed = ffn_inputs(172, "cpu"), partial(sparse_feed_forward, family=PACKED_ACTIVATIONS)
+    function = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    monkeypatch.setitem(globals(), "sparse_feed_forward", packed)
     expected = ffn(inputs, True, True, None)
     monkeypatch.setitem(globals(), "sparse_feed_forward", function)
     for actual, wanted in zip(ffn(inputs, True, True, None), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
-def test_the_feed_forward_keeps_h_packed(monkeypatch):
-    monkeypatch.setattr(kernels.feed_forward, "backend", lambda *_: ("two_four", "asked for"))
+def test_the_feed_forward_keeps_h_packed():
     saved = []
     x, w1, w2, _ = (value.requires_grad_() for value in ffn_inputs(192, "cpu"))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda _: None):
-        sparse_feed_forward(x, w1, w2, Venom(1, 2, 4), cut_along_tokens=True)
+        sparse_feed_forward(x, w1, w2, Venom(1, 2, 4), cut_along_tokens=True, family=PACKED_ACTIVATIONS)
     assert (192, 128 * 9 // 16) in saved and (192, 128) not in saved

@@ -12,14 +12,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sparse_feed_forward
 from torch import library
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-from kernels import Venom, sparse_feed_forward, venom
-from kernels.feed_forward import _Venom
+from kernels import Venom, venom
 from kernels.venom import compact, expand, products, reference, select, tile_width, token_mask, venom_mask
+from kernels.venom.ffn import COMPACT_VENOM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter multiplies bf16's bit patterns
@@ -181,18 +181,18 @@ def operands(tokens, hidden, d, v, n, m):
 
 
 @SHAPES
-def test_reduce_columns(tokens, hidden, d, v, m):
+def test_reduce_neurons(tokens, hidden, d, v, m):
     tiles, columns, h, _, weight = operands(tokens, hidden, d, v, 2, m)
     expected = h @ weight.double()
-    close(products.reduce_columns(tiles, columns, weight, tokens), expected)
+    close(products.reduce_neurons(tiles, columns, weight, tokens), expected)
     order = torch.randperm(tokens).to(DEVICE)
-    close(products.reduce_columns(tiles, columns, weight, tokens, order)[order], expected)
+    close(products.reduce_neurons(tiles, columns, weight, tokens, order)[order], expected)
 
 
 @SHAPES
-def test_sample_columns(tokens, hidden, d, v, m):
+def test_sample_dy1(tokens, hidden, d, v, m):
     tiles, columns, h, dy, weight = operands(tokens, hidden, d, v, 4, m)
-    dy1_tiles = products.sample_columns(dy, weight, columns, tiles)
+    dy1_tiles = products.sample_dy1(dy, weight, tiles, columns)
     close(expand(dy1_tiles, columns, tokens, hidden), 2 * h.sqrt() * (dy.double() @ weight.double().T))
     assert torch.equal(dy1_tiles == 0, tiles == 0)
 
@@ -209,8 +209,8 @@ def test_reduce_tokens(tokens, hidden, d, v, m):
 def test_products_show_nan():
     tiles, columns, _, dy, weight = operands(32, 64, 32, 16, 4, 16)
     weight[columns[0, 0].long(), 7] = torch.nan
-    assert products.reduce_columns(tiles, columns, weight, 32)[:, 7].isnan().any()
-    assert products.sample_columns(dy, weight, columns, tiles)[0, :, 0].isnan().all()
+    assert products.reduce_neurons(tiles, columns, weight, 32)[:, 7].isnan().any()
+    assert products.sample_dy1(dy, weight, tiles, columns)[0, :, 0].isnan().all()
 
 
 # ---- operators
@@ -235,13 +235,13 @@ def operator_arguments():
     return {
         "select_columns": (y1, v, n, m),
         "cut_tokens": (tiles, tiles, columns, tokens, hidden, n, m),
-        "reduce_columns": (tiles, columns, weight, tokens, torch.randperm(tokens).to(DEVICE)),
-        "sample_columns": (dy, weight, columns, tiles),
+        "reduce_neurons": (tiles, columns, weight, tokens, torch.randperm(tokens).to(DEVICE)),
+        "sample_dy1": (dy, weight, tiles, columns),
         "reduce_tokens": (token_tiles, ids, dy, hidden),
     }
 
 
-@pytest.mark.parametrize("name", ["select_columns", "cut_tokens", "reduce_columns", "sample_columns", "reduce_tokens"])
+@pytest.mark.parametrize("name", ["select_columns", "cut_tokens", "reduce_neurons", "sample_dy1", "reduce_tokens"])
 def test_operators(name):
     operator = getattr(venom, name)
     args = operator_arguments()[name]
@@ -264,9 +264,9 @@ def test_operators_compose_to_the_feed_forward(n, cut, scaled, ordered):
     dy = torch.randn(72, 24, generator=rand, dtype=torch.float64)
     order = torch.randperm(72, generator=rand) if ordered else None
     scales = [torch.tensor(1.3, dtype=torch.float64)] * 2 if scaled else [None, None]
-    expected = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order)
+    expected = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order=order)
     # On the CPU nothing is packed; the rest is what runs on a GPU.
-    actual = _Venom.apply(x, w1, w2, pattern, *scales, cut, order)
+    actual = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order=order, family=COMPACT_VENOM)
     assert_close(actual, expected)
     grads = [torch.autograd.grad(y, (x, w1, w2), dy) for y in (actual, expected)]
     for a, e in zip(*grads, strict=True):
@@ -330,7 +330,7 @@ for arch in (80, 90):
     for v in (64, 128):
         tile = products._tile(v)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        built = [build(products._sample_columns, arch, dict(KEPT=512, D=512, V=v, WIDTH=128, **tile), **options)]
+        built = [build(products._sample_dy1, arch, dict(KEPT=512, D=512, V=v, WIDTH=128, **tile), **options)]
         for transposed in (False, True):
             constants = dict(KEPT=512, D=512, V=v, WIDTH=128, TRANSPOSED=transposed, order=None, **tile)
             built.append(build(products._gather_reduce, arch, constants, **options))

@@ -3,7 +3,7 @@
     y1  = x W1^T                                     (1), dense or with a 2:4 W1
     h   = the tiles of relu(y1)^2 that are kept      `select_tiles`
     y   = h W2^T                                     (2), `reduce_neurons`
-    dy1 = 2 sqrt(h) * (dy W2) at those tiles         (3), `sample`
+    dy1 = 2 sqrt(h) * (dy W2) at those tiles         (3), `sample_dy1`
     dW2 = dy^T h                                     (4), `reduce_tokens`
     dx  = dy1 W1                                     (5), `reduce_neurons`
     dW1 = dy1^T x                                    (6), `reduce_tokens`
@@ -13,7 +13,7 @@ want the same neurons: x and dy are gathered once, y and dx are scattered by the
 
 `reference` is the specification and runs on the CPU; `select` is Triton, `products` CUDA C++ for Hopper, `portable` the
 same products in Triton for other GPUs. All functions here are custom operators of PyTorch, so torch.compile passes
-through them; gradients are `kernels.feed_forward`'s.
+through them; `ffn` puts them together.
 """
 
 import functools
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels import hopper
 from kernels.groups import portable, products, reference, select
-from kernels.groups.reference import Groups, group_mask
+from kernels.groups.pattern import Groups, group_mask
 from kernels.groups.tiles import TILE, TileLists
 from kernels.operators import operator, register_fake
 
@@ -35,7 +35,7 @@ __all__ = [
     "group_mask",
     "reduce_neurons",
     "reduce_tokens",
-    "sample",
+    "sample_dy1",
     "select_tiles",
 ]
 
@@ -62,9 +62,7 @@ def _check(width: int, **operands: Tensor) -> None:
 
 
 @operator("groups_select_tiles")
-def select_tiles(
-    y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False, balance: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float = 0.0) -> tuple[Tensor, Tensor]:
     """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
 
     Args:
@@ -72,7 +70,6 @@ def select_tiles(
         kept: groups of TILE neurons that a block of TILE tokens keeps.
         by: `[T', f]`, T' at least T, same dtype and contiguous: a block chooses by the sums of the same block of `by`
             instead of its own.
-        pooled: `kept` is what a block keeps on average: kept are those of the largest sums of all blocks.
         balance: sums are divided by their mean over all blocks to this power, see `group_mask`.
 
     Returns:
@@ -83,12 +80,12 @@ def select_tiles(
     """
     _check(0, y1=y1, by=y1 if by is None else by)
     with torch.cuda.device_of(y1):
-        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by, pooled, balance)
+        tiles, lists = (select if y1.is_cuda else reference).select_tiles(y1, kept, by, balance)
     return tiles, lists.buffer
 
 
 @register_fake(select_tiles)
-def _(y1, kept, by=None, pooled=False, balance=0.0):
+def _(y1, kept, by=None, balance=0.0):
     blocks, groups = -(-y1.shape[0] // TILE), y1.shape[1] // TILE
     buffer = y1.new_empty(TileLists.size(blocks, groups, blocks * kept), dtype=torch.int32)
     return y1.new_empty(blocks * kept, TILE, TILE), buffer
@@ -120,28 +117,27 @@ def _(tiles, lists, weight, order, tokens):
     return tiles.new_empty(tokens, weight.shape[1])
 
 
-@operator("groups_sample")
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: Tensor, most: int) -> Tensor:
-    """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3).
+@operator("groups_sample_dy1")
+def sample_dy1(dy: Tensor, weight: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
+    """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3) and the gradient through the square.
 
     Args:
         dy: `[T, d]`, contiguous.
-        w2: `[d, f]`, contiguous, same dtype.
+        weight: W2^T `[f, d]`, as the transpose of a contiguous W2 `[d, f]`; same dtype.
         tiles: h, `[P, TILE, TILE]`, same dtype.
         lists: the buffer of their lists.
-        most: tiles that a block has, or no block more than.
 
     Returns:
         `[P, TILE, TILE]`.
     """
-    _check(dy.shape[1], dy=dy, w2=w2, tiles=tiles)
-    of = TileLists.of(lists, dy.shape[0], w2.shape[1], tiles.shape[0])
+    _check(dy.shape[1], dy=dy, w2=weight.T, tiles=tiles)
+    of = TileLists.of(lists, dy.shape[0], weight.shape[0], tiles.shape[0])
     with torch.cuda.device_of(tiles):
-        return _products(tiles.device).sample(dy, w2, tiles, of, most)
+        return _products(tiles.device).sample_dy1(dy, weight, tiles, of)
 
 
-@register_fake(sample)
-def _(dy, w2, tiles, lists, most):
+@register_fake(sample_dy1)
+def _(dy, weight, tiles, lists):
     return torch.empty_like(tiles)
 
 

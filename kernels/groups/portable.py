@@ -93,11 +93,11 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
     return out
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, most: int = 0) -> Tensor:
-    """See `kernels.groups.sample`, whose `most` is not needed here."""
+def sample_dy1(dy: Tensor, weight: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
+    """See `kernels.groups.sample_dy1`."""
     out = torch.empty_like(tiles)
     _sample[(lists.capacity,)](
-        dy, w2, tiles, lists.tile_block, lists.tile_group, out, *dy.shape, w2.shape[1],
+        dy, weight, tiles, lists.tile_block, lists.tile_group, out, *dy.shape, weight.shape[0],
         TILE=TILE, BK=BK, num_warps=WARPS,
     )  # fmt: skip
     return out

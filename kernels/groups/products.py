@@ -122,7 +122,7 @@ def reduce_neurons(tiles: Tensor, lists: TileLists, weight: Tensor, order: Tenso
 
 
 @functools.lru_cache(maxsize=4096)
-def _sample(lists: _Lists, dy: int, w2: int, tiles: int, out: int, tokens: int, width: int, most: int) -> Launch:
+def _sample(lists: _Lists, dy: int, w2: int, tiles: int, out: int, tokens: int, width: int) -> Launch:
     return _prepare(
         "sample",
         lists,
@@ -132,16 +132,16 @@ def _sample(lists: _Lists, dy: int, w2: int, tiles: int, out: int, tokens: int, 
         out=out,
         rows=lists.blocks,
         together=32,
-        strips=-(-most // (2 * CLUSTER)),
+        strips=-(-lists.capacity // (lists.blocks * 2 * CLUSTER)),  # every block has equally many tiles
         tokens=tokens,
         width=width,
     )
 
 
-def sample(dy: Tensor, w2: Tensor, tiles: Tensor, lists: TileLists, most: int) -> Tensor:
-    """See `kernels.groups.sample`."""
+def sample_dy1(dy: Tensor, weight: Tensor, tiles: Tensor, lists: TileLists) -> Tensor:
+    """See `kernels.groups.sample_dy1`."""
     out = torch.empty_like(tiles)
-    _sample(_lists(lists), dy.data_ptr(), w2.data_ptr(), tiles.data_ptr(), out.data_ptr(), *dy.shape, most)()
+    _sample(_lists(lists), dy.data_ptr(), weight.data_ptr(), tiles.data_ptr(), out.data_ptr(), *dy.shape)()
     return out
 
 

@@ -1,8 +1,8 @@
-"""Selecting tiles on a GPU, in Triton: two looks at y1 = x W1^T and no word with the host.
+"""Selection of tiles on a GPU, in Triton: reads y1 = x W1^T twice, without a device-to-host synchronisation.
 
-The first look sums h = relu(y1)^2 over every tile; the groups of each block are ranked, and the lists by block and by
-group made from the ranks; the second look reads the kept quarter or eighth of y1 again and stores its tiles of h. The
-number of tiles is known from the shapes, so nothing waits for the device.
+The first pass sums h = relu(y1)^2 over every tile; the groups of each block are ranked, and the lists by block and by
+group are made from the ranks; the second pass reads the kept share of y1 again and stores its tiles of h. The number
+of tiles is known from the shapes, so the host never waits for the device.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.groups.reference import balanced
+from kernels.groups.pattern import balanced
 from kernels.groups.tiles import COUNTERS, TILE, TileLists
 
 
@@ -40,30 +40,22 @@ def sort_key(value):
 
 @triton.jit
 def _choose(
-    sums, chosen, start, tile_group, tile_block, slot, counters, groups, kept,
-    GROUPS: tl.constexpr, COUNTERS: tl.constexpr, POOLED: tl.constexpr,
+    sums, start, tile_group, tile_block, slot, counters, groups, kept, GROUPS: tl.constexpr, COUNTERS: tl.constexpr
 ):  # fmt: skip
-    """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1.
-
-    POOLED: its groups are those that `chosen` marks, and `start` is there.
-    """
+    """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1."""
     block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     inside = group < groups
-    if POOLED:
-        keep = tl.load(chosen + block * groups + group, mask=inside, other=0) != 0
-        first = tl.load(start + block)
-    else:
-        mine = sort_key(tl.load(sums + block * groups + group, mask=inside, other=0.0))
-        rank = tl.zeros([GROUPS], tl.int32)
-        for other_group in range(groups):
-            other = sort_key(tl.load(sums + block * groups + other_group))
-            better = (other > mine) | ((other == mine) & (other_group < group))
-            rank += better.to(tl.int32)
-        keep = inside & (rank < kept)
-        first = block * kept
-        tl.store(start + block + 1, (block + 1) * kept)
-        tl.store(start, 0, mask=block == 0)
+    mine = sort_key(tl.load(sums + block * groups + group, mask=inside, other=0.0))
+    rank = tl.zeros([GROUPS], tl.int32)
+    for other_group in range(groups):
+        other = sort_key(tl.load(sums + block * groups + other_group))
+        better = (other > mine) | ((other == mine) & (other_group < group))
+        rank += better.to(tl.int32)
+    keep = inside & (rank < kept)
+    first = block * kept
+    tl.store(start + block + 1, (block + 1) * kept)
+    tl.store(start, 0, mask=block == 0)
     tile = first + tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(tile_group + tile, group, mask=keep)
     tl.store(tile_block + tile, tl.zeros_like(group) + block, mask=keep)
@@ -108,16 +100,13 @@ def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.con
     tl.store(tiles + to, h)
 
 
-def select_tiles(
-    y1: Tensor, kept: int, by: Tensor | None = None, pooled: bool = False, balance: float = 0.0
-) -> tuple[Tensor, TileLists]:
+def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float = 0.0) -> tuple[Tensor, TileLists]:
     """Keep the `kept` groups of largest sum of relu(by)^2 of every block of tokens of h = relu(y1)^2.
 
     Args:
         y1: `[T, f]` bf16, contiguous, f a multiple of TILE, on a CUDA device.
         kept: groups that a block keeps.
         by: `[T', f]`, as y1, T' at least T: whose sums decide; None: y1's own.
-        pooled: keep so many groups a block on average, those of largest sum of all blocks.
         balance: as of `group_mask`.
 
     Returns:
@@ -135,16 +124,9 @@ def select_tiles(
     _tile_sums[(groups, blocks)](by, sums, by.shape[0], groups, TILE=TILE)
     sums = balanced(sums, balance)
     width = triton.next_power_of_2(groups)
-    chosen = sums
-    if pooled:
-        # The sums are few: a sort of PyTorch's takes a tenth of the time that reading y1 does.
-        largest = sums.view(-1).sort(descending=True, stable=True).indices[:capacity]
-        chosen = torch.zeros_like(slot).view(-1).scatter_(0, largest, 1).view_as(slot)
-        lists.start[0] = 0
-        torch.cumsum(chosen.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=lists.start[1:])
     _choose[(blocks,)](
-        sums, chosen, lists.start, lists.tile_group, lists.tile_block, slot, lists.counters, groups, kept,
-        GROUPS=width, COUNTERS=COUNTERS, POOLED=pooled,
+        sums, lists.start, lists.tile_group, lists.tile_block, slot, lists.counters, groups, kept,
+        GROUPS=width, COUNTERS=COUNTERS,
     )  # fmt: skip
     height = triton.next_power_of_2(blocks)
     _by_group[(groups,)](slot, lists.group_tiles, lists.group_count, blocks, groups, BLOCKS=height)

@@ -11,11 +11,11 @@ With these, the products of `kernels.feed_forward` that read h or dy1 are dense 
 multiplications:
 
     tiles, columns         = select_columns(y1)                         h = relu(y1)^2, cut
-    y                      = reduce_columns(tiles, columns, W2^T)       (2)
-    dy1_tiles              = sample_columns(dy, W2^T, columns, tiles)   (3)
+    y                      = reduce_neurons(tiles, columns, W2^T)       (2)
+    dy1_tiles              = sample_dy1(dy, W2^T, tiles, columns)   (3)
     h_token_tiles, ...     = cut_tokens(tiles, dy1_tiles, columns)      the second cut
     dW2^T                  = reduce_tokens(h_token_tiles, ids, dy)      (4)
-    dx                     = reduce_columns(dy1_tiles, columns, W1)     (5)
+    dx                     = reduce_neurons(dy1_tiles, columns, W1)     (5)
     dW1                    = reduce_tokens(dy1_token_tiles, ids, x)     (6)
 
 `reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
@@ -27,16 +27,8 @@ from torch import Tensor
 
 from kernels.operators import operator, register_fake
 from kernels.venom import products, reference, select
-from kernels.venom.reference import (
-    COLUMNS,
-    Venom,
-    compact,
-    densest_neurons,
-    expand,
-    tile_width,
-    token_mask,
-    venom_mask,
-)
+from kernels.venom.pattern import COLUMNS, Venom, densest_neurons, token_mask, venom_mask
+from kernels.venom.reference import compact, expand, tile_width
 
 __all__ = [
     "Venom",
@@ -44,9 +36,9 @@ __all__ = [
     "cut_tokens",
     "densest_neurons",
     "expand",
-    "reduce_columns",
+    "reduce_neurons",
     "reduce_tokens",
-    "sample_columns",
+    "sample_dy1",
     "select_columns",
     "tile_width",
     "token_mask",
@@ -152,8 +144,8 @@ def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
     return token_tiles, torch.empty_like(token_tiles), columns.new_empty(count, width)
 
 
-@operator("venom_reduce_columns")
-def reduce_columns(
+@operator("venom_reduce_neurons")
+def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
     """Products (2) and (5): h or dy1, compact, times a weight that has a row a neuron.
@@ -173,22 +165,22 @@ def reduce_columns(
     """
     _check_bf16(tiles=tiles, weight_rows=weight_rows)
     with torch.cuda.device_of(tiles):
-        return (products if tiles.is_cuda else reference).reduce_columns(tiles, columns, weight_rows, tokens, order)
+        return (products if tiles.is_cuda else reference).reduce_neurons(tiles, columns, weight_rows, tokens, order)
 
 
-@register_fake(reduce_columns)
+@register_fake(reduce_neurons)
 def _(tiles, columns, weight_rows, tokens, order=None):
     return weight_rows.new_empty(tokens, weight_rows.shape[1])
 
 
-@operator("venom_sample_columns")
-def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
+@operator("venom_sample_dy1")
+def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor) -> Tensor:
     """Product (3) where h was kept, and the gradient through the square: dy1 = 2 sqrt(h) * (dy W2), compact.
 
     Args:
         dy: `[T, d]`.
         weight_rows: `[f, d]`, W2^T, a row a neuron.
-        columns, h_tiles: compact h.
+        h_tiles, columns: compact h.
 
     Returns:
         dy1_tiles, shape and dtype of h_tiles; zero wherever h is.
@@ -198,11 +190,11 @@ def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Te
     """
     _check_bf16(dy=dy, weight_rows=weight_rows, h_tiles=h_tiles)
     with torch.cuda.device_of(dy):
-        return (products if dy.is_cuda else reference).sample_columns(dy, weight_rows, columns, h_tiles)
+        return (products if dy.is_cuda else reference).sample_dy1(dy, weight_rows, h_tiles, columns)
 
 
-@register_fake(sample_columns)
-def _(dy, weight_rows, columns, h_tiles):
+@register_fake(sample_dy1)
+def _(dy, weight_rows, h_tiles, columns):
     return torch.empty_like(h_tiles)
 
 

@@ -3,9 +3,9 @@
 Because V rows share their columns, a block's product is an ordinary matrix product whose second operand is
 picked row by row, and with the weights stored a row a neuron a picked row is a contiguous run of memory:
 
-    reduce_columns  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
+    reduce_neurons  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
     reduce_tokens   dW[block]     = sum over kept tokens t:   token_tile[t, :] x[t, :]               (4) (6)
-    sample_columns  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
+    sample_dy1  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
 
 The first two are one kernel: left operands differ only in which of their axes is contiguous. Everything is
 addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are bf16, sums
@@ -119,7 +119,7 @@ def _launch_gather_reduce(
     return out
 
 
-def reduce_columns(
+def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
     return _launch_gather_reduce(tiles, columns, weight_rows, order, tokens, tiles.shape[1], False)
@@ -130,7 +130,7 @@ def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim:
 
 
 @triton.jit
-def _sample_columns(
+def _sample_dy1(
     dy1_tiles,
     dy,
     weight_rows,
@@ -167,14 +167,14 @@ def _sample_columns(
     tl.store(dy1_tiles + place, dy1.to(dy1_tiles.dtype.element_ty), mask=(c < KEPT)[None, :])
 
 
-def sample_columns(dy: Tensor, weight_rows: Tensor, columns: Tensor, h_tiles: Tensor) -> Tensor:
+def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor) -> Tensor:
     dy, weight_rows = dy.contiguous(), weight_rows.contiguous()
     tokens, d = dy.shape
     v, width = h_tiles.shape[1:]
     blocks, tile = triton.cdiv(tokens, v), _tile(v)
     kept = columns.numel() // blocks
     dy1_tiles = torch.empty_like(h_tiles)
-    _sample_columns[(blocks * triton.cdiv(kept, tile["BLOCK_N"]),)](
+    _sample_dy1[(blocks * triton.cdiv(kept, tile["BLOCK_N"]),)](
         dy1_tiles,
         dy,
         weight_rows,

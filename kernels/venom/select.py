@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.venom.reference import COLUMNS, tile_width
+from kernels.venom.pattern import COLUMNS
+from kernels.venom.reference import tile_width
 
 SELECT_ELEMENTS = 8192  # entries of y1 that a program holds
 SELECT_WARPS = 4

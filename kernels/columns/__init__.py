@@ -17,7 +17,7 @@ sample = 1 product (1) is dense, is computed once, and the kept neurons are read
 as a product: the operators hide them from torch.compile, which would find the same copying in the backward pass and
 keep them for it.
 
-The specification is `kernels.groups.group_mask`. Source: this project.
+The specification is `kernels.groups.group_mask`; `ffn` puts the operators together. Source: this project.
 """
 
 import torch
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.groups.reference import Groups, balanced
+from kernels.groups.pattern import Groups, balanced
 from kernels.groups.select import sort_key, squared_relu
 from kernels.operators import operator, register_fake
 
@@ -43,7 +43,7 @@ def choose(y1: Tensor, pattern: Groups) -> Tensor:
 
     Args:
         y1: `[B, S, f]`, x W1^T of the S tokens by which each block chooses: every `sample`-th of its tokens.
-        pattern: with a budget of every block's own.
+        pattern: what a block keeps.
 
     Returns:
         place `[B, f]` int32: which of a block's K kept neurons each neuron is, in their order; -1 where it is none.

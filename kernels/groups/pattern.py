@@ -1,0 +1,142 @@
+"""Column groups V x G: a block of tokens keeps whole groups of neighbouring neurons.
+
+`h [T, f]` is cut into blocks of V tokens by G neurons. Every V tokens keep the same share of the groups, those in
+which the sum of h over the V tokens is largest, and drop the others. With neurons clustered so that a group fires
+together, and tokens sorted so that a block wants the same groups, little is lost; and with G of 64 or 128 what
+remains are dense tiles, so that products (2) to (6) are block-sparse, with exact gradients and no second pattern
+along the tokens.
+
+By sums alone a neuron that fires weakly everywhere is chosen nowhere: it gets no gradient, and stays weak, though the
+optimizer, which scales every weight by its own gradients, would not mind how weak it is. `balance` weighs a group's
+sums by a power of their mean over the blocks: at 0 they count as they are, at 1 every group is wanted equally often,
+and less is kept of h. What it does to a run is in docs/studies/branch_40m.
+
+A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
+have met W1.
+
+With a `window` the choice is made in every window of so many neighbouring neurons, each of which keeps the share `keep`
+of its groups. With G = 1 that is the choice of columns that Venom makes: V:4:M keeps four of M (SC 2023).
+
+Source: this project.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_mask(
+    h: Tensor,
+    v: int,
+    g: int,
+    keep: float,
+    sums: Tensor | None = None,
+    sample: int = 1,
+    balance: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Which entries of h lie in a kept group.
+
+    A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one; with a window, the
+    `keep * window / g` of largest sum in every window. Among equal sums the lower index wins, of block and then of
+    group. An exact zero never counts as kept; NaN does, so that it is not hidden.
+
+    Args:
+        h: `[T, f]`, non-negative. T need not be a multiple of v: the last block is shorter.
+        v: tokens in a block, at least 1.
+        g: neurons in a group, a divisor of f.
+        keep: share of the groups to keep, in (0, 1].
+        sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks makes its choice by instead of its own sums over
+            the v tokens.
+        sample: sums are over the tokens 0, sample, 2 sample, ... of a block.
+        balance: a group's sums are divided by their mean over all blocks to this power, in [0, 1].
+        window: neurons in a window, a multiple of g that divides f; 0: all f.
+
+    Returns:
+        bool mask `[T, f]`.
+
+    Raises:
+        ValueError: a pattern outside these bounds.
+    """
+    tokens, hidden_dim = h.shape
+    pattern = Groups(v, g, keep, sample, balance, window)
+    pattern.check(hidden_dim)
+    h = h.detach()
+    blocks, groups = -(-tokens // v), hidden_dim // g
+    tiles = F.pad(h, (0, 0, 0, blocks * v - tokens)).view(blocks, v, groups, g)
+    if sums is None:
+        energies = tiles[:, ::sample].to(torch.promote_types(h.dtype, torch.float32)).sum((1, 3))
+    else:
+        energies = sums.view(blocks, groups, g).sum(2)
+    energies, kept = balanced(energies, balance), pattern.kept_groups(hidden_dim)
+    if window:
+        energies, kept = energies.view(-1, window // g), kept * window // hidden_dim
+    order = energies.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
+    chosen = torch.zeros_like(energies, dtype=torch.bool).scatter(-1, order, True).view(blocks, groups)
+    mask = chosen[:, None, :, None] & (tiles != 0)
+    return mask.reshape(blocks * v, hidden_dim)[:tokens]
+
+
+def balanced(sums: Tensor, balance: float) -> Tensor:
+    """What a block ranks groups by: sums `[B, G]` over a power of their mean over the blocks."""
+    if not balance:
+        return sums
+    return sums * sums.mean(0).clamp(min=torch.finfo(sums.dtype).tiny).pow(-balance)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The pattern V x G with a keep share, see `group_mask`."""
+
+    v: int
+    g: int
+    keep: float
+    sample: int = 1
+    balance: float = 0.0
+    window: int = 0
+
+    def density(self, hidden_dim: int) -> float:
+        """Share of h that is kept at most in an FFN of width `hidden_dim`."""
+        return self.kept_groups(hidden_dim) * self.g / hidden_dim
+
+    def kept_groups(self, hidden_dim: int) -> int:
+        """Groups that a block of tokens keeps in an FFN of width `hidden_dim`."""
+        return max(1, round(self.keep * hidden_dim / self.g))
+
+    def check(self, hidden_dim: int) -> None:
+        """Raise ValueError, naming the parameter, where the pattern does not fit an FFN of width `hidden_dim`."""
+        if self.v < 1:
+            raise ValueError(f"v = {self.v}: a block needs at least one token")
+        if self.g < 1:
+            raise ValueError(f"g = {self.g}: a group needs at least one neuron")
+        if not 1 <= self.sample <= self.v:
+            raise ValueError(f"sample = {self.sample}: a block of v = {self.v} tokens has every 1st to {self.v}th")
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance = {self.balance}: the power of a group's mean is in [0, 1]")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep = {self.keep}: the share of groups to keep is in (0, 1]")
+        if self.window:
+            if self.window < 0 or self.window % self.g or hidden_dim % self.window:
+                raise ValueError(
+                    f"window = {self.window}: it is a multiple of g = {self.g} that divides the FFN's hidden_dim = "
+                    f"{hidden_dim}, or 0 for one window of all neurons"
+                )
+            kept = self.keep * self.window / self.g
+            if abs(kept - round(kept)) > 1e-6 or not round(kept):
+                raise ValueError(
+                    f"window = {self.window}: the share keep = {self.keep} of its {self.window // self.g} groups is "
+                    f"{kept:g}, not a whole number of groups"
+                )
+        if hidden_dim % self.g:
+            raise ValueError(f"g = {self.g} does not divide the FFN's hidden_dim = {hidden_dim}")
+
+    def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
+        return group_mask(h, self.v, self.g, self.keep, sums, self.sample, self.balance, self.window)
+
+    def causal(self) -> "Groups":
+        return replace(self, balance=0.0)  # a mean over all blocks would tell of later tokens
+
+    def of_one_token(self) -> "Groups":
+        return replace(self, v=1, sample=1)

@@ -1,0 +1,65 @@
+"""The reference: dense products over masked operands, right for any pattern, on any device, in any dtype.
+
+It is the specification that every family is tested against, and what computes a pattern that no family takes.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.family import Cost, Family, FeedForwardSparsity, Operands, Saved, Shape
+from kernels.venom.pattern import Venom, token_mask
+from kernels.weights import linear, thresholded
+
+
+class Masked(Family):
+    """All six products dense, over h and dy1 with zeros.
+
+    Args:
+        packed: products (1) and (3) read packed 2:4 weights, on the sparse tensor cores.
+    """
+
+    name = "reference"
+
+    def __init__(self, packed: bool = False) -> None:
+        self.packed = packed
+
+    def handles(self, sparsity: FeedForwardSparsity) -> bool:
+        return True
+
+    def refuses(self, sparsity, shape, device, dtype, here=True) -> str:
+        return ""
+
+    def describe(self, sparsity, device, here=True) -> str:
+        return "dense products over masked operands"
+
+    def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
+        return Cost()
+
+    def forward(
+        self, x: Tensor, weights: Operands, sparsity: FeedForwardSparsity, order: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        active = linear(x, weights.w1, weights.w1_scale, self.packed).relu()  # (1)
+        h = active * active
+        if sparsity.pattern is not None:
+            h = torch.where(sparsity.pattern.mask(h), h, 0)
+        return h @ weights.w2.T, (x, h)  # (2)
+
+    def backward(
+        self, dy: Tensor, saved: Saved, weights: Operands, sparsity: FeedForwardSparsity
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, h = saved
+        assert x is not None and h is not None
+        dh = linear(dy, weights.w2.T, weights.w2_scale, self.packed)  # (3): groups of four along d
+        dy1 = 2 * h.sqrt() * dh
+        h_tokens, dy1_tokens = h, dy1
+        if sparsity.cut_along_tokens:
+            assert isinstance(sparsity.pattern, Venom)
+            kept = token_mask(h, sparsity.pattern)
+            h_tokens, dy1_tokens = torch.where(kept, h, 0), torch.where(kept, dy1, 0)
+        dw2 = dy.T @ h_tokens  # (4)
+        dx = dy1 @ thresholded(weights.w1, weights.w1_scale)  # (5)
+        dw1 = dy1_tokens.T @ x  # (6)
+        return dx, dw1, dw2
+
+
+MASKED = Masked()

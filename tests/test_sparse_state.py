@@ -1,0 +1,73 @@
+"""What a checkpoint keeps of a sparse phase: a versioned table of values, and layers by name; an older one resumes."""
+
+import json
+import tarfile
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT
+
+from configs.errors import ConfigError
+from configs.loader import load_config
+from models.llama import Llama
+from recipes.check import check_config
+from recipes.sparsity import Sparsity
+
+
+def test_a_sparse_phase_of_an_older_release_resumes_exactly(tmp_path, train):
+    """A checkpoint of commit c93bbb7 at step 6 of a sparse phase, with the losses that it went on to there."""
+    run, corpus = tmp_path / "run", tmp_path / "corpus"
+    with tarfile.open(ROOT / "tests/data/sparse_phase_of_c93bbb7.tar.xz") as archive:
+        archive.extractall(run, filter="data")
+    about = run / "run.json"
+    about.write_text(about.read_text().replace("RUN", str(tmp_path)))
+    corpus.mkdir()
+    for index in range(40):
+        lines = [f"def f{index}_{line}(x):\n    return x * {line * index % 97} + {line}\n" for line in range(12)]
+        (corpus / f"{index:03}.py").write_text("\n".join(lines))
+    keys = {
+        "data.sources": f'[{{type = "text", path = "{corpus}/*.py"}}]',
+        "tokenizer.cache_folder": str(tmp_path / "tok"),
+        "tokenizer.vocab_size": "300",
+        "model.dim": "16",
+        "model.hidden_dim": "64",
+        "activations.v": "32",
+        "router.cluster_size": "16",
+        "training.steps": "10",
+        "validation.freq": "5",
+        "validation.sequences": "2",
+        "checkpoint.interval": "1",
+        "checkpoint.keep_latest_k": "2",
+    }
+    expected = json.loads((run / "losses.json").read_bytes())
+    resumed = train(run, *(word for key, value in keys.items() for word in (f"--{key}", value)))
+    assert {str(step): row["loss"] for step, row in resumed.items()} == expected
+    state = dcp.FileSystemReader(run / "checkpoint" / "step-10").read_metadata().state_dict_metadata
+    assert {"sparsity.prepared", "sparsity.layers.0.feed_forward.centroids"} < set(state)
+
+
+def test_what_a_phase_was_prepared_for_is_a_table_of_values():
+    config, _ = load_config(["--config", "configs/debug.toml", "--recipe", "recipes/venom_2of16.toml"])
+    args, spans = check_config(config)
+    args.vocab_size = 64
+    sparsity = Sparsity(config, Llama(args).feed_forwards(), [], spans)
+    sparsity.prepared = sparsity._wanted(spans[1])
+    state = sparsity.state_dict()
+    table = json.loads(state["prepared"])
+    assert table == {
+        "version": 2,
+        "start": spans[1].start,
+        "schedule.dense_layers": 0,
+        "weights.pattern": "2:4",
+        "router.enable": True,
+        "router.cluster_size": 64,
+        "router.cluster_by": "activations",
+        "router.spread": True,
+    }
+    config.activations.keep = 0.5  # no key that preparation depends on
+    sparsity.load_state_dict(state)
+    assert not sparsity.prepares(spans[1].start + 2)
+    config.router.spread = False
+    assert sparsity.prepares(spans[1].start + 2)
+    with pytest.raises(ConfigError, match=r"of a later release .*resume it with that release"):
+        sparsity.load_state_dict(state | {"prepared": json.dumps(table | {"version": 3})})
