@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,8 @@ from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weigh
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
 QUARTER, EIGHTH = Groups(128, 128, 0.25), Groups(128, 128, 0.125)
-COLUMNS_QUARTER, COLUMNS_EIGHTH = (Groups(1024, 1, keep, sample=8, balance=0.5) for keep in (0.25, 0.125))
+COLUMNS_HALF, COLUMNS_QUARTER, COLUMNS_EIGHTH = (Groups(1024, 1, keep, 8, 0.5) for keep in (0.5, 0.25, 0.125))
+HALF_BY_ALL, QUARTER_BY_ALL = (replace(pattern, sample=1) for pattern in (COLUMNS_HALF, COLUMNS_QUARTER))
 FOUR, TWO = Venom(128, 4, 16), Venom(128, 2, 16)
 
 # What is measured. A pattern whose blocks hold more than one token gets the router.
@@ -63,8 +65,13 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "dense": ("nothing sparse: the baseline", FeedForwardSparsity()),
     "groups_quarter": ("a quarter of the groups of 128 neurons", FeedForwardSparsity(QUARTER)),
     "groups_eighth": ("an eighth of them", FeedForwardSparsity(EIGHTH)),
-    "columns_quarter": ("a quarter of the neurons, in blocks of 1024", FeedForwardSparsity(COLUMNS_QUARTER)),
+    "columns_half": ("half of the neurons, in blocks of 1024", FeedForwardSparsity(COLUMNS_HALF)),
+    "columns_quarter": ("a quarter of them", FeedForwardSparsity(COLUMNS_QUARTER)),
     "columns_eighth": ("an eighth of them", FeedForwardSparsity(COLUMNS_EIGHTH)),
+    "columns_half_all": ("half of them, chosen by all tokens", FeedForwardSparsity(HALF_BY_ALL)),
+    "columns_quarter_all": ("a quarter, chosen by all tokens", FeedForwardSparsity(QUARTER_BY_ALL)),
+    "columns_quarter_2of4": ("a quarter, and 2:4 weights", FeedForwardSparsity(COLUMNS_QUARTER, (1, 3))),
+    "columns_all_2of4": ("a quarter by all, and 2:4 weights", FeedForwardSparsity(QUARTER_BY_ALL, (1, 3))),
     "groups_quarter_2of4": ("a quarter, and 2:4 W1", FeedForwardSparsity(QUARTER, (1,))),
     "groups_eighth_2of4": ("an eighth, and 2:4 W1", FeedForwardSparsity(EIGHTH, (1,))),
     "venom_4of16": ("4 of 16 neurons", FeedForwardSparsity(FOUR)),
@@ -339,10 +346,10 @@ def implementation(name: str, dim: int, hidden_dim: int, device: torch.device) -
 def text_table(shape: dict[str, Any]) -> str:
     """The timed contenders of a shape for the terminal, at most 120 columns."""
     timed = {name: entry for name, entry in shape["contenders"].items() if "ms" in entry}
-    head = f"{'':<20}{'runs':<11}{'ms':>8}{'spread':>8}{'speed-up':>10}{'replayed':>10}{'speed-up':>10}{'peak GiB':>10}"
+    head = f"{'':<21}{'runs':<11}{'ms':>8}{'spread':>8}{'speed-up':>10}{'replayed':>10}{'speed-up':>10}{'peak GiB':>10}"
     lines = [head + "  host waits  replay"]
     for name, entry in timed.items():
-        line = f"{name:<20}{entry['backend']:<11}{entry['ms']:>8.2f}{entry['spread']:>8.1%}{entry['speedup']:>9.2f}x"
+        line = f"{name:<21}{entry['backend']:<11}{entry['ms']:>8.2f}{entry['spread']:>8.1%}{entry['speedup']:>9.2f}x"
         if "stages" in entry:
             graph = (
                 (f"{entry['graph_ms']:.2f}", f"{entry['graph_speedup']:.2f}x") if "graph_ms" in entry else ("-", "-")
@@ -360,12 +367,12 @@ def text_table(shape: dict[str, Any]) -> str:
     pairs = list(zip(stages, widths, strict=True))
     lines.append(f"\n{'ms of a step':<20}" + "".join(f"{stage:>{width}}" for stage, width in pairs))
     for name, entry in profiled.items():
-        lines.append(f"{name:<20}" + "".join(f"{entry['stages'].get(stage, 0):>{width}.2f}" for stage, width in pairs))
+        lines.append(f"{name:<21}" + "".join(f"{entry['stages'].get(stage, 0):>{width}.2f}" for stage, width in pairs))
     lines.append(f"\n{'TFLOP/s, of cuBLAS':<20}" + "".join(f"{product:>12}" for product in PRODUCTS))
     for name, entry in profiled.items():
         rates = [entry["products"].get(product) for product in PRODUCTS]
         cells = [f"{rate['tflops']:.0f} {rate['of_cublas']:>4.0%}" if rate else "-" for rate in rates]
-        lines.append(f"{name:<20}" + "".join(f"{cell:>12}" for cell in cells))
+        lines.append(f"{name:<21}" + "".join(f"{cell:>12}" for cell in cells))
     lines.append(f"{'cuBLAS alone':<20}" + "".join(f"{shape['cublas'][product]:>12.0f}" for product in PRODUCTS))
     return "\n".join(lines)
 

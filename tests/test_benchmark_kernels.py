@@ -276,7 +276,7 @@ def test_picture(tmp_path, capsys, replayed):
     (tmp_path / "kernels.json").write_text(json.dumps(measured(replayed)))
     plot_kernels.main([str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path}/kernels.png\n"
-    pixels(tmp_path / "kernels.png")
+    pixels(tmp_path / "kernels.png", tallest=3200)
 
 
 def test_bars_are_of_the_replays_where_there_are():
@@ -303,7 +303,7 @@ def test_what_is_written(monkeypatch, capsys, tmp_path):
     assert result["command"].startswith("python -m scripts.benchmark_kernels --contenders groups_quarter --shapes")
     assert result["contenders"] == {name: CONTENDERS[name][0] for name in ("dense", "groups_quarter")}
     assert set(result) >= {"date", "commit", "hardware", "versions", "tokens", "shapes"}
-    pixels(tmp_path / "out" / "kernels.png")
+    pixels(tmp_path / "out" / "kernels.png", tallest=3200)
     failed = measured()["shapes"]
     failed[0]["contenders"]["venom_4of16"] = {"backend": "x", "reason": "", "checks": [{"failed": ["y off"]}]}
     monkeypatch.setattr(benchmark_kernels, "benchmark", lambda *_: failed)
