@@ -1,15 +1,22 @@
 """One way to refuse bad input: name the key or file, the value and the remedy, once, without a traceback."""
 
+import json
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 TOO_LARGE = "does not fit into GPU memory"  # scripts.study looks for it in a run's log
 
 
 class ConfigError(Exception):
     """Input that cannot be run. The message names the key or file, the value, and what to do about it."""
+
+
+def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
+    """The error for a key's value, in the form that all of them have."""
+    return ConfigError(f"{key} = {json.dumps(value)}: {problem}; {remedy}")
 
 
 def exit_with(error: ConfigError) -> None:

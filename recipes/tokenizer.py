@@ -33,10 +33,10 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, refuse
 from configs.schema import JobConfig
 from configs.titan import HuggingFaceTokenizer
-from recipes.data import load_corpus, refuse
+from recipes.mixture import load_corpus
 
 logger = logging.getLogger("sparsetitan")
 

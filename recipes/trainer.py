@@ -34,8 +34,9 @@ from configs.loader import ROOT, resolved
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SPARSITY, SafeCheckpointManager
-from recipes.data import build_dataloader, load_corpus
+from recipes.data import build_dataloader
 from recipes.metrics import Metrics, build_metrics
+from recipes.mixture import load_corpus
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity, flops_per_token, sparse_family

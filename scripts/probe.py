@@ -60,7 +60,8 @@ from configs.schema import JobConfig
 from configs.titan import device_module, device_type
 from kernels import FeedForwardSparsity
 from models.feed_forward import inference_modes
-from recipes.data import load_corpus, validation_sequences
+from recipes.data import validation_sequences
+from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from recipes.trainer import commit

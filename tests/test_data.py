@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
 from configs.titan import HuggingFaceTokenizer
-from recipes import data, tokenizer
+from recipes import data, mixture, tokenizer
+from recipes.sources import is_held_out
 
 
 class Characters:
@@ -58,7 +59,7 @@ def write_files(folder: Path, count: int = 60, name: str = "doc") -> Path:
 
 
 def texts(config: JobConfig) -> list[str]:
-    return [example["text"] for example in data.load_corpus(config).row(0, 1)]
+    return [example["text"] for example in mixture.load_corpus(config).row(0, 1)]
 
 
 def sequences(config: JobConfig, ranks: int = 1, rank: int = 0):
@@ -82,7 +83,7 @@ def global_batches(config: JobConfig, ranks: int, steps: int) -> list[torch.Tens
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    data._load_corpus.cache_clear()
+    mixture._load_corpus.cache_clear()
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_edited_files_are_read_again(tmp_path):
         lines.write_text(json.dumps({"text": word}) + "\n")
         for path in (folder, lines):
             os.utime(path / "000.txt" if path.is_dir() else path, ns=(0, len(word) * 10**9 + hash(word) % 10**9))
-        data._load_corpus.cache_clear()
+        mixture._load_corpus.cache_clear()
         assert word in texts(make_config(Source(type="text", path=str(folder)), share=0.0))
         assert word in texts(make_config(Source(type="json", path=str(lines)), share=0.0))
 
@@ -173,7 +174,7 @@ def test_documents_shuffle_by_seed(tmp_path):
     config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
     orders = []
     for seed in (0, 1, 0):
-        data._load_corpus.cache_clear()
+        mixture._load_corpus.cache_clear()
         config.data.seed = seed
         orders.append(texts(config))
     assert orders[0] == orders[2] != orders[1]
@@ -188,7 +189,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path, hub, streamed):
     hub["org/set"] = {"train": stream("hub", 300, 3)}
     sources = [Source(type="text", path=str(write_files(tmp_path / "a", 300)))] + [hub_source()] * streamed
     config = make_config(*sources, share=0.2)
-    held_out = [example["text"] for example in data.load_corpus(config).held_out()]
+    held_out = [example["text"] for example in mixture.load_corpus(config).held_out()]
     train = set(texts(config))
     everything = {document(name, index) for name in ("doc", "hub")[: 1 + streamed] for index in range(300)}
     assert train.isdisjoint(held_out)
@@ -202,24 +203,24 @@ def test_copies_are_left_out(tmp_path):
     for index in range(20):
         (folder / f"copy{index}.txt").write_text(document("doc", index))
     sources = [Source(type="text", path=str(path)) for path in (folder, other)]
-    corpus = data.load_corpus(make_config(*sources, share=0.2))
+    corpus = mixture.load_corpus(make_config(*sources, share=0.2))
     assert [part.copies for part in corpus.parts] == [20, 60]
     found = [text for part in corpus.parts for side in (part.train, part.held_out) for text in side["text"]]
     assert sorted(found) == sorted(document("doc", index) for index in range(80))
-    assert all(data.is_held_out(text, 0.2) for part in corpus.parts for text in part.held_out["text"])
+    assert all(is_held_out(text, 0.2) for part in corpus.parts for text in part.held_out["text"])
 
 
 def test_a_source_of_copies_alone_is_refused(tmp_path):
     sources = [Source(type="text", path=str(write_files(tmp_path / name, 30))) for name in "ab"]
     with pytest.raises(ConfigError, match=r"data\.sources\[1\].*30 copies of others"):
-        data.load_corpus(make_config(*sources))
+        mixture.load_corpus(make_config(*sources))
 
 
 def test_validation_split_of_the_hub(hub):
     hub["org/set"] = {"train": stream("train", 40, 2), "validation": stream("valid", 10, 1)}
     config = make_config(hub_source(validation_split="validation"))
     assert set(texts(config)) == {document("train", index) for index in range(40)}
-    found = {example["text"] for example in data.load_corpus(config).held_out()}
+    found = {example["text"] for example in mixture.load_corpus(config).held_out()}
     assert found == {document("valid", index) for index in range(10)}
 
 
@@ -231,9 +232,7 @@ def test_mixture_weights(tmp_path, hub, streamed):
     unread = Source(type="text", path="/nowhere", weight=0.0)
     config = make_config(a, unread, hub_source(weight=1.0) if streamed else b)
     found = texts(config)
-    assert set(found) >= {
-        text for text in map(lambda i: document("b", i), range(200)) if not data.is_held_out(text, 0.1)
-    }
+    assert set(found) >= {text for text in map(lambda i: document("b", i), range(200)) if not is_held_out(text, 0.1)}
     assert 0.7 < sum(text.startswith("a") for text in found) / len(found) < 0.8
 
 
@@ -242,7 +241,7 @@ def test_validation_sequences(tmp_path):
     found = data.validation_sequences(Characters(), config)
     assert found.shape == (4, 17) and found.dtype == torch.int64
     # As many documents as sequences, whatever their length, and from them the sequences at equal distances.
-    documents = [example["text"] for example in data.load_corpus(config).held_out()][:4]
+    documents = [example["text"] for example in mixture.load_corpus(config).held_out()][:4]
     packed = [token for text in documents for token in Characters().encode(text, add_bos=True, add_eos=True)]
     whole = len(packed) // 17
     assert whole > 4
@@ -315,7 +314,7 @@ def test_resume_is_exact(tmp_path, hub, kind, workers):
     for batch in islice(batches, total):
         expected.append(batch)
         states.append(loader.state_dict())
-    epochs = data.RowStreams(data.load_corpus(config), Characters(), 16, range(2, 4), 4)
+    epochs = data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(2, 4), 4)
     list(islice(epochs, total - 20))
     assert (
         min(row.epoch for row in epochs.rows) >= 2
@@ -334,7 +333,7 @@ def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
     config = make_config(*source_of(kind, tmp_path, hub), rows=4)
 
     def streams():
-        return data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4)
+        return data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(4), 4)
 
     expected = list(islice(streams(), 120))
     state, found = streams().state_dict(), []
@@ -350,8 +349,8 @@ def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
 
 def test_resume_with_another_batch_size_is_refused(tmp_path):
     config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
-    state = data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4).state_dict()
-    rows = data.RowStreams(data.load_corpus(config), Characters(), 16, range(8), 8)
+    state = data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(4), 4).state_dict()
+    rows = data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(8), 8)
     with pytest.raises(ConfigError, match=r"global_batch_size: the checkpoint has 4 rows a data-loading process"):
         rows.load_state_dict(state)
 
@@ -377,7 +376,7 @@ def test_resume_of_streamed_files(tmp_path, monkeypatch, kind):
     config = make_config(hub_source())
 
     def streams():
-        return data.RowStreams(data.load_corpus(config), Characters(), 16, range(4), 4)
+        return data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(4), 4)
 
     rows = streams()
     expected, states = [], []
@@ -524,14 +523,14 @@ def test_bpe_is_trained_once(bpe_config, monkeypatch):
     folder = tokenizer.prepare_tokenizer(bpe_config)
     train = tokenizer._train
     monkeypatch.setattr(tokenizer, "_train", lambda *_: pytest.fail("trained again"))
-    data._load_corpus.cache_clear()
+    mixture._load_corpus.cache_clear()
     assert tokenizer.prepare_tokenizer(bpe_config) == folder
     monkeypatch.setattr(tokenizer, "_train", train)
     bpe_config.tokenizer.vocab_size = 290
     assert tokenizer.prepare_tokenizer(bpe_config) != folder
     bpe_config.tokenizer.vocab_size = 300
     Path(bpe_config.data.sources[0].path, "new.txt").write_text("one more document")
-    data._load_corpus.cache_clear()
+    mixture._load_corpus.cache_clear()
     assert tokenizer.prepare_tokenizer(bpe_config) != folder
 
 

@@ -1,0 +1,129 @@
+"""The corpus: all sources with a weight, mixed by weight, and the documents of it that each row of a batch reads.
+
+Row b of B reads the documents b, b + B, b + 2B, ... of the mixture. A streamed source has no index to pick these by.
+With at least B shards, row b reads the shards b, b + B, ...; with fewer, several rows read one shard and each takes its
+turn of the documents, which costs each of them the download of the whole shard.
+"""
+
+import functools
+import sys
+from dataclasses import astuple
+from typing import Any
+
+import datasets
+import numpy as np
+
+from configs.errors import refuse
+from configs.schema import JobConfig, Source
+from recipes.sources import Documents, Part, load_hub, load_local
+
+
+def _row_of_part(part: Documents, row: int, rows: int) -> datasets.IterableDataset:
+    """A row's own documents of one source, as a stream."""
+    if isinstance(part, datasets.Dataset):
+        # A source with fewer documents than there are rows is read whole by each of them.
+        own = part.shard(rows, row, contiguous=False) if len(part) >= rows else part
+        return own.to_iterable_dataset()
+    shards = min(part.num_shards, rows)
+    stream = part.shard(shards, row % shards, contiguous=False)
+    readers = len(range(row % shards, rows, shards))
+    if readers > 1:
+        stream = stream.filter(functools.partial(_is_turn, turn=row // shards, readers=readers), with_indices=True)
+    return stream
+
+
+def _is_turn(example: dict[str, Any], index: int, turn: int, readers: int) -> bool:
+    return index % readers == turn
+
+
+class Corpus:
+    """The mixture of all sources with a weight."""
+
+    def __init__(self, parts: list[Part], seed: int):
+        self.parts = parts
+        self.seed = seed
+        self.streamed = any(isinstance(part.train, datasets.IterableDataset) for part in parts)
+
+    @functools.cached_property
+    def documents(self) -> datasets.Dataset:
+        """The training documents of an epoch, in order, if no source is streamed.
+
+        An epoch ends when every document has been drawn; those of sources that end sooner come again, so that the
+        weights hold throughout. Shuffled sources in random order make a shuffled mixture.
+        """
+        return self._mix([(part.weight, part.train) for part in self.parts], "all_exhausted")
+
+    def row(self, row: int, rows: int) -> Documents:
+        """The training documents of one row of the global batch.
+
+        Args:
+            row: the row's number b.
+            rows: the number of rows B. Rows 0 to B - 1 of one B share out the mixture.
+        """
+        if not self.streamed:
+            return self.documents.shard(rows, row, contiguous=False)
+        return self._mix([(part.weight, _row_of_part(part.train, row, rows)) for part in self.parts], "all_exhausted")
+
+    def first_epoch(self, row: int, rows: int) -> int:
+        """The number of a streamed row's first epoch.
+
+        From an epoch's number alone `datasets` draws both the order of the shards and the sources of the documents. So
+        rows start far apart: counting from 0, they would all draw the same source at the same time.
+        """
+        return 1 + ((self.seed * rows + row) % 2**40 << 16)
+
+    def held_out(self) -> Documents | None:
+        """The documents for validation in their shuffled order, each of them once; None if nothing is held out."""
+        parts = []
+        for part in self.parts:
+            documents = part.held_out
+            if isinstance(documents, datasets.Dataset):
+                if len(documents) == 0:
+                    continue
+                documents = documents.to_iterable_dataset() if self.streamed else documents
+            if documents is not None:
+                parts.append((part.weight, documents))
+        return self._mix(parts, "all_exhausted_without_replacement") if parts else None
+
+    def _mix(self, parts: list[tuple[float, Any]], stopping_strategy: Any) -> Any:
+        if len(parts) == 1:
+            return parts[0][1]
+        total = sum(weight for weight, _ in parts)
+        probabilities = [weight / total for weight, _ in parts]
+        return datasets.interleave_datasets(
+            [documents for _, documents in parts],
+            probabilities=probabilities,
+            seed=self.seed,
+            stopping_strategy=stopping_strategy,
+        )
+
+
+@functools.cache
+def _load_corpus(sources: tuple[tuple, ...], share: float, seed: int) -> Corpus:
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    parts = []
+    seen = np.array([], dtype=np.uint64)
+    for index, fields in enumerate(sources):
+        source = Source(*fields)
+        if source.weight > 0 and source.type == "hub":
+            parts.append(load_hub(index, source, share))
+        elif source.weight > 0:
+            part, seen = load_local(index, source, share, seed, seen)
+            parts.append(part)
+    return Corpus(parts, seed)
+
+
+def load_corpus(config: JobConfig) -> Corpus:
+    """The corpus of a configuration, read once in a process.
+
+    Raises:
+        ConfigError: a source is missing, unreadable or empty.
+    """
+    if not config.data.sources:
+        raise refuse("data.sources", [], "nothing to train on", "give at least one [[data.sources]] table")
+    weights = [source.weight for source in config.data.sources]
+    if sum(weights) <= 0:
+        raise refuse("data.sources[0].weight", weights[0], "the weights of all sources are 0", "raise one above 0")
+    sources = tuple(astuple(source) for source in config.data.sources)
+    return _load_corpus(sources, config.data.validation_share, config.data.seed)
