@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 train.py --config configs/1b.toml --recipe recipes/venom_2of16.toml
 
 reads the job (configs/loader.py), checks what its keys mean together (recipes/check.py) and trains it
-(recipes/trainer.py). The exit status is 2 for input that cannot be run.
+(recipes/trainer.py). The exit status is 0 for a run that ended or was told to save and stop, 2 for input that cannot be
+run, 3 for a job that does not fit into GPU memory, and 1 for any other failure. torchrun turns all but 0 into 1.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from configs.errors import TOO_LARGE, ConfigError, exit_with
+from configs.errors import ConfigError, TooLargeError, exit_with
 
 if not hasattr(kernels, "sparse_feed_forward"):
     exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
@@ -49,18 +50,18 @@ def main(args: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def too_large(config: JobConfig, error: Exception) -> ConfigError:
-    """What to do about a job that does not fit into the GPU's memory.
+def too_large(config: JobConfig, error: Exception) -> TooLargeError:
+    """What to do about a job that does not fit into GPU memory.
 
-    Who finds out may be the allocator, CUDA itself, whose kernels and libraries take memory too, or NCCL, which comes
-    last.
+    The error may come from PyTorch's allocator, from CUDA, whose kernels and libraries take memory too, or from NCCL,
+    which allocates last.
     """
     size, mode = config.training.local_batch_size, config.activation_checkpoint.mode
     lines = str(error).strip().splitlines()
     said = next((line for line in lines if "out of memory" in line), lines[-1]).split(". ")[0]
     stronger = {"none": ' or activation_checkpoint.mode = "selective" or "full"', "selective": ' or mode = "full"'}
-    return ConfigError(
-        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" {TOO_LARGE} '
+    return TooLargeError(
+        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into GPU memory '
         f"({said}): use a smaller one{stronger.get(mode, '')}, and keep training.global_batch_size if the run is to go "
         "on from a checkpoint; python -m scripts.estimate says what fits"
     )

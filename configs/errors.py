@@ -7,11 +7,17 @@ import sys
 import time
 from typing import Any
 
-TOO_LARGE = "does not fit into GPU memory"  # scripts.study looks for it in a run's log
-
-
 class ConfigError(Exception):
     """Input that cannot be run. The message names the key or file, the value, and what to do about it."""
+
+    status = 2
+    """Exit status of a program that ends with this error."""
+
+
+class TooLargeError(ConfigError):
+    """A job that does not fit into GPU memory. A program that starts jobs can tell it by its status from bad input."""
+
+    status = 3
 
 
 def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
@@ -20,7 +26,7 @@ def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
 
 
 def exit_with(error: ConfigError) -> None:
-    """Print the error once whatever the number of ranks and exit with status 2.
+    """Print the error once whatever the number of ranks and exit with the error's status.
 
     Rank 0 speaks and exits, which makes torchrun end the others. They wait for that, so that nobody ends rank 0
     before it has spoken, and speak themselves only if it never comes: then the fault is one that only their machine
@@ -31,4 +37,4 @@ def exit_with(error: ConfigError) -> None:
             signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would only take note of torchrun's SIGTERM
         time.sleep(15)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(error.status)

@@ -62,7 +62,7 @@ if not __package__:  # started as `python scripts/study.py`: look imports up fro
 import torch
 from matplotlib import rc_context
 
-from configs.errors import TOO_LARGE, ConfigError, exit_with
+from configs.errors import ConfigError, TooLargeError, exit_with
 from configs.loader import ROOT, load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
@@ -341,7 +341,7 @@ class Launcher:
             for run, process, gpu, began in list(self.running.values()):
                 if process.poll() is not None:
                     del self.running[run.name]
-                    if run.name in self.sharing and _is_too_large(run, process.returncode):
+                    if run.name in self.sharing and process.returncode == TooLargeError.status:
                         say(f"{run.name} does not fit beside the others on GPU {gpu}: it waits, one fewer runs there")
                         todo.insert(0, run)
                         if self._places(gpu):
@@ -421,12 +421,6 @@ class Launcher:
 def _last_lines(run: StudyRun, count: int) -> list[str]:
     """What a run's process said last."""
     return (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-count:]
-
-
-def _is_too_large(run: StudyRun, status: int) -> bool:
-    """Whether a process ended for want of GPU memory."""
-    # Warnings of processes that wind down follow it.
-    return status == 2 and any(TOO_LARGE in line for line in _last_lines(run, 10))
 
 
 def _progress(run: StudyRun) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, rows
 
-from configs.errors import TOO_LARGE, ConfigError
+from configs.errors import ConfigError, TooLargeError
 from scripts import study
 from scripts.report import runs_table
 
@@ -260,8 +260,7 @@ def test_a_run_that_does_not_fit_beside_others_waits(write_study, tmp_path, monk
         "time.sleep(0 if full else 0.5)\n"
         "[file.unlink() for file in mine]\n"
         "if full:\n"
-        f"    print('error: this batch {TOO_LARGE}')\n"
-        "    sys.exit(2)\n"
+        f"    sys.exit({TooLargeError.status})\n"
         "open(ran, 'w').close()\n"
     )
     monkeypatch.setattr(study, "ROOT", tmp_path)

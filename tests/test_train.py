@@ -20,7 +20,7 @@ from conftest import ROOT, fork, launch, losses, merge, rows
 from filelock import FileLock
 
 import kernels
-from configs.errors import ConfigError
+from configs.errors import ConfigError, TooLargeError, exit_with
 from kernels.columns.ffn import LARGE_BLOCKS
 from kernels.groups.ffn import TILE_GROUPS
 from kernels.venom.ffn import COMPACT_VENOM
@@ -401,9 +401,13 @@ def test_a_job_that_does_not_fit_is_one_message(tiny, monkeypatch, error, said, 
     program = importlib.import_module("train")
     monkeypatch.setattr(program, "SparseTrainer", Trainer)
     message = r'local_batch_size = 4 with activation_checkpoint.mode = ".*" does not fit .*' + str(said)
-    with pytest.raises(ConfigError if said else type(error), match=message if said else str(error).strip()):
+    with pytest.raises(TooLargeError if said else type(error), match=message if said else str(error).strip()) as caught:
         program.main(["--config", "configs/debug.toml", *tiny])
     assert Trainer.closed != building
+    if said:
+        with pytest.raises(SystemExit) as ended:
+            exit_with(caught.value)
+        assert ended.value.code == 3
 
 
 def test_a_shadowed_kernels_package_is_named(tmp_path):
