@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+
 class ConfigError(Exception):
     """Input that cannot be run. The message names the key or file, the value, and what to do about it."""
 
