@@ -24,11 +24,13 @@ def _in(default, low=None, high=None):
 class Source:
     """One corpus of a mixture; in TOML a `[[data.sources]]` table."""
 
-    type: Literal["stdlib", "text", "json", "parquet", "hub"] = "stdlib"
+    type: Literal["auto", "text", "json", "parquet", "stdlib", "hub"] = "auto"
     """
+    auto: files, each read by its suffix, in any case: .jsonl, .ndjson and .json as JSON lines, .parquet as Parquet, all
+        others as text, a file a document. text, json, parquet: files of that kind alone. Any may be compressed (.gz,
+        .bz2, .xz, .zst). Files that hold no text are counted in the log, with the reason.
     stdlib: the source of the running Python's standard library, a file a document; there on any machine.
-    text: files, a file a document. json: JSON lines. parquet: Parquet files. hub: a data set on the Hugging Face hub,
-        streamed.
+    hub: a data set on the Hugging Face hub, streamed.
     """
 
     path: str = ""
@@ -44,7 +46,7 @@ class Source:
     """hub: the split to validate on; empty holds documents out of `split`."""
 
     column: str = "text"
-    """json, parquet, hub: the column that holds the text."""
+    """JSON lines, Parquet, hub: the column that holds the text."""
 
     weight: float = _in(1.0, 0.0)
     """Share of the documents that the mixture draws from here, relative to the other sources."""
@@ -52,7 +54,7 @@ class Source:
 
 @dataclass
 class Data:
-    sources: list[Source] = field(default_factory=lambda: [Source()])
+    sources: list[Source] = field(default_factory=lambda: [Source(type="stdlib")])
     """The corpora. The default is the embedded one."""
 
     validation_share: float = _in(0.02, 0.0, 0.5)

@@ -69,8 +69,6 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.config import job_config as titan_config  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
-from torchtitan.hf_datasets import DatasetConfig  # noqa: E402
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
 from torchtitan.models.llama3.model.model import Attention  # noqa: E402
@@ -84,7 +82,6 @@ from torchtitan.tools.utils import device_module, device_type, get_peak_flops  #
 from torchtitan.train import Trainer  # noqa: E402
 
 __all__ = [
-    "DATASETS",
     "IGNORE_INDEX",
     "TORCH_DTYPE_MAP",
     "AsyncMode",
@@ -93,8 +90,6 @@ __all__ = [
     "BaseValidator",
     "CheckpointManager",
     "DataloaderExhaustedError",
-    "DatasetConfig",
-    "HuggingFaceTextDataset",
     "HuggingFaceTokenizer",
     "Llama3StateDictAdapter",
     "MetricsProcessor",

@@ -15,9 +15,10 @@ micro-batches of a step, and the rows with them, in turn. For local files the mi
 of processes; a run resumes with its own number. `datasets` draws the sources of a streamed mixture differently in a
 worker process, so there training.dataloader.num_workers changes the order; nothing else depends on it.
 
-A row is a HuggingFaceTextDataset of torchtitan, and its state is what that keeps: its place in its documents and the
-tokens left over from packing. The state of a rank is the state of its rows and which row is next, so a run resumes with
-exactly the next sequence, also from between two micro-batches and across the end of an epoch.
+The state of a row is its place in its documents and which of their tokens are left over from packing: of local
+documents their number, since they are the last tokens of the document before, of a stream the tokens themselves. The
+state of a rank is the state of its rows and which row is next, so a run resumes with exactly the next sequence, also
+from between two micro-batches and across the end of an epoch.
 """
 
 import logging
@@ -33,12 +34,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from configs.errors import ConfigError, refuse
 from configs.schema import JobConfig
-from configs.titan import DATASETS, BaseTokenizer, DatasetConfig, HuggingFaceTextDataset, ParallelAwareDataloader
+from configs.titan import BaseTokenizer, ParallelAwareDataloader
 from recipes.mixture import Corpus, load_corpus
+from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
-
-DATASET = "sparsetitan"  # the rows' name in torchtitan's registry of data sets
 
 
 def num_rows(config: JobConfig, dp_world_size: int) -> int:
@@ -85,32 +85,110 @@ def check_data(config: JobConfig) -> None:
         raise refuse("data.sources", [source.path or source.type for source in config.data.sources], problem, remedy)
 
 
-def _text_of(example: dict[str, Any]) -> str:
-    return example["text"]
+class Row:
+    """A row of the global batch: packs its documents into sequences, int64 [seq_len + 1].
 
+    Args:
+        documents: in their order.
+        tokenizer: encodes a document with bos and eos.
+        seq_len: tokens in a sequence, S.
+        infinite: start over at the end of an epoch.
+    """
 
-def _is_not_reloop(record: logging.LogRecord) -> bool:
-    return record.msg != f"Dataset {DATASET} is being re-looped"
+    def __init__(
+        self,
+        documents: Documents | datasets.IterableDataset,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        infinite: bool = True,
+    ) -> None:
+        self.documents, self.epoch = documents, 0
+        self._tokenizer, self._length, self._infinite = tokenizer, seq_len + 1, infinite
+        self._next = 0  # of the local documents
+        self._left = np.zeros(0, np.int32)
+        self._found_nothing = False
+        self._loaded: dict[str, Any] | None = None  # the state of a stream that has not moved, which does not know it
 
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from self._cut(self._left)  # of a long document that a checkpoint was in the middle of
+        waiting, count = [self._left], len(self._left)
+        while True:
+            for tokens in self._read_epoch():
+                waiting.append(tokens)
+                count += len(tokens)
+                if count >= self._length:
+                    yield from self._cut(np.concatenate(waiting))
+                    waiting, count = [self._left], len(self._left)
+            if not self._infinite:
+                return
+            self._next = 0
+            if isinstance(self.documents, datasets.IterableDataset):
+                self.documents.set_epoch(self.documents.epoch + 1)
 
-class Row(HuggingFaceTextDataset):
-    """torchtitan's packing of a stream of documents, which here counts its epochs and does not loop over nothing."""
+    def _cut(self, tokens: np.ndarray) -> Iterator[torch.Tensor]:
+        """As many whole sequences as there are; what is left over is part of the last document alone."""
+        for stop in range(self._length, len(tokens) + 1, self._length):
+            self._left = tokens[stop:]
+            yield torch.from_numpy(tokens[stop - self._length : stop].astype(np.int64))
 
-    epoch = 0
-    _found_nothing = False
-
-    def _get_data_iter(self) -> Iterator[dict[str, Any]]:
+    def _read_epoch(self) -> Iterator[np.ndarray]:
+        """The tokens of the documents that are left in this epoch, a document at a time."""
         self.epoch += 1
-        documents = 0
-        for documents, sample in enumerate(super()._get_data_iter(), 1):  # noqa: B007
-            yield sample
+        found = False
+        if isinstance(self.documents, Documents):
+            while self._next < len(self.documents):
+                found = True
+                self._next += 1
+                yield self.documents.tokens(self._next - 1, self._tokenizer)
+        else:
+            for example in self.documents:
+                found, self._loaded = True, None
+                yield np.array(self._tokenizer.encode(example["text"], add_bos=True, add_eos=True), np.int32)
         # A resumed epoch may have been at its end; one more without a document is one of many.
-        if documents == 0 and self._found_nothing:
+        if not found and self._found_nothing:
             raise ConfigError(
                 "data.sources: a row of the global batch finds no document in its part of the stream; "
                 "add a source, or lower training.global_batch_size or training.local_batch_size"
             )
-        self._found_nothing = documents == 0
+        self._found_nothing = not found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the row is after the last sequence that was taken; a copy."""
+        if isinstance(self.documents, Documents):
+            return {"epoch": self.epoch, "sample_idx": self._next, "left": len(self._left)}
+        return {
+            "epoch": self.epoch,
+            "stream_epoch": self.documents.epoch,
+            "data": self._loaded or self.documents.state_dict(),
+            "token_buffer": self._left.astype(np.int32).tobytes(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Call it before iterating.
+
+        Raises:
+            ConfigError: the tokens that were left over are not there: the documents are others.
+        """
+        self.epoch = max(state["epoch"] - 1, 0)  # it counts again when it starts to read
+        if isinstance(self.documents, Documents):
+            self._next = state["sample_idx"]
+            # A checkpoint of an older release has the tokens, the last ones of the document before as well.
+            left = state["left"] if "left" in state else len(state["token_buffer"]) // 4
+            if left:
+                there = 0 < self._next <= len(self.documents)
+                tokens = self.documents.tokens(self._next - 1, self._tokenizer) if there else self._left
+                if len(tokens) < left:
+                    raise ConfigError(
+                        "data.sources: the documents are not those that the checkpoint was trained on: give those, or "
+                        "start another run from it with checkpoint.initial_load_path"
+                    )
+                self._left = tokens[len(tokens) - left :]
+        else:
+            self._left = np.frombuffer(state["token_buffer"], np.int32)
+            self._loaded = state["data"]
+            self.documents.load_state_dict(state["data"])
+            # A stream heeds a loaded state only in the epoch that the state is of.
+            self.documents.set_epoch(state["stream_epoch"])
 
 
 class RowStreams(torch.utils.data.IterableDataset, Stateful):
@@ -139,16 +217,10 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         infinite: bool = True,
     ):
         self._micro_batch = micro_batch
-        # torchtitan finds a row's documents by the registered name and a path, here "row/rows".
-        DATASETS[DATASET] = DatasetConfig(
-            path="0/1", loader=lambda path: corpus.row(*map(int, path.split("/"))), sample_processor=_text_of
-        )
-        self.rows = [Row(DATASET, f"{row}/{num_rows}", tokenizer, seq_len, infinite=infinite) for row in rows]
-        if corpus.streamed:
-            for number, row in zip(rows, self.rows, strict=True):
-                row._data.set_epoch(corpus.first_epoch(number, num_rows))
-        # torchtitan warns whenever a row starts over; one line an epoch, below, says as much.
-        logging.getLogger().addFilter(_is_not_reloop)
+        self.rows = [Row(corpus.row(row, num_rows), tokenizer, seq_len, infinite) for row in rows]
+        for number, row in zip(rows, self.rows, strict=True):
+            if isinstance(row.documents, datasets.IterableDataset):
+                row.documents.set_epoch(corpus.first_epoch(number, num_rows))
         self._next_row = 0
         self._epoch = 1
         # States that have been loaded into rows that have not moved since. A stream that has not moved does not know
@@ -179,7 +251,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
             if self.rows[i].epoch > self._epoch:
                 self._epoch = self.rows[i].epoch
                 logger.info("a row of the batch has read all of its documents, epoch %d begins", self._epoch)
-            yield sequence
+            yield {"input": sequence[:-1]}, sequence[1:]
 
     def state_dict(self) -> dict[str, Any]:
         """Where every row is, as of the last sequence that was taken; a copy."""
@@ -187,19 +259,8 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         return {
             "next_row": self._next_row,
             "epoch": self._epoch,
-            "rows": [loaded or self._row_state(row) for loaded, row in zip(self._loaded, self.rows, strict=True)],
+            "rows": [loaded or row.state_dict() for loaded, row in zip(self._loaded, self.rows, strict=True)],
         }
-
-    @staticmethod
-    def _row_state(row: Row) -> dict[str, Any]:
-        state = row.state_dict()
-        state["epoch"] = row.epoch
-        # With each micro-batch a process sends the state that it left. The tokens left over can be hundreds of
-        # thousands: as a list of numbers they would keep the trainer's process busy where it should launch kernels.
-        state["token_buffer"] = np.array(state["token_buffer"], np.int32).tobytes()
-        if isinstance(row._data, datasets.IterableDataset):
-            state["stream_epoch"] = row._data.epoch
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Call it before iterating.
@@ -218,11 +279,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         self._epoch = state_dict["epoch"]
         self._loaded = list(state_dict["rows"])
         for row, state in zip(self.rows, state_dict["rows"], strict=True):
-            row.load_state_dict({**state, "token_buffer": np.frombuffer(state["token_buffer"], np.int32).tolist()})
-            row.epoch = max(state["epoch"] - 1, 0)  # it counts again when it starts to read
-            if isinstance(row._data, datasets.IterableDataset):
-                # A stream heeds a loaded state only in the epoch that the state is of.
-                row._data.set_epoch(state["stream_epoch"])
+            row.load_state_dict(state)
 
 
 def build_dataloader(
@@ -279,14 +336,23 @@ def validation_sequences(tokenizer: BaseTokenizer, config: JobConfig) -> torch.T
         ConfigError: there are not enough held-out documents.
     """
     length, sequences = config.training.seq_len + 1, config.validation.sequences
-    tokens: list[int] = []
-    for count, document in enumerate(load_corpus(config).held_out() or [], 1):
-        tokens += tokenizer.encode(document["text"], add_bos=True, add_eos=True)
-        if count >= sequences and len(tokens) >= sequences * length:
+    documents = load_corpus(config).held_out()
+    if documents is None:
+        encoded: Iterator[Any] = iter(())
+    elif isinstance(documents, Documents):
+        encoded = (documents.tokens(index, tokenizer) for index in range(len(documents)))
+    else:
+        encoded = (tokenizer.encode(document["text"], add_bos=True, add_eos=True) for document in documents)
+    found: list[np.ndarray] = []
+    count = 0
+    for tokens in encoded:
+        found.append(np.asarray(tokens, np.int64))
+        count += len(tokens)
+        if len(found) >= sequences and count >= sequences * length:
             break
-    if (packed := len(tokens) // length) >= sequences:
-        chosen = torch.arange(sequences) * packed // sequences
-        return torch.tensor(tokens[: packed * length], dtype=torch.int64).view(packed, length)[chosen]
-    problem = f"the held-out documents give only {len(tokens) // length} sequences of {length - 1} tokens"
+    if (packed := count // length) >= sequences:
+        chosen = np.arange(sequences) * packed // sequences
+        return torch.from_numpy(np.concatenate(found)[: packed * length].reshape(packed, length)[chosen])
+    problem = f"the held-out documents give only {packed} sequences of {length - 1} tokens"
     remedy = "lower it, raise data.validation_share, or add documents"
     raise refuse("validation.sequences", sequences, problem, remedy)

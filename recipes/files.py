@@ -20,7 +20,7 @@ import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -72,6 +72,9 @@ class Report:
     documents: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     """Of the documents, in UTF-8."""
+
+    file_bytes: int = 0
+    """Of the files that were read."""
 
     left_out: dict[str, list[Any]] = field(default_factory=dict)
     """Reason to how many files, and the name of the first."""
@@ -350,6 +353,7 @@ def load_documents(files: list[tuple[str, Kind]], column: str, report: Report) -
     found = json.loads((folder / "report.json").read_text())
     for name in ("files", "documents", "bytes"):
         getattr(report, name).update(found[name])
+    report.file_bytes += found["file_bytes"]
     report.left_out |= found["left_out"]
     report.notes |= found["notes"]
     return datasets.Dataset.from_file(str(folder / "documents.arrow"))
@@ -378,7 +382,7 @@ def _write_cache(files: list[tuple[str, Kind]], column: str, folder: Path) -> No
                         batch, size = [], 0
                 bar.update(os.path.getsize(file))
             writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
-        (unfinished / "report.json").write_text(json.dumps(asdict(report)))
+        (unfinished / "report.json").write_text(json.dumps(vars(report)))
         os.replace(unfinished, folder)
 
 
@@ -410,6 +414,7 @@ def _documents(file: str, kind: Kind, column: str, report: Report) -> Iterator[s
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DamagedError(f"{printable(file)}: {reason}") from error
     report.files[kind] += 1
+    report.file_bytes += os.path.getsize(file)
     report.documents[kind] += read
     report.bytes[kind] += size
 

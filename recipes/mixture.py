@@ -18,12 +18,11 @@ from configs.schema import JobConfig, Source
 from recipes.sources import Documents, Part, load_hub, load_local
 
 
-def _row_of_part(part: Documents, row: int, rows: int) -> datasets.IterableDataset:
+def _row_of_part(part: Documents | datasets.IterableDataset, row: int, rows: int) -> datasets.IterableDataset:
     """A row's own documents of one source, as a stream."""
-    if isinstance(part, datasets.Dataset):
+    if isinstance(part, Documents):
         # A source with fewer documents than there are rows is read whole by each of them.
-        own = part.shard(rows, row, contiguous=False) if len(part) >= rows else part
-        return own.to_iterable_dataset()
+        return (part.select(slice(row, None, rows)) if len(part) >= rows else part).to_stream()
     shards = min(part.num_shards, rows)
     stream = part.shard(shards, row % shards, contiguous=False)
     readers = len(range(row % shards, rows, shards))
@@ -45,15 +44,15 @@ class Corpus:
         self.streamed = any(isinstance(part.train, datasets.IterableDataset) for part in parts)
 
     @functools.cached_property
-    def documents(self) -> datasets.Dataset:
+    def documents(self) -> Documents:
         """The training documents of an epoch, in order, if no source is streamed.
 
         An epoch ends when every document has been drawn; those of sources that end sooner come again, so that the
         weights hold throughout. Shuffled sources in random order make a shuffled mixture.
         """
-        return self._mix([(part.weight, part.train) for part in self.parts], "all_exhausted")
+        return self._mix_local([(part.weight, part.train) for part in self.parts], "all_exhausted")
 
-    def row(self, row: int, rows: int) -> Documents:
+    def row(self, row: int, rows: int) -> Documents | datasets.IterableDataset:
         """The training documents of one row of the global batch.
 
         Args:
@@ -61,8 +60,23 @@ class Corpus:
             rows: the number of rows B. Rows 0 to B - 1 of one B share out the mixture.
         """
         if not self.streamed:
-            return self.documents.shard(rows, row, contiguous=False)
+            return self.documents.select(slice(row, None, rows))
         return self._mix([(part.weight, _row_of_part(part.train, row, rows)) for part in self.parts], "all_exhausted")
+
+    def summary(self) -> list[str]:
+        """What was read of the local sources and what was not, in lines for a person."""
+        lines = []
+        for index, part in enumerate(self.parts):
+            if isinstance(part.train, Documents):
+                name = f"source {index + 1} of {len(self.parts)}"
+                held_out = len(part.held_out) if isinstance(part.held_out, Documents) else 0
+                read, *rest = part.report.lines()
+                lines.append(
+                    f"{name}: {read}; {len(part.train):,} documents to train on, {held_out:,} held out, "
+                    f"{part.copies:,} copies left out"
+                )
+                lines += [f"{name}: {line}" for line in rest]
+        return lines
 
     def first_epoch(self, row: int, rows: int) -> int:
         """The number of a streamed row's first epoch.
@@ -72,18 +86,33 @@ class Corpus:
         """
         return 1 + ((self.seed * rows + row) % 2**40 << 16)
 
-    def held_out(self) -> Documents | None:
+    def held_out(self) -> Documents | datasets.IterableDataset | None:
         """The documents for validation in their shuffled order, each of them once; None if nothing is held out."""
         parts = []
         for part in self.parts:
             documents = part.held_out
-            if isinstance(documents, datasets.Dataset):
-                if len(documents) == 0:
-                    continue
-                documents = documents.to_iterable_dataset() if self.streamed else documents
-            if documents is not None:
-                parts.append((part.weight, documents))
-        return self._mix(parts, "all_exhausted_without_replacement") if parts else None
+            if documents is None or (isinstance(documents, Documents) and len(documents) == 0):
+                continue
+            if self.streamed and isinstance(documents, Documents):
+                documents = documents.to_stream()
+            parts.append((part.weight, documents))
+        if not parts:
+            return None
+        return (self._mix if self.streamed else self._mix_local)(parts, "all_exhausted_without_replacement")
+
+    def _mix_local(self, parts: list[tuple[float, Any]], stopping_strategy: Any) -> Documents:
+        """Local documents in the order in which `datasets` draws from the parts; it is asked with their numbers."""
+        if len(parts) == 1:
+            return parts[0][1]
+        stops = np.cumsum([len(documents) for _, documents in parts])
+        numbers = [
+            (weight, datasets.Dataset.from_dict({"number": np.arange(stop - len(documents), stop)}))
+            for (weight, documents), stop in zip(parts, stops, strict=True)
+        ]
+        order = self._mix(numbers, stopping_strategy).with_format("numpy")[:]["number"]
+        owners = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(documents) for _, documents in parts])
+        stores = tuple(documents.stores[0] for _, documents in parts)
+        return Documents(stores, owners, np.concatenate([documents.places for _, documents in parts])).select(order)
 
     def _mix(self, parts: list[tuple[float, Any]], stopping_strategy: Any) -> Any:
         if len(parts) == 1:

@@ -1,14 +1,15 @@
-"""Sources of documents: each becomes a Hugging Face data set with the one column `text`.
+"""Sources of documents: files, tokens made of them, and data sets on the hub.
 
 A document whose hash falls below `data.validation_share` is held out. This depends on its text alone, so copies of a
 document never end up on both sides. Empty documents are left out.
 
-Local files (stdlib, text, json, parquet) are memory-mapped (Arrow) and shuffled as a whole. Of a document that is there
-several times, in one source or in two, only the first copy is read: to read a text more often, give it a weight. Data
-sets on the hub are streamed, with copies, and only the order of their files (shards) is shuffled: a shuffle buffer
-would be lost when a run resumes.
+Local sources (stdlib, files of text, JSON lines and Parquet, tokens) are memory-mapped and shuffled as a whole. Of a
+document that is there several times, in one source or in two, only the first copy is read: to read a text more often,
+give it a weight. Data sets on the hub are streamed, with copies, and only the order of their files (shards) is
+shuffled: a shuffle buffer would be lost when a run resumes.
 """
 
+import bisect
 import functools
 import glob
 import hashlib
@@ -16,19 +17,113 @@ import math
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 
 from configs.errors import ConfigError, refuse
 from configs.schema import Source
+from recipes.files import (
+    ColumnError,
+    DamagedError,
+    Report,
+    choose_kinds,
+    find_files,
+    first_line,
+    kind_of,
+    load_documents,
+)
 
 TEXT = datasets.Features({"text": datasets.Value("string")})
-SUFFIXES = {"json": (".jsonl", ".json", ".jsonl.gz", ".json.gz"), "parquet": (".parquet",), "text": ("",)}
-Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
+NAMES = {"text": "text", "json": ".jsonl, .ndjson or .json", "parquet": ".parquet"}
+
+
+class Tokenizer(Protocol):
+    """What turns a document into tokens."""
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]: ...
+
+
+class Store(Protocol):
+    """The documents of a local source, by their places in it."""
+
+    def digests(self) -> tuple[np.ndarray, np.ndarray]:
+        """The places of the documents that are not empty, int64 [N], and 64 bits of their texts' hashes, uint64 [N]."""
+
+    def text(self, place: int) -> str: ...
+
+    def tokens(self, place: int, tokenizer: Tokenizer) -> np.ndarray:
+        """The document's tokens with bos and eos, integers [T]."""
+
+
+class TextStore:
+    """Documents as text, in the column `text` of a memory-mapped data set."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset = dataset
+        self._chunks = dataset.data.table.column("text").chunks
+        self._starts = np.cumsum([0, *map(len, self._chunks)]).tolist()
+
+    def __reduce__(self) -> tuple:
+        return TextStore, (self.dataset,)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def digests(self) -> tuple[np.ndarray, np.ndarray]:
+        # As bytes, without a copy of each text.
+        values = (value.as_buffer() for chunk in self._chunks for value in chunk)
+        filled = [(place, _digest(value)) for place, value in enumerate(values) if value is not None and value.size]
+        places, digests = np.array(filled, dtype=np.uint64).reshape(-1, 2).T
+        return places.astype(np.int64), digests
+
+    def text(self, place: int) -> str:
+        chunk = bisect.bisect_right(self._starts, place) - 1
+        return self._chunks[chunk][place - self._starts[chunk]].as_py()
+
+    def tokens(self, place: int, tokenizer: Tokenizer) -> np.ndarray:
+        return np.array(tokenizer.encode(self.text(place), add_bos=True, add_eos=True), np.int32)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of one local source or several, in an order."""
+
+    stores: tuple[Store, ...]
+    owners: np.ndarray
+    """uint16 [N]: which store has the document."""
+
+    places: np.ndarray
+    """int64 [N]: where it is in there."""
+
+    @classmethod
+    def of(cls, store: Store, places: np.ndarray) -> "Documents":
+        """Documents of one store, by their places."""
+        return cls((store,), np.zeros(len(places), np.uint16), places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return ({"text": self.text(index)} for index in range(len(self)))
+
+    def text(self, index: int) -> str:
+        return self.stores[self.owners[index]].text(int(self.places[index]))
+
+    def tokens(self, index: int, tokenizer: Tokenizer) -> np.ndarray:
+        """The tokens of a document with bos and eos, integers [T]."""
+        return self.stores[self.owners[index]].tokens(int(self.places[index]), tokenizer)
+
+    def select(self, indices: np.ndarray | slice) -> "Documents":
+        return Documents(self.stores, self.owners[indices], self.places[indices])
+
+    def to_stream(self) -> datasets.IterableDataset:
+        """As a stream, to be mixed with others; of one store of text."""
+        (store,) = self.stores
+        assert isinstance(store, TextStore)
+        return store.dataset.select(self.places).to_iterable_dataset()
 
 
 @dataclass(frozen=True)
@@ -36,23 +131,26 @@ class Part:
     """One source of a mixture, cut into what is trained on and what is held out."""
 
     weight: float
-    train: Documents
-    held_out: Documents | None
+    train: Documents | datasets.IterableDataset
+    held_out: Documents | datasets.IterableDataset | None
     files: tuple[tuple[str, int], ...]
     """Relative path and size of each local file: a cheap fingerprint."""
 
     copies: int = 0
     """Documents left out, since they are exact copies of others."""
 
+    report: Report = field(default_factory=Report)
+    """What was read of a local source, and what was not."""
 
-def _digest(text: str) -> int:
-    """64 bits of a document's hash: among ten million documents two would share one with a probability of 3e-6."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+def _digest(text: Any) -> int:
+    """64 bits of the hash of UTF-8 bytes: of ten million documents two would share one with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the validation set: a property of its text alone, on any machine."""
-    return _digest(text) < share * 2**64
+    return _digest(text.encode("utf-8", "surrogatepass")) < share * 2**64
 
 
 def _stdlib_files() -> list[str]:
@@ -63,8 +161,8 @@ def _stdlib_files() -> list[str]:
     return [file for file in files if os.path.isfile(file)]
 
 
-def _find_files(key: str, source: Source) -> tuple[str, list[str]]:
-    """The files of a local source, sorted by the path relative to the folder that comes first."""
+def _find_files(key: str, source: Source, report: Report) -> tuple[str, list[str]]:
+    """The files of a local source, sorted, and the folder that their names are relative to."""
     if source.type == "stdlib":
         root, files = sysconfig.get_path("stdlib"), _stdlib_files()
         return root, sorted(files, key=lambda file: os.path.relpath(file, root))
@@ -72,42 +170,29 @@ def _find_files(key: str, source: Source) -> tuple[str, list[str]]:
     if not source.path:
         raise refuse(key, source.path, f'a source of type "{source.type}" needs a path', remedy)
     path = os.path.expanduser(source.path)
-    if os.path.isfile(path):
-        return os.path.dirname(path) or ".", [path]
-    if os.path.isdir(path):
-        # As a glob does, this passes over hidden files and folders, such as .git.
-        found = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
-        files = [file for file in found if os.path.isfile(file) and file.endswith(SUFFIXES[source.type])]
-        if not files:
-            ends = " or ".join(SUFFIXES[source.type])
-            problem = f"the folder holds no file{' that ends in ' + ends if ends else ''}"
-            raise refuse(key, source.path, problem, remedy)
-        return path, sorted(files)
-    if not glob.has_magic(path):
-        raise refuse(key, source.path, "no such file or folder", remedy)
-    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    try:
+        root, files = find_files(path, report)
+    except OSError as error:
+        raise refuse(key, source.path, f"{error.filename} cannot be read ({error.strerror})", remedy) from error
+    if os.path.isdir(path) and source.type in ("json", "parquet"):
+        for file in files:
+            if kind_of(file) != source.type:
+                report.leave_out(f"no {NAMES[source.type]}", file)
+        files = [file for file in files if kind_of(file) == source.type]
     if not files:
-        raise refuse(key, source.path, "no file matches", remedy)
-    return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]), files
-
-
-def _read_whole_files(files: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    for file in files:
-        with open(file, "rb") as stream:
-            content = stream.read()
-        try:
-            # Control bytes are legal UTF-8, but a zero byte is the mark of a binary file.
-            if b"\0" not in content:
-                yield {"text": content.decode("utf-8")}
-        except UnicodeDecodeError:
-            continue
+        ends = f" that ends in {NAMES[source.type]}" if source.type in ("json", "parquet") else ""
+        problem = "no file matches" if glob.has_magic(path) else "no such file or folder"
+        if os.path.lexists(path):
+            problem = f"the folder holds no file{ends}" if os.path.isdir(path) else "it is no regular file"
+        raise refuse(key, source.path, problem, remedy)
+    return root, files
 
 
 def _cause(error: BaseException) -> str:
     """The first line of the error at the root of a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _check_column(key: str, column: str, features: datasets.Features) -> None:
@@ -119,68 +204,48 @@ def _check_column(key: str, column: str, features: datasets.Features) -> None:
         raise refuse(key, column, f"the column does not hold text but {kind}", "choose a column of strings")
 
 
-def _load_files(key: str, source: Source, files: list[str]) -> datasets.Dataset:
-    """Local files as a memory-mapped data set with the column `text`."""
-    if source.type in ("stdlib", "text"):
-        if next(_read_whole_files(tuple(files)), None) is None:
-            raise refuse(f"{key}.path", source.path, "no file in it is UTF-8 text", "give other files")
-        # The name of the cached Arrow file: edited files must not give yesterday's documents.
-        stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-        fingerprint = hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
-        return datasets.Dataset.from_generator(
-            _read_whole_files, features=TEXT, gen_kwargs={"files": tuple(files)}, fingerprint=fingerprint
-        )
-    options = {}
-    if source.type == "parquet":  # only the column that is needed gets copied to the Arrow file
-        for file in files:
-            schema = pyarrow.parquet.read_schema(file)
-            _check_column(f"{key}.column", source.column, datasets.Features.from_arrow_schema(schema))
-        options["columns"] = [source.column]
-    escaped = [glob.escape(file) for file in files]
-    dataset = datasets.load_dataset(source.type, data_files=escaped, split="train", **options)
-    _check_column(f"{key}.column", source.column, dataset.features)
-    dataset = dataset.select_columns([source.column])
-    if source.column != "text":
-        dataset = dataset.rename_column(source.column, "text")
-    return dataset if dataset.features == TEXT else dataset.cast(TEXT)
+def _load_files(key: str, source: Source, files: list[str], report: Report) -> TextStore:
+    """The documents of local files."""
+    try:
+        asked = "text" if source.type == "stdlib" else source.type
+        kinds = choose_kinds(files, asked, source.column, report)
+        dataset = load_documents(kinds, source.column, report)
+    except ColumnError as error:
+        raise refuse(f"{key}.column", source.column, error.problem, error.remedy) from None
+    except DamagedError as error:
+        remedy = "repair it, or leave it out"
+        raise refuse(f"{key}.path", source.path, f"a file cannot be read ({error})", remedy) from error
+    except OSError as error:
+        problem = f"the documents cannot be kept in {datasets.config.HF_DATASETS_CACHE} ({first_line(error)})"
+        remedy = "make room there, or set HF_DATASETS_CACHE to another folder"
+        raise refuse(f"{key}.path", source.path, problem, remedy) from error
+    if not report.documents.total():
+        reasons = "; ".join(report.lines()[1:]) or "they are empty"
+        raise refuse(f"{key}.path", source.path, f"no file in it holds text ({reasons})", "give other files")
+    return TextStore(dataset)
 
 
 def load_local(index: int, source: Source, share: float, seed: int, seen: np.ndarray) -> tuple[Part, np.ndarray]:
     """The part of a local source, and the digests of its documents and those `seen` in the sources before it."""
-    key = f"data.sources[{index}]"
-    root, files = _find_files(f"{key}.path", source)
-    # A broken file is reported once, by the error below, not by the library's log as well.
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        dataset = _load_files(key, source, files)
-    except ConfigError:
-        raise
-    except Exception as error:
-        problem = f"the files cannot be read as {source.type} ({_cause(error)})"
-        remedy = "repair or leave out the broken file" if source.type in ("json", "parquet") else "check the files"
-        raise refuse(f"{key}.path", source.path, problem, remedy) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-    batches = (enumerate(dataset[start : start + 1000]["text"], start) for start in range(0, len(dataset), 1000))
-    filled = np.array([(i, _digest(text)) for batch in batches for i, text in batch if text], dtype=np.uint64)
-    places, digests = filled.reshape(-1, 2).T
+    key, report = f"data.sources[{index}]", Report()
+    root, files = _find_files(f"{key}.path", source, report)
+    store = _load_files(key, source, files, report)
+    places, digests = store.digests()
     unique, first = np.unique(digests, return_index=True)
     new = np.sort(first[~np.isin(unique, seen)])
     held = digests[new] < np.uint64(math.ceil(share * 2**64))  # as `is_held_out`
     rng = np.random.default_rng((seed, index))
-    train, held_out = (dataset.select(rng.permutation(places[new][side].astype(np.int64))) for side in (~held, held))
+    train, held_out = (Documents.of(store, rng.permutation(places[new][side])) for side in (~held, held))
     copies = len(places) - len(new)
     if len(train) == 0:
         problem = (
-            f"no training document ({len(dataset)} documents read, {len(held_out)} held out, {copies} copies of "
+            f"no training document ({len(store)} documents read, {len(held_out)} held out, {copies} copies of "
             "others, the rest empty)"
         )
         remedy = "add documents, lower data.validation_share, or give the source weight 0"
         raise refuse(f"{key}.path", source.path, problem, remedy)
     sizes = tuple((os.path.relpath(file, root), os.path.getsize(file)) for file in files)
-    return Part(source.weight, train, held_out, sizes, copies), np.union1d(seen, unique)
+    return Part(source.weight, train, held_out, sizes, copies, report), np.union1d(seen, unique)
 
 
 def _hub_error(key: str, source: Source, split: str, split_key: str, error: Exception) -> ConfigError:

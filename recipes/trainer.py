@@ -81,6 +81,8 @@ class SparseTrainer(titan.Trainer):
         set_up_process(config)
         self.lock = _lock(config)
         self.interrupted = False
+        for line in load_corpus(config).summary():
+            logger.info(line)
         config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
         numbers = (signal.SIGTERM, signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
@@ -231,7 +233,8 @@ class SparseTrainer(titan.Trainer):
             "corpus": {
                 "documents": None if corpus.streamed else len(corpus.documents),
                 "copies": sum(part.copies for part in corpus.parts),
-                "file_bytes": sum(size for part in corpus.parts for _, size in part.files),
+                "file_bytes": sum(part.report.file_bytes for part in corpus.parts),
+                "files_not_read": sum(n for part in corpus.parts for n, _ in part.report.left_out.values()),
             },
             "parameters": parameters,
             "vocabulary": args.vocab_size,

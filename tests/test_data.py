@@ -1,8 +1,10 @@
 """Sources, split, mixture, row streams and tokenizer: what a step trains on, also when it resumes."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -15,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -117,7 +120,7 @@ def hub_source(name: str = "org/set", **options) -> Source:
 
 
 def test_stdlib():
-    found = texts(make_config(Source(), share=0.0))
+    found = texts(make_config(Source(type="stdlib"), share=0.0))
     assert len(found) > 500
     assert (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8") in found
 
@@ -170,6 +173,149 @@ def test_json_and_parquet(tmp_path):
         assert sorted(texts(make_config(source, share=0.0))) == expected, (kind, path)
 
 
+def compress(file: Path, suffix: str, content: bytes) -> None:
+    if suffix == ".zst":
+        with pa.output_stream(f"{file}{suffix}", compression="zstd") as out:
+            out.write(content)
+    else:
+        made = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](content)
+        Path(f"{file}{suffix}").write_bytes(made)
+
+
+def test_auto_reads_every_kind_by_its_suffix(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    expected = []
+
+    def new() -> str:
+        expected.append(document("café", len(expected)))
+        return expected[-1]
+
+    def lines(count: int = 2) -> bytes:
+        return "".join(json.dumps({"id": 3, "text": new()}) + "\n" for _ in range(count)).encode()
+
+    for suffix in (".gz", ".bz2", ".xz", ".zst"):
+        compress(folder / "lines.jsonl", suffix, lines())
+        compress(folder / "notes.txt", suffix, new().encode())
+    (folder / "UPPER.JSONL").write_bytes(lines())
+    (folder / "more.ndjson").write_bytes(b"\xef\xbb\xbf" + lines())
+    (folder / "array.json").write_text(json.dumps([{"text": new()}, {"text": new()}], indent=1))
+    (folder / "lines.json").write_bytes(lines() + json.dumps({"text": None}).encode())
+    datasets.Dataset.from_dict({"text": [new(), new()], "n": [1, 2]}).to_parquet(folder / "table.PARQUET")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        (folder / f"{encoding}.md").write_text(new(), encoding=encoding)
+    (folder / "package.json").write_text('{\n "name": "no document"\n}')
+    expected.append('{\n "name": "no document"\n}')
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    config = make_config(Source(path=str(folder)), share=0.0)
+    assert sorted(texts(config)) == sorted(expected)
+    (part,) = mixture.load_corpus(config).parts
+    assert part.report.files == {"json": 8, "parquet": 1, "text": 9}
+    assert part.report.documents == {"json": 17, "parquet": 2, "text": 9}
+    read = sum(len(text.encode()) for text in expected)
+    assert part.report.bytes.total() == read
+    said = "\n".join(mixture.load_corpus(config).summary())
+    assert "JSON lines: 8 files, 17 documents, 0.0 MB; Parquet: 1 files, 2 documents" in said
+    assert re.search(r"not read: 1 files, neither UTF-8 nor marked as UTF-16.*first .*latin.txt", said)
+    assert re.search(r"not read: 1 files, binary; first .*picture.png", said)
+    assert re.search(r'1 files that end in .json and hold no objects with a column "text" .*package.json', said)
+    mixture._load_corpus.cache_clear()  # the same is said of what the cache holds
+    assert "\n".join(mixture.load_corpus(config).summary()) == said
+
+
+def test_what_a_kind_does_not_read_is_said(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "first"}\n')
+    (folder / "b.txt").write_text("second")
+    for kind, expected, said in (
+        ("json", {"first"}, r"not read: 1 files, no .jsonl, .ndjson or .json; first .*b.txt"),
+        ("text", {'{"text": "first"}\n', "second"}, r'1 files of JSON lines were read as they stand.*"auto".*a.jsonl'),
+        ("auto", {"first", "second"}, r"JSON lines: 1 files.* text: 1 files"),
+    ):
+        config = make_config(Source(type=kind, path=str(folder)), share=0.0)
+        assert set(texts(config)) == expected
+        assert re.search(said, "\n".join(mixture.load_corpus(config).summary())), kind
+
+
+def test_only_the_named_column_of_json_lines_matters(tmp_path):
+    """Files merged from several places agree in nothing else."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "meta": null, "id": 1}\n{"text": null}\n{"id": "x"}\n\n')
+    (tmp_path / "b.jsonl").write_text('{"meta": {"x": [1]}, "text": "b\u2028\\ud83d", "id": "one"}\r\n')
+    assert set(texts(make_config(Source(path=str(tmp_path)), share=0.0))) == {"a", "b\u2028\ufffd"}
+    for line, message in (
+        ('{"body": "c"}', r'column = "text": no such column; the columns are: body \(of .*c.jsonl\)'),
+        ('{"text": "c"}\n{"text": 7}', r'"text": the column does not hold text but 7 \(line 2 of .*c.jsonl\)'),
+        ('{"text": "c"}\n["c"]', r"c.jsonl: line 2 holds no object"),
+        ('{"text": "c"}\n{"text": "d', r"c.jsonl: line 2: Unterminated string"),
+        ("[" * 100_000, r"c.jsonl: maximum recursion"),
+    ):
+        (tmp_path / "c.jsonl").write_text(line)
+        mixture._load_corpus.cache_clear()
+        with pytest.raises(ConfigError, match=message):
+            mixture.load_corpus(make_config(Source(path=str(tmp_path)), share=0.0))
+
+
+def test_hostile_names_links_and_devices(tmp_path):
+    folder = write_files(tmp_path / "a folder [1]*?", 4)
+    names = ["new\nline.txt", "漢字 'quoted\".txt", os.fsdecode(b"no-utf8-\xff.txt"), "-rf", "*.txt", "~", "$HOME"]
+    for index, name in enumerate(names):
+        (folder / name).write_text(document("odd", index))
+    (folder / "deep").mkdir()
+    (folder / "deep" / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "deep" / "again").symlink_to(folder / "deep", target_is_directory=True)
+    (folder / "deep" / "linked.txt").symlink_to(folder / "000.txt")
+    (folder / "nowhere.txt").symlink_to(folder / "gone.txt")
+    (folder / "itself.txt").symlink_to(folder / "itself.txt")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / ".hidden").write_text("hidden")
+    config = make_config(Source(path=str(folder)), share=0.0)
+    expected = [document("doc", index) for index in range(4)] + [document("odd", index) for index in range(len(names))]
+    assert sorted(texts(config)) == sorted(expected)
+    (part,) = mixture.load_corpus(config).parts
+    assert part.report.left_out["no regular files"][0] == 2
+    assert part.report.left_out["links that lead nowhere"][0] == 2
+    for line in mixture.load_corpus(config).summary():
+        line.encode("utf-8")  # can be printed
+        assert "\n" not in line
+    glob_config = make_config(Source(path=str(tmp_path / "**" / "00*.txt")), share=0.0)
+    assert sorted(texts(glob_config)) == sorted(document("doc", index) for index in range(4))
+    for path in (folder / "pipe.txt", "/dev/zero"):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            mixture.load_corpus(make_config(Source(path=str(path))))
+
+
+def test_damaged_compression_and_unreadable_files_are_named(tmp_path, monkeypatch):
+    whole = "".join(json.dumps({"text": document("doc", index)}) + "\n" for index in range(60)).encode()
+    for suffix in (".gz", ".bz2", ".xz", ".zst"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        compress(folder / "a.jsonl", suffix, whole)
+        file = folder / f"a.jsonl{suffix}"
+        kept = file.read_bytes()
+        for content in (kept[: len(kept) // 2], b"\0" * 64):
+            file.write_bytes(content)
+            mixture._load_corpus.cache_clear()
+            with pytest.raises(ConfigError, match=rf"a file cannot be read \(.*a.jsonl{suffix}: .*; repair it"):
+                mixture.load_corpus(make_config(Source(path=str(folder))))
+
+    def refuse(file, *args, **options):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ConfigError, match=r"001.txt: Permission denied\); repair it, or leave it out"):
+        mixture.load_corpus(make_config(Source(path=str(write_one(tmp_path / "locked" / "001.txt")))))
+
+
+def write_one(file: Path) -> Path:
+    file.parent.mkdir()
+    file.touch()
+    return file
+
+
 def test_documents_shuffle_by_seed(tmp_path):
     config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
     orders = []
@@ -205,9 +351,9 @@ def test_copies_are_left_out(tmp_path):
     sources = [Source(type="text", path=str(path)) for path in (folder, other)]
     corpus = mixture.load_corpus(make_config(*sources, share=0.2))
     assert [part.copies for part in corpus.parts] == [20, 60]
-    found = [text for part in corpus.parts for side in (part.train, part.held_out) for text in side["text"]]
+    found = [one["text"] for part in corpus.parts for side in (part.train, part.held_out) for one in side]
     assert sorted(found) == sorted(document("doc", index) for index in range(80))
-    assert all(is_held_out(text, 0.2) for part in corpus.parts for text in part.held_out["text"])
+    assert all(is_held_out(text, 0.2) for part in corpus.parts for text in (one["text"] for one in part.held_out))
 
 
 def test_a_source_of_copies_alone_is_refused(tmp_path):
@@ -413,21 +559,27 @@ def test_epochs_are_logged_once(tmp_path, caplog):
             r'path = "none/\*.txt": no file matches; give an existing file, folder',
         ),
         (Source(type="text", path="empty"), r'path = "empty": the folder holds no file; give'),
-        (Source(type="json", path="empty"), r'path = "empty": the folder holds no file that ends in .jsonl or'),
+        (Source(type="json", path="empty"), r'path = "empty": the folder holds no file that ends in .jsonl, .nd'),
         (
             Source(type="text", path="binary"),
-            r'path = "binary": no file in it is UTF-8 text; give',
+            r'path = "binary": no file in it holds text \(not read: 1 files, binary; first binary\); give',
         ),
-        (Source(type="json", path="bad.jsonl"), r'path = "bad.jsonl": the files cannot be read as json \(.*; repair'),
+        (
+            Source(type="json", path="bad.jsonl"),
+            r'path = "bad.jsonl": a file cannot be read \(bad.jsonl: line 2: .*; repair',
+        ),
         (
             Source(type="parquet", path="bad.jsonl"),
-            r'path = "bad.jsonl": the files cannot be read as parquet \(.*; repair',
+            r'path = "bad.jsonl": a file cannot be read \(bad.jsonl: Parquet magic .*; repair',
         ),
         (Source(type="json", path="ok.jsonl"), r'column = "text": no such column; the columns are: body, id'),
         (Source(type="parquet", path="ok.parquet"), r'column = "text": no such column; the columns are: body, id'),
         (Source(type="json", path="ok.jsonl", column="id"), r'column = "id": the column does not hold text'),
         (Source(type="hub"), r'data.sources\[0\].path = "": a source of type "hub" needs a data set'),
-        (Source(weight=0.0), r"data.sources\[0\].weight = 0.0: the weights of all sources are 0; raise one"),
+        (
+            Source(type="stdlib", weight=0.0),
+            r"data.sources\[0\].weight = 0.0: the weights of all sources are 0; raise one",
+        ),
     ],
 )
 def test_bad_sources(tmp_path, monkeypatch, source, message):
@@ -538,6 +690,7 @@ def test_killed_training_leaves_no_tokenizer(bpe_config, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
+    mixture.load_corpus(bpe_config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", die)
         tokenizer.prepare_tokenizer(bpe_config)
