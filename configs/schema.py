@@ -24,11 +24,12 @@ def _in(default, low=None, high=None):
 class Source:
     """One corpus of a mixture; in TOML a `[[data.sources]]` table."""
 
-    type: Literal["auto", "text", "json", "parquet", "stdlib", "hub"] = "auto"
+    type: Literal["auto", "text", "json", "parquet", "tokens", "stdlib", "hub"] = "auto"
     """
     auto: files, each read by its suffix, in any case: .jsonl, .ndjson and .json as JSON lines, .parquet as Parquet, all
         others as text, a file a document. text, json, parquet: files of that kind alone. Any may be compressed (.gz,
         .bz2, .xz, .zst). Files that hold no text are counted in the log, with the reason.
+    tokens: a folder that `python -m scripts.make_tokens` made of other sources: the same batches, without the encoding.
     stdlib: the source of the running Python's standard library, a file a document; there on any machine.
     hub: a data set on the Hugging Face hub, streamed.
     """

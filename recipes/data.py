@@ -305,8 +305,10 @@ def build_dataloader(
     training = job_config.training
     rows = num_rows(job_config, dp_world_size)
     own = rows // dp_world_size
+    corpus = load_corpus(job_config)
+    corpus.check_tokenizer(getattr(tokenizer, "fingerprint", None), "the run's")
     streams = RowStreams(
-        load_corpus(job_config),
+        corpus,
         tokenizer,
         training.seq_len,
         range(dp_rank * own, (dp_rank + 1) * own),
@@ -336,7 +338,9 @@ def validation_sequences(tokenizer: BaseTokenizer, config: JobConfig) -> torch.T
         ConfigError: there are not enough held-out documents.
     """
     length, sequences = config.training.seq_len + 1, config.validation.sequences
-    documents = load_corpus(config).held_out()
+    corpus = load_corpus(config)
+    corpus.check_tokenizer(getattr(tokenizer, "fingerprint", None), "the run's")
+    documents = corpus.held_out()
     if documents is None:
         encoded: Iterator[Any] = iter(())
     elif isinstance(documents, Documents):

@@ -90,7 +90,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """A line on what was read, and one for each reason why something was not."""
-        names = {"text": "text", "json": "JSON lines", "parquet": "Parquet"}
+        names = {"text": "text", "json": "JSON lines", "parquet": "Parquet", "tokens": "tokens"}
         read = [
             f"{names[kind]}: {count:,} files, {self.documents[kind]:,} documents, {self.bytes[kind] / 1e6:,.1f} MB"
             for kind, count in sorted(self.files.items())

@@ -13,9 +13,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from configs.errors import refuse
+from configs.errors import ConfigError, refuse
 from configs.schema import JobConfig, Source
 from recipes.sources import Documents, Part, load_hub, load_local
+from recipes.tokens import TokenStore
 
 
 def _row_of_part(part: Documents | datasets.IterableDataset, row: int, rows: int) -> datasets.IterableDataset:
@@ -42,6 +43,28 @@ class Corpus:
         self.parts = parts
         self.seed = seed
         self.streamed = any(isinstance(part.train, datasets.IterableDataset) for part in parts)
+
+    def token_stores(self) -> list[TokenStore]:
+        """The sources that are tokens already."""
+        stores = [store for part in self.parts if isinstance(part.train, Documents) for store in part.train.stores]
+        return [store for store in stores if isinstance(store, TokenStore)]
+
+    def check_tokenizer(self, fingerprint: str | None, name: str) -> None:
+        """Refuse tokens that another tokenizer has made: to this one the same ids are other text.
+
+        Args:
+            fingerprint: of the tokenizer (recipes/tokenizer.py).
+            name: of the tokenizer, for the message.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        for store in self.token_stores():
+            if store.manifest["tokenizer"] != fingerprint:
+                raise ConfigError(
+                    f"data.sources: the tokens in {store.folder} were made with another tokenizer than {name}: leave "
+                    "tokenizer.path empty, or run python -m scripts.make_tokens with it"
+                )
 
     @functools.cached_property
     def documents(self) -> Documents:
@@ -140,7 +163,13 @@ def _load_corpus(sources: tuple[tuple, ...], share: float, seed: int) -> Corpus:
         elif source.weight > 0:
             part, seen = load_local(index, source, share, seed, seen)
             parts.append(part)
-    return Corpus(parts, seed)
+    corpus = Corpus(parts, seed)
+    if corpus.streamed and (tokens := corpus.token_stores()):
+        raise ConfigError(
+            f'data.sources: "{tokens[0].folder}" holds tokens, which are not mixed with a streamed source: run '
+            "python -m scripts.make_tokens on that one as well"
+        )
+    return corpus
 
 
 def load_corpus(config: JobConfig) -> Corpus:

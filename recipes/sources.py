@@ -35,6 +35,7 @@ from recipes.files import (
     kind_of,
     load_documents,
 )
+from recipes.tokens import TokenStore
 
 TEXT = datasets.Features({"text": datasets.Value("string")})
 NAMES = {"text": "text", "json": ".jsonl, .ndjson or .json", "parquet": ".parquet"}
@@ -82,6 +83,11 @@ class TextStore:
     def text(self, place: int) -> str:
         chunk = bisect.bisect_right(self._starts, place) - 1
         return self._chunks[chunk][place - self._starts[chunk]].as_py()
+
+    def size(self, place: int) -> int:
+        """Bytes of a document, in UTF-8."""
+        chunk = bisect.bisect_right(self._starts, place) - 1
+        return self._chunks[chunk][place - self._starts[chunk]].as_buffer().size
 
     def tokens(self, place: int, tokenizer: Tokenizer) -> np.ndarray:
         return np.array(tokenizer.encode(self.text(place), add_bos=True, add_eos=True), np.int32)
@@ -143,6 +149,11 @@ class Part:
     """What was read of a local source, and what was not."""
 
 
+def digest_of(text: str) -> int:
+    """64 bits of the hash of a document."""
+    return _digest(text.encode("utf-8", "surrogatepass"))
+
+
 def _digest(text: Any) -> int:
     """64 bits of the hash of UTF-8 bytes: of ten million documents two would share one with a probability of 3e-6."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
@@ -150,7 +161,7 @@ def _digest(text: Any) -> int:
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the validation set: a property of its text alone, on any machine."""
-    return _digest(text.encode("utf-8", "surrogatepass")) < share * 2**64
+    return digest_of(text) < share * 2**64
 
 
 def _stdlib_files() -> list[str]:
@@ -225,11 +236,33 @@ def _load_files(key: str, source: Source, files: list[str], report: Report) -> T
     return TextStore(dataset)
 
 
+def _load_tokens(key: str, source: Source, report: Report) -> TokenStore:
+    """The documents of a folder that scripts.make_tokens wrote."""
+    path = os.path.expanduser(source.path)
+    if not os.path.isdir(path):
+        problem = "no such folder" if source.path else 'a source of type "tokens" needs a path'
+        raise refuse(key, source.path, problem, "give a folder that python -m scripts.make_tokens wrote")
+    try:
+        store = TokenStore(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    report.files["tokens"] = len(store.manifest["shards"])
+    report.documents["tokens"] = len(store)
+    report.bytes["tokens"] = report.file_bytes = sum(size for _, size in store.sizes())
+    return store
+
+
 def load_local(index: int, source: Source, share: float, seed: int, seen: np.ndarray) -> tuple[Part, np.ndarray]:
     """The part of a local source, and the digests of its documents and those `seen` in the sources before it."""
     key, report = f"data.sources[{index}]", Report()
-    root, files = _find_files(f"{key}.path", source, report)
-    store = _load_files(key, source, files, report)
+    store: TextStore | TokenStore
+    if source.type == "tokens":
+        store = _load_tokens(f"{key}.path", source, report)
+        sizes = tuple(store.sizes())
+    else:
+        root, files = _find_files(f"{key}.path", source, report)
+        store = _load_files(key, source, files, report)
+        sizes = tuple((os.path.relpath(file, root), os.path.getsize(file)) for file in files)
     places, digests = store.digests()
     unique, first = np.unique(digests, return_index=True)
     new = np.sort(first[~np.isin(unique, seen)])
@@ -244,7 +277,6 @@ def load_local(index: int, source: Source, share: float, seed: int, seen: np.nda
         )
         remedy = "add documents, lower data.validation_share, or give the source weight 0"
         raise refuse(f"{key}.path", source.path, problem, remedy)
-    sizes = tuple((os.path.relpath(file, root), os.path.getsize(file)) for file in files)
     return Part(source.weight, train, held_out, sizes, copies, report), np.union1d(seen, unique)
 
 
@@ -284,6 +316,15 @@ def _load_stream(key: str, source: Source, split_key: str) -> datasets.IterableD
     _check_column(f"{key}.column", source.column, features)
     read = functools.partial(_only_text, column=source.column)
     return stream.map(read, remove_columns=list(features), features=TEXT)
+
+
+def stream_texts(index: int, source: Source) -> datasets.IterableDataset:
+    """All documents of a data set on the hub that are not empty, with the one column `text`."""
+    return _load_stream(f"data.sources[{index}]", source, "split").filter(_is_filled)
+
+
+def _is_filled(example: dict[str, Any]) -> bool:
+    return bool(example["text"])
 
 
 def load_hub(index: int, source: Source, share: float) -> Part:

@@ -14,6 +14,7 @@ summed over the tokens, divided by the UTF-8 bytes that these tokens stand for, 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ from configs.errors import ConfigError, refuse
 from configs.schema import JobConfig
 from configs.titan import HuggingFaceTokenizer
 from recipes.mixture import load_corpus
+from recipes.tokens import read_manifest
 
 logger = logging.getLogger("sparsetitan")
 
@@ -60,6 +62,7 @@ class DocumentTokenizer(HuggingFaceTokenizer):
 
     bos_id: int | None
     eos_id: int | None
+    _spec = ""  # the tokenizer.json that was loaded
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -82,7 +85,8 @@ class DocumentTokenizer(HuggingFaceTokenizer):
         spec |= {"truncation": None, "padding": None}
         if spec["model"].get("dropout"):
             spec["model"]["dropout"] = None
-        return Tokenizer.from_str(json.dumps(spec))
+        self._spec = json.dumps(spec)
+        return Tokenizer.from_str(self._spec)
 
     def _find_markers(self) -> None:
         """The tokens that the template puts around a text, where tokenizer_config.json names no markers."""
@@ -106,6 +110,14 @@ class DocumentTokenizer(HuggingFaceTokenizer):
         if add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the ids of a document depend on."""
+        spec = json.loads(self._spec or self.tokenizer.to_str())
+        spec = {key: spec.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        settings = json.dumps([spec, self.bos_id, self.eos_id], sort_keys=True)
+        return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def keeps_every_text(self) -> bool:
         """Whether decoding gives back a text of many kinds, but for blanks around it."""
@@ -135,9 +147,12 @@ def prepare_tokenizer(config: JobConfig) -> str:
     Raises:
         ConfigError: `tokenizer.path` holds no tokenizer, or the corpus cannot be read.
     """
-    if config.tokenizer.path:
-        _check_folder(config.tokenizer.path)
-        return config.tokenizer.path
+    stores = load_corpus(config).token_stores()
+    given = config.tokenizer.path or (os.path.join(stores[0].folder, "tokenizer") if stores else "")
+    if given:
+        _check_folder(given)
+        load_corpus(config).check_tokenizer(load_tokenizer(given).fingerprint, given)
+        return given
     folder = Path(config.tokenizer.cache_folder) / _cache_name(config)
     if not folder.exists():
         lock = FileLock(f"{folder}.lock")
@@ -183,7 +198,8 @@ def expected_vocabulary(config: JobConfig) -> int:
         ConfigError: `tokenizer.path` holds no tokenizer.
     """
     if not config.tokenizer.path:
-        return config.tokenizer.vocab_size
+        tokens = [source.path for source in config.data.sources if source.type == "tokens" and source.weight > 0]
+        return read_manifest(Path(tokens[0]))["vocabulary"] if tokens else config.tokenizer.vocab_size
     _check_folder(config.tokenizer.path)
     return len(token_bytes(config.tokenizer.path))
 
