@@ -17,9 +17,8 @@ from typing import Any, Literal, Union
 import docstring_parser
 
 from configs.errors import ConfigError
+from configs.repository import ROOT
 from configs.schema import BOUNDS, RECIPE_SECTIONS, REPLACED, JobConfig
-
-ROOT = Path(__file__).resolve().parent.parent
 
 USAGE = """usage: torchrun --nproc_per_node=GPUS train.py --config FILE [--recipe FILE] [--check] [--section.key value
 ...]

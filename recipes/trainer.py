@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -30,7 +29,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import configs.titan as titan
 from configs.errors import ConfigError
-from configs.loader import ROOT, resolved
+from configs.loader import resolved
+from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SPARSITY, SafeCheckpointManager
@@ -265,15 +265,6 @@ class SparseTrainer(titan.Trainer):
                 f"{100 * flops['sparse_executed'] / flops['dense']:.0f}% of the dense model's, without the zeros they "
                 f"would be {100 * flops['sparse_pattern'] / flops['dense']:.0f}%"
             )
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None where there is no git to ask."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _graphs_compiled() -> int:

@@ -39,12 +39,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from configs.errors import ConfigError, exit_with
-from configs.loader import ROOT, load_config
+from configs.loader import load_config
+from configs.repository import ROOT, commit
 from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
-from scripts.plot import GREY, PALETTE, STYLE, read_lines
+from scripts.pictures import GREY, PALETTE, STYLE
+from scripts.runs import read_lines
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 
@@ -462,11 +464,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
     """What the figures stand beside: command, commit, date, machine, versions and job; contenders, empty."""
-    git = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     config, packages = turn.config, ("torch", "torchtitan", "torchao", "triton")
     return {
         "command": shlex.join(command),
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None,
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "gpus": gpus},
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -50,6 +50,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from configs.errors import ConfigError, exit_with
+from configs.repository import ROOT, commit
 from kernels import MASKED, Cost, Family, FeedForwardSparsity, Groups, Shape, Venom, explain, hidden_activations
 from kernels.feed_forward import FAMILIES
 from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weights, relative_error, step
@@ -81,7 +82,6 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "activations_2of4": ("2:4 activations, along tokens too", FeedForwardSparsity(Venom(1, 2, 4), (), True)),
     "weights_2of4": ("2:4 weights alone", FeedForwardSparsity(None, (1, 3))),
 }
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("4096x16384", "2048x12288")  # d x f
 
 SMALL = (512, 2048)  # where contenders are checked before the shapes
@@ -467,7 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
     driver = output_of("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader") or "unknown"
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "scripts.benchmark_kernels", *(arguments or sys.argv[1:])]),
-        "commit": output_of("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"device": torch.cuda.get_device_name(device), "driver, power limit": driver.splitlines()[0]},
         "versions": {

@@ -47,7 +47,8 @@ from dataclasses import dataclass
 import torch
 
 from configs.errors import ConfigError, exit_with
-from configs.loader import ROOT, load_config
+from configs.loader import load_config
+from configs.repository import ROOT
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP
 from kernels import MASKED, Cost, Family, Shape

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from configs.errors import ConfigError, exit_with
-from scripts.plot import GREY, PALETTE, STYLE
+from scripts.pictures import GREY, PALETTE, STYLE
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 PRODUCTS = ("(1)", "(2)", "(3)", "(4)", "(5)", "(6)")

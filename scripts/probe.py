@@ -56,6 +56,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.errors import ConfigError, exit_with
+from configs.repository import commit
 from configs.schema import JobConfig
 from configs.titan import device_module, device_type
 from kernels import FeedForwardSparsity
@@ -64,9 +65,8 @@ from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from recipes.trainer import commit
-from scripts.plot import DPI, GREY, PALETTE, STYLE
-from scripts.report import probes_table
+from scripts.pictures import DPI, GREY, PALETTE, STYLE
+from scripts.tables import probes_table
 
 BINS = 15
 CHOICES = 4

@@ -63,13 +63,15 @@ import torch
 from matplotlib import rc_context
 
 from configs.errors import ConfigError, TooLargeError, exit_with
-from configs.loader import ROOT, load_config, resolved
+from configs.loader import load_config, resolved
+from configs.repository import ROOT
 from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
-from scripts.plot import STYLE, Run, draw_behind, draw_front, draw_reached, load_run, plot, read_lines
-from scripts.report import baseline_losses, flops_share, load_groups, runs_table
+from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot
+from scripts.runs import Run, baseline_losses, flops_share, load_groups, load_run, read_lines
+from scripts.tables import runs_table
 
 # What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
 AHEAD = "training.dataloader.prefetch_factor"

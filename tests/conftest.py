@@ -26,11 +26,11 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import kernels.feed_forward
 from configs.loader import load_config
+from configs.repository import ROOT
 from recipes.check import check_config
 from recipes.data import check_data
 from recipes.trainer import SparseTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
 PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from configs.errors import ConfigError
-from scripts import plot
+from scripts import pictures, plot, runs
 
-ROOT = Path(__file__).resolve().parent.parent
 THREE_PHASES = (("dense", 0.2), ("sparse", 0.8), ("dense", 1.0))
 
 
@@ -53,7 +53,7 @@ def pixels(path: Path, tallest: int = 2400) -> np.ndarray:
 
 
 def drawn(*folders: Path) -> Figure:
-    return plot.Picture(plot.load_runs(list(folders)), None).draw()
+    return pictures.Picture(runs.load_runs(list(folders)), None).draw()
 
 
 def titles(figure: Figure) -> list[str]:
@@ -68,7 +68,7 @@ def texts(figure: Figure) -> str:
 @pytest.fixture(autouse=True)
 def style():
     """The figures that a test draws itself look as the script's do."""
-    with plot.rc_context(plot.STYLE):
+    with pictures.rc_context(pictures.STYLE):
         yield
 
 
@@ -94,13 +94,13 @@ def test_several_runs_as_a_file_from_another_folder(tmp_path):
 def test_a_metrics_file_without_run_json(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "run.json").unlink()
-    assert plot.plot([run / "metrics.jsonl"], tmp_path / "x.png", 1) == tmp_path / "x.png"
+    assert pictures.plot([run / "metrics.jsonl"], tmp_path / "x.png", 1) == tmp_path / "x.png"
     pixels(tmp_path / "x.png")
 
 
 def test_panels_of_one_run(tmp_path):
     figure = drawn(write_run(tmp_path / "run"))
-    assert titles(figure) == [*plot.HEALTH, "tokens a second", "learning rate"]
+    assert titles(figure) == [*pictures.HEALTH, "tokens a second", "learning rate"]
     assert figure.get_suptitle() == "llama_relu2 debug  ·  venom_2of16"
     assert "run (venom_2of16): validation" in texts(figure)
     assert "validation, with the pattern" in texts(figure)
@@ -111,17 +111,17 @@ def test_panels_of_one_run(tmp_path):
     assert figure.axes[0].get_ylim()[1] < 6
 
 
-@pytest.mark.parametrize("drop", [("flip_rate",), ("flip_rate", "router_balance"), tuple(plot.HEALTH), ("lr",)])
+@pytest.mark.parametrize("drop", [("flip_rate",), ("flip_rate", "router_balance"), tuple(pictures.HEALTH), ("lr",)])
 def test_only_what_is_there_is_drawn(tmp_path, drop):
     run = write_run(tmp_path / "run", drop=drop)
     assert not set(drop) & set(titles(drawn(run)))
-    pixels(plot.plot([run]))
+    pixels(pictures.plot([run]))
 
 
 def test_runs_whose_phases_differ_get_strips(tmp_path):
     same = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     other = write_run(tmp_path / "c", (("dense", 0.5), ("sparse", 1.0)))
-    assert not plot.Picture(plot.load_runs(same), None).strips
+    assert not pictures.Picture(runs.load_runs(same), None).strips
     figure = drawn(same[0], other)
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["phases"]
     assert not figure.axes[0].patches
@@ -143,12 +143,12 @@ def test_a_run_that_ended_early_does_not_set_the_range(tmp_path):
 def test_smoothing_stops_at_a_change_of_phase():
     values = np.array([1.0, 2.0, 3.0, 10.0, math.nan, 12.0])
     index = np.array([0, 0, 0, 1, 1, 1])
-    np.testing.assert_allclose(plot.smooth(values, index, 3), [1.5, 2.0, 2.5, 11.0, math.nan, 11.0])
-    np.testing.assert_allclose(plot.smooth(values, index, 1), values)
+    np.testing.assert_allclose(pictures.smooth(values, index, 3), [1.5, 2.0, 2.5, 11.0, math.nan, 11.0])
+    np.testing.assert_allclose(pictures.smooth(values, index, 1), values)
 
 
 def test_training_time_leaves_compilation_out(tmp_path):
-    run = plot.load_run(write_run(tmp_path / "run", steps=200))
+    run = runs.load_run(write_run(tmp_path / "run", steps=200))
     # Two steps of 4096 tokens a line at 1e6 tokens a second; the first line, at 1e4, compiles.
     assert run.seconds == pytest.approx([8192e-6 * line for line in range(1, 101)])
     assert run.rate("dense") == run.rate("sparse") == 1e6
@@ -161,18 +161,18 @@ def test_training_time_leaves_compilation_out(tmp_path):
     del run.seconds
     assert run.seconds == pytest.approx([8192e-6 * line + 2.0 * (line > 20) for line in range(1, 101)])
     del run.seconds, run.lines[20]["switch_seconds"]
-    picture = plot.Picture([run], None, "time")
+    picture = pictures.Picture([run], None, "time")
     assert picture.x_label == "training time, seconds" and picture.spans[0][1] == ("sparse", *run.seconds[[19, 79]])
-    out = plot.plot([tmp_path / "run"], tmp_path / "time.png", against="time")
+    out = pictures.plot([tmp_path / "run"], tmp_path / "time.png", against="time")
     pixels(out)
     del run.lines[3]["tokens_per_second"], run.seconds
     with pytest.raises(ConfigError, match=r"--against time: .*run lacks tokens_per_second"):
-        plot.Picture([run], None, "time")
+        pictures.Picture([run], None, "time")
 
 
 def test_the_front_is_what_nobody_beats_in_both(tmp_path):
     points = {"dense": (1.0, 2.0), "good": (0.7, 2.01), "fast": (0.5, 2.1), "slow": (0.9, 2.05), "equal": (0.7, 2.02)}
-    figure = plot.draw_front(points, "dense", 0.01, "time")
+    figure = pictures.draw_front(points, "dense", 0.01, "time")
     (axes,) = figure.axes
     (steps,) = (line for line in axes.lines if line.get_drawstyle() == "steps-post")
     assert list(zip(*steps.get_data(), strict=True)) == [points[name] for name in ("fast", "good", "dense")]
@@ -190,14 +190,14 @@ def test_tokens_behind_are_those_that_dense_did_not_need(tmp_path):
             {"step": 10 * i, "tokens": 100 * i, "phase": "sparse" if i == 2 else "dense", "val_loss": loss}
             for i, loss in enumerate(losses, 1)
         ]
-        return plot.Run(name, "", "", tmp_path, lines)
+        return runs.Run(name, "", "", tmp_path, lines)
 
     # A loss that rises once is not what dense is measured by; one that it never had has no answer.
     dense, other = run("dense", [8.0, 6.0, 7.0, 4.0]), run("other", [8.0, 7.0, 5.0, 3.9])
-    tokens, behind = plot.tokens_behind(other, dense)
+    tokens, behind = pictures.tokens_behind(other, dense)
     assert list(tokens) == [100, 200, 300, 400]
     assert list(behind[:3]) == [0, 50, -50] and np.isnan(behind[3])
-    figure = plot.draw_behind({"other": other, "dense": dense}, dense)
+    figure = pictures.draw_behind({"other": other, "dense": dense}, dense)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["other", "dense"]
     figure.savefig(tmp_path / "behind.png")
@@ -210,11 +210,11 @@ def test_reached_is_when_a_run_has_the_loss_that_dense_ends_with(tmp_path):
             {"step": i, "tokens": 600 * i, "phase": "dense", "tokens_per_second": rate, "val_loss": loss}
             for i, loss in enumerate(losses, 1)
         ]
-        return plot.Run(name, "", "", tmp_path, lines)
+        return runs.Run(name, "", "", tmp_path, lines)
 
     dense, fast, slow = run("d", [5.0, 4.0, 3.0], 10), run("f", [5.0, 3.1, 3.0, 2.5], 20), run("s", [5.0, 4.5], 10)
     assert dense.reaches(3.0) == 180 and fast.reaches(3.0) == 90 and slow.reaches(3.0) is None
-    figure = plot.draw_reached(
+    figure = pictures.draw_reached(
         {"seed 0": {"dense": dense, "fast": fast}, "seed 1": {"dense": dense, "slow": slow}}, "dense"
     )
     first, second = figure.axes
@@ -226,44 +226,44 @@ def test_reached_is_when_a_run_has_the_loss_that_dense_ends_with(tmp_path):
 
 def test_a_phase_without_values_breaks_the_line(tmp_path):
     phases = (("sparse", 0.3), ("dense", 0.6), ("sparse", 1.0))
-    run = plot.load_run(write_run(tmp_path / "run", phases))
-    assert np.isnan(plot.points(run, run.tokens, run.values("energy_kept"))[1]).sum() == 1
-    assert not np.isnan(plot.points(run, run.tokens, run.values("nonzero_share"))[1]).any()
+    run = runs.load_run(write_run(tmp_path / "run", phases))
+    assert np.isnan(pictures.points(run, run.tokens, run.values("energy_kept"))[1]).sum() == 1
+    assert not np.isnan(pictures.points(run, run.tokens, run.values("nonzero_share"))[1]).any()
 
 
 def test_null_nan_and_missing_values_are_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = ['"loss": 3.0, "tokens": 10', '"loss": NaN', '"loss": null, "lr": Infinity', '"loss": 2.0, "tokens": 40']
     file.write_text("".join(f'{{"step": {step}, {row}}}\n' for step, row in enumerate(rows, start=1)))
-    run = plot.load_run(file)
+    run = runs.load_run(file)
     np.testing.assert_array_equal(run.values("loss"), [3.0, math.nan, math.nan, 2.0])
     np.testing.assert_array_equal(run.tokens, [10, 20, 30, 40])
-    pixels(plot.plot([file]))
+    pixels(pictures.plot([file]))
 
 
 def test_a_single_line_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.7}\n')
-    pixels(plot.plot([tmp_path]))
+    pixels(pictures.plot([tmp_path]))
 
 
 @pytest.mark.parametrize("cut", ['{"step": 999, "lo', '{"step": 999', "{", "\0\0\0"])
 def test_a_last_line_cut_off_is_ignored(tmp_path, cut):
     run = write_run(tmp_path / "run")
-    whole = plot.load_run(run).lines
+    whole = runs.load_run(run).lines
     with (run / "metrics.jsonl").open("a") as file:
         file.write(cut)
-    assert plot.load_run(run).lines == whole
+    assert runs.load_run(run).lines == whole
 
 
 def test_a_complete_last_line_without_newline_counts(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.7}\n{"step": 2, "loss": 9.6}')
-    assert len(plot.load_run(tmp_path).lines) == 2
+    assert len(runs.load_run(tmp_path).lines) == 2
 
 
 def test_steps_logged_again_after_a_resume_replace_the_first(tmp_path):
     steps = [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (4, 2.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {loss}}}\n' for s, loss in steps))
-    assert [(line["step"], line["loss"]) for line in plot.load_run(tmp_path).lines] == [(1, 5.0), (2, 4.5), (4, 2.0)]
+    assert [(line["step"], line["loss"]) for line in runs.load_run(tmp_path).lines] == [(1, 5.0), (2, 4.5), (4, 2.0)]
 
 
 GOOD = '{"step": 1, "loss": 9.7}\n'
@@ -285,7 +285,7 @@ def test_refused_metrics(tmp_path, case):
     content, message = REFUSED[case]
     (tmp_path / "metrics.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError) as error:
-        plot.plot([tmp_path])
+        pictures.plot([tmp_path])
     assert f"{tmp_path}/{message}" in str(error.value)
     assert not (tmp_path / "plot.png").exists()
 
@@ -320,7 +320,7 @@ def test_refused_run_json(tmp_path):
     for content in ("{", "[]"):
         (run / "run.json").write_text(content)
         with pytest.raises(ConfigError, match=r"run\.json: not a run\.json .*; mend it, or delete it"):
-            plot.load_run(run)
+            runs.load_run(run)
 
 
 def test_a_refusal_has_no_traceback(tmp_path):

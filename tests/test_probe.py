@@ -13,7 +13,7 @@ from configs.schema import JobConfig, Source
 from recipes.restore import find_checkpoint
 from recipes.sparsity import Sparsity
 from scripts import probe
-from scripts.report import probes_table
+from scripts.tables import probes_table
 
 LEAKS = ("kl", "logprob", "argmax")
 

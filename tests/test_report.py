@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from scripts.plot import Run
-from scripts.report import BLOCK, PAGES, _jumps, fill
+from scripts.report import BLOCK, PAGES, fill
+from scripts.runs import Run
+from scripts.tables import _jumps
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)

@@ -13,7 +13,7 @@ from conftest import ROOT, rows
 
 from configs.errors import ConfigError, TooLargeError
 from scripts import study
-from scripts.report import runs_table
+from scripts.tables import runs_table
 
 RUNS = """
 [[runs]]

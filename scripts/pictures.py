@@ -1,0 +1,467 @@
+"""Pictures of runs: what they logged, what a loss costs, how far a run is behind the dense one.
+
+How to read the first, of loss, sparsity health and throughput:
+
+- Loss against tokens, not steps, so that runs with different batches compare, or against training time. The faint line
+  is every logged step, the bold one its running mean over `--smooth` logged steps, which never reaches across a change
+  of phase: a jump where sparsity starts or ends is real and stays sharp. Circles are the validation loss of the dense
+  model, which means the same in every phase and every run; dashed diamonds are the same weights with the sparse pattern
+  on. The gap between the two is what switching the pattern off changes, before any dense tail.
+- Sparsity health, where a run logs it: one line a layer, coloured by depth, and the aggregate in bold. Layers that
+  drift away from the bundle are the ones to look at. Of several runs only the aggregates are drawn.
+- Throughput and learning rate, to tell a slow node or a wrong schedule from a bad recipe.
+
+Axes leave out the outermost few percent of the values (a run's first steps, a compilation's pause) when these would
+flatten everything else; a curve that leaves the frame is cut, not lost: the numbers are in the file.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from configs.errors import ConfigError
+from scripts.runs import Run, amount, load_runs
+
+# Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too faint on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+SHADE = "#ECECEC"
+GREY = "#6E6E6E"
+
+# Marker, line and name of the two validations.
+VALIDATIONS = {
+    "val_loss": ("o", "-", "validation, dense"),
+    "val_loss_sparse": ("D", "--", "validation, with the pattern"),
+}
+MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
+
+HEALTH = {
+    "nonzero_share": "non-zero entries of h, before the cut",
+    "energy_kept": "share of h² that the pattern keeps",
+    "flip_rate": "share of the 2:4 mask flipped",
+    "router_balance": "use of the clusters, 1 is even",
+}
+
+WIDTH, DPI = 10.0, 150  # inches, dots an inch: 1500 pixels
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.5,
+    "axes.labelcolor": "#333333",
+    "axes.edgecolor": "#999999",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DADADA",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def smooth(values: np.ndarray, index: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over `window` lines, shorter at the ends; never across a change of phase. [lines]"""
+    result = np.full(len(values), math.nan)
+    for phase in range(index[-1] + 1):
+        inside = np.flatnonzero((index == phase) & np.isfinite(values))
+        sums = np.concatenate([[0.0], np.cumsum(values[inside])])
+        at = np.arange(len(inside))
+        low, high = np.maximum(at - (window - 1) // 2, 0), np.minimum(at + window // 2 + 1, len(inside))
+        result[inside] = (sums[high] - sums[low]) / (high - low)
+    return result
+
+
+def points(run: Run, x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points that exist, with a break in the line wherever a whole phase logged none."""
+    at = np.flatnonzero(np.isfinite(values) & np.isfinite(x))
+    breaks = np.flatnonzero(np.diff(run.phase_index[at]) > 1) + 1
+    return np.insert(x[at], breaks, math.nan), np.insert(values[at], breaks, math.nan)
+
+
+def y_range(curves: list[np.ndarray], low: float, high: float) -> tuple[float, float]:
+    """Limits that hold the `low` to `high` quantile of every curve, and all of them where that costs little height."""
+    kept = [curve[np.isfinite(curve)] for curve in curves]
+    kept = [curve for curve in kept if len(curve)]
+    bottom, top = min(np.quantile(c, low) for c in kept), max(np.quantile(c, high) for c in kept)
+    all_bottom, all_top = min(c.min() for c in kept), max(c.max() for c in kept)
+    if all_top - all_bottom <= 1.5 * (top - bottom):
+        bottom, top = all_bottom, all_top
+    pad = 0.07 * (top - bottom) or 0.05 * abs(top) or 1.0
+    return float(bottom - pad), float(top + pad)
+
+
+class Picture:
+    """The figure of one or several runs, a method a panel."""
+
+    def __init__(self, runs: list[Run], window: int | None, against: str = "tokens"):
+        self.runs = runs
+        self.window = window
+        self.single = len(runs) == 1
+        if against == "time":
+            for run in runs:
+                if not np.isfinite(run.seconds).all():
+                    raise ConfigError(f"--against time: {run.folder} lacks tokens_per_second or tokens in a line")
+            unit, size = ("minutes", 60) if max(run.seconds[-1] for run in runs) >= 300 else ("seconds", 1)
+            self.x_label, self.x = f"training time, {unit}", [run.seconds / size for run in runs]
+        elif all(run.has("tokens") for run in runs):
+            self.x_label, self.x = "tokens", [run.tokens for run in runs]
+        else:
+            self.x_label, self.x = "step", [run.values("step") for run in runs]
+        self.end = max(float(x.max()) for x in self.x)
+        self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
+        self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
+        self.any_sparse = any(phase == "sparse" for spans in self.spans for phase, _, _ in spans)
+        self.strips = self.any_sparse and not self.one_schedule
+        few = len(runs) <= len(PALETTE)
+        self.colours = PALETTE[: len(runs)] if few else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
+
+    def _same(self, spans: list[tuple[str, float, float]], others: list[tuple[str, float, float]]) -> bool:
+        """Whether two schedules would be shaded alike."""
+        return len(spans) == len(others) and all(
+            a[0] == b[0] and abs(a[2] - b[2]) <= 0.005 * self.end for a, b in zip(spans, others, strict=True)
+        )
+
+    def draw(self) -> Figure:
+        layers = {metric: self.runs[0].layers(metric) if self.single else [] for metric in HEALTH}
+        health = [metric for metric in HEALTH if layers[metric] or any(run.has(metric) for run in self.runs)]
+        depth = sorted(set().union(*layers.values()))
+        bottom = [key for key in ("tokens_per_second", "lr") if any(run.has(key) for run in self.runs)]
+
+        # Rows in inches: loss, phase strips, the layers' colour bar, health, throughput and learning rate.
+        per_row = {0: 1, 1: 1, 2: 2, 3: 3, 4: 2}[len(health)]
+        rows = {
+            "loss": 3.9,
+            "strips": 0.13 * len(self.runs) + 0.05 if self.strips else 0.0,
+            "bar": 0.13 if len(depth) > 1 else 0.0,
+        }
+        rows |= {f"health{row}": 1.85 for row in range(math.ceil(len(health) / per_row))}
+        rows["bottom"] = 1.5 if bottom else 0.0
+        rows = {name: height for name, height in rows.items() if height}
+        order = {name: place for place, name in enumerate(rows)}
+
+        size = (WIDTH, sum(rows.values()) + 0.5 * len(rows) + 0.45)
+        engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07, hspace=0.02, wspace=0.03)
+        figure = Figure(figsize=size, dpi=DPI, layout=engine)
+        grid = figure.add_gridspec(len(rows), 6, height_ratios=list(rows.values()))
+        figure.suptitle(self.title(), fontsize=13.5, fontweight="bold", x=0.012, ha="left", color="#222222")
+
+        main = figure.add_subplot(grid[0, :])
+        self.loss(main)
+        if self.strips:
+            self.phase_strips(figure.add_subplot(grid[order["strips"], :], sharex=main), main)
+        if "bar" in order:
+            self.colour_bar(figure, grid, order["bar"], depth)
+        span, separator = 6 // per_row, "\n" if per_row == 3 else " "
+        for place, metric in enumerate(health):
+            row, column = divmod(place, per_row)
+            axes = figure.add_subplot(grid[order[f"health{row}"], column * span : (column + 1) * span])
+            self.health(axes, metric, depth, separator)
+        for place, key in enumerate(bottom):
+            span = 6 // len(bottom)
+            self.small(figure.add_subplot(grid[order["bottom"], place * span : (place + 1) * span]), key)
+        figure.align_ylabels()
+        return figure
+
+    def title(self) -> str:
+        models = list(dict.fromkeys(run.model for run in self.runs if run.model))
+        recipes = list(dict.fromkeys(run.recipe for run in self.runs if run.recipe))
+        parts = [", ".join(models), ", ".join(recipes) if len(recipes) <= 4 else f"{len(recipes)} recipes"]
+        return "  ·  ".join(part for part in parts if part) or self.runs[0].name
+
+    def label(self, run: Run) -> str:
+        """Run, recipe, and the last validation."""
+        text = run.name if run.recipe in ("", run.name) else f"{run.name} ({run.recipe})"
+        for key, form in (("val_loss", ": validation {:.3f}"), ("val_bpb", ", {:.4f} bpb")):
+            if run.has(key):
+                text += form.format(run.last(key))
+        return text
+
+    def smoothed(self, run: Run, key: str) -> np.ndarray:
+        window = self.window or max(1, int(np.isfinite(run.values(key)).sum()) // 40)
+        return smooth(run.values(key), run.phase_index, window)
+
+    def frame(self, axes: Axes) -> None:
+        """The x axis that all panels share, and the sparse phases behind it."""
+        axes.set_xlim(0, self.end * 1.005 or 1.0)
+        axes.xaxis.set_major_formatter(FuncFormatter(amount))
+        if self.any_sparse and self.one_schedule:
+            for phase, start, end in self.spans[0]:
+                if phase == "sparse":
+                    axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
+
+    def loss(self, axes: Axes) -> None:
+        """Training loss, every step and smoothed, and both validations."""
+        self.frame(axes)
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            axes.plot(*points(run, x, run.values("loss")), color=colour, alpha=0.28, linewidth=0.7, zorder=2)
+            axes.plot(*points(run, x, self.smoothed(run, "loss")), color=colour, linewidth=2.0, zorder=3)
+            for key, (marker, line, _) in VALIDATIONS.items():
+                at, values = points(run, x, run.values(key))
+                tint = PALETTE[1] if self.single else colour
+                every = max(1, len(at) // 30)
+                marks = slice((len(at) - 1) % every, None, every)  # counted so that the last validation has one
+                axes.plot(at, values, line, color=tint, marker=marker, markevery=marks, zorder=4, **MARKED)
+        curves = [self.smoothed(run, "loss") for run in self.runs]
+        curves += [run.values(key) for run in self.runs for key in VALIDATIONS]
+        # All as one curve, so that a run that ended early and high does not set the range.
+        axes.set_ylim(*y_range([np.concatenate(curves)], 0.0, 0.95))
+        axes.set_ylabel("loss (nats a token)")
+        if not self.strips:
+            axes.set_xlabel(self.x_label)
+        self.legends(axes)
+
+    def legends(self, axes: Axes) -> None:
+        """Which run is which colour (top right), and what each kind of line is."""
+        ink, mark = (PALETTE[0], PALETTE[1]) if self.single else (GREY, GREY)
+        handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
+        texts = ["training"]
+        for key, (marker, line, text) in VALIDATIONS.items():
+            if any(run.has(key) for run in self.runs):
+                handles += axes.plot([], [], line, color=mark, marker=marker, **MARKED)
+                texts.append(text)
+        if self.any_sparse:
+            handles.append(Patch(facecolor=SHADE if self.one_schedule else GREY, edgecolor="#BBBBBB", linewidth=0.5))
+            texts.append("sparse phase")
+        if self.single:
+            title = self.label(self.runs[0])
+            axes.legend(handles, texts, title=title, loc="upper right", alignment="left", title_fontsize=10.5)
+            return
+        lines = [Line2D([], [], color=colour, linewidth=2.6) for colour in self.colours]
+        names = axes.legend(lines, [self.label(run) for run in self.runs], loc="upper right", alignment="left")
+        axes.add_artist(names)
+        axes.legend(handles, texts, loc="lower left", ncols=len(handles), bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+
+    def phase_strips(self, axes: Axes, main: Axes) -> None:
+        """Schedules that differ: a bar a run, filled where the run is sparse."""
+        for place, (spans, colour) in enumerate(zip(self.spans, self.colours, strict=True)):
+            for phase, start, end in spans:
+                fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
+                axes.broken_barh([(start, end - start)], (place - 0.36, 0.72), facecolor=fill, linewidth=0)
+        axes.set_ylim(len(self.runs) - 0.5, -0.5)
+        axes.set_yticks([(len(self.runs) - 1) / 2], ["phases"])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(False)
+        axes.set_xlabel(self.x_label)
+        main.tick_params(labelbottom=False)
+
+    def colour_bar(self, figure: Figure, grid: GridSpec, row: int, depth: list[int]) -> None:
+        """Which colour is which layer."""
+        bar = figure.add_subplot(grid[row, 3:])
+        places = np.arange(len(depth) + 1) - 0.5
+        colours = ListedColormap([self.depth_colour(layer, depth) for layer in depth])
+        every = math.ceil(len(depth) / 12)
+        ticks = list(range(0, len(depth), every))
+        norm = BoundaryNorm(places, len(depth))
+        Colorbar(bar, cmap=colours, norm=norm, orientation="horizontal", ticks=ticks)
+        bar.minorticks_off()
+        bar.set_xticklabels([str(depth[tick]) for tick in ticks])
+        bar.text(-0.015, 0.5, "layer", transform=bar.transAxes, ha="right", va="center", color="#333333")
+
+    @staticmethod
+    def depth_colour(layer: int, depth: list[int]) -> Any:
+        """From the first layer, dark, to the last, light."""
+        return colormaps["viridis"](0.92 * depth.index(layer) / max(1, len(depth) - 1))
+
+    def health(self, axes: Axes, metric: str, depth: list[int], separator: str) -> None:
+        """One kind of sparsity health: of a single run by layer and in all, of several in all."""
+        self.frame(axes)
+        curves: list[np.ndarray] = []
+
+        def line(run: Run, x: np.ndarray, key: str, **style: Any) -> None:
+            at, values = points(run, x, run.values(key))
+            few = len(at) < 40  # one a validation
+            axes.plot(at, values, marker="o" if few else "", markersize=1.6 * style["linewidth"], **style)
+            curves.append(values)
+
+        if self.single:
+            for layer in self.runs[0].layers(metric):
+                colour = self.depth_colour(layer, depth)
+                line(self.runs[0], self.x[0], f"layers/{layer}/{metric}", color=colour, linewidth=0.9, alpha=0.85)
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            if run.has(metric):
+                line(run, x, metric, color="black" if self.single else colour, linewidth=2.2, zorder=4)
+        axes.set_title(f"{metric}:{separator}{HEALTH[metric]}")
+        axes.set_ylim(*y_range(curves, 0.01, 0.98))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+    def small(self, axes: Axes, key: str) -> None:
+        """Throughput, smoothed as the loss is, or the learning rate."""
+        self.frame(axes)
+        curves = []
+        for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
+            if key == "lr":
+                curves.append(run.values(key))
+            else:
+                curves.append(self.smoothed(run, key))
+                axes.plot(*points(run, x, run.values(key)), color=colour, alpha=0.28, linewidth=0.7)
+            axes.plot(*points(run, x, curves[-1]), color=colour, linewidth=1.6)
+        axes.set_ylim(0, y_range(curves, 0.0, 0.99)[1])
+        axes.set_title("learning rate" if key == "lr" else "tokens a second")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(self.x_label)
+        axes.yaxis.set_major_formatter(FuncFormatter(amount))
+
+
+def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation: float | None, x_label: str) -> Figure:
+    """What a final loss costs, and the runs that nobody beats in both: the Pareto front.
+
+    Args:
+        points: a run's cost over the baseline's, and its final loss.
+        baseline: the run that the others are compared with.
+        deviation: of the baseline's loss over its seeds, drawn as a band of twice its height.
+    """
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    level = points[baseline][1]
+    axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+    if deviation is not None:
+        axes.axhspan(level - deviation, level + deviation, color=SHADE, linewidth=0, zorder=0)
+    order = sorted(points, key=lambda name: points[name])
+    front = [name for place, name in enumerate(order) if all(points[name][1] < points[o][1] for o in order[:place])]
+    steps = [points[name] for name in front]
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=PALETTE[1], linewidth=1.4, zorder=2)
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", color=PALETTE[1] if name in front else PALETTE[0], markersize=6, zorder=3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"final validation loss, dense inference (over {baseline})")
+    low, high = min(x for x, _ in points.values()), max(x for x, _ in points.values())
+    wide = high - low or 0.1
+    axes.set_xlim(low - 0.06 * wide, high + 0.25 * wide)
+    axes.margins(y=0.16)
+    axes.autoscale_view(scalex=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f} ({100 * (y / level - 1):+.1f}%)"))
+    # Labels above and to the right of their points, further up where another one is.
+    height, taken = 0.035, list[tuple[float, float]]()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for name in sorted(points, key=lambda name: points[name][1]):
+        x, y = to_axes.transform(points[name])
+        place = y + 0.022
+        while any(abs(x - other) < 0.25 and abs(place - at) < height for other, at in taken):
+            place += 0.005
+        taken.append((x, place))
+        style: dict[str, Any] = {"va": "center", "fontsize": 9, "color": "#333333"}
+        axes.text(x + 0.012, place, name, transform=axes.transAxes, **style).set_in_layout(False)
+    return figure
+
+
+def tokens_behind(run: Run, baseline: Run) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens later than the baseline a run reached each of its validation losses (dense inference).
+
+    While the learning rates decay, the baseline's was higher when it had the loss: a run that ends like the baseline of
+    95% of its tokens is nearer to it than a baseline of 95% of the tokens would be.
+
+    Returns:
+        tokens at the run's validations, and how many fewer the baseline had needed, interpolated between its own
+        validations; NaN for a loss that it never had.
+    """
+    (tokens, losses), (base_tokens, base) = (
+        (each.tokens[at], each.values("val_loss")[at])
+        for each in (run, baseline)
+        for at in [np.isfinite(each.values("val_loss"))]
+    )
+    best = np.minimum.accumulate(base)
+    needed = np.interp(-losses, -best, base_tokens, left=math.nan, right=math.nan)
+    return tokens, tokens - needed
+
+
+def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
+    """Where a run loses tokens to the dense one, and whether it gains them back: `tokens_behind` against tokens.
+
+    A steady loss is a slope, which a longer run multiplies; a loss while the model takes shape is a step, which a
+    longer run does not repeat.
+
+    Args:
+        runs: by name, with val_loss and tokens.
+        baseline: the dense run.
+    """
+    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
+    colours = PALETTE if len(runs) <= len(PALETTE) else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
+    for (name, run), colour in zip(runs.items(), colours, strict=False):
+        tokens, behind = tokens_behind(run, baseline)
+        axes.plot(tokens, behind, "-o", color=colour, label=name, **MARKED)
+        sparse = np.isin(tokens, run.tokens[run.phases == "sparse"])
+        axes.plot(tokens[sparse], behind[sparse], "o", color=colour, markersize=4.6)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("tokens behind the dense run (filled: sparse phase)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(amount))
+    axes.legend(loc="upper left", ncols=2)
+    return figure
+
+
+def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
+    """When runs have the baseline's final loss: validation loss against training time, seeds side by side.
+
+    Args:
+        seeds: by the name of a seed its runs by name, with val_loss and seconds, the baseline among them.
+        baseline: the dense run.
+    """
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained")
+    every = figure.subplots(1, len(seeds), sharex=True, sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for runs in seeds.values() for name in runs))
+    late: list[np.ndarray] = []
+    for axes, (seed, runs) in zip(every, seeds.items(), strict=True):
+        level, end = runs[baseline].last("val_loss"), float(runs[baseline].seconds[-1])
+        axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+        for name, run in runs.items():
+            place, losses, minutes = names.index(name), run.values("val_loss"), run.seconds / 60
+            colour, known = PALETTE[place % len(PALETTE)], np.isfinite(losses)
+            axes.plot(minutes[known], losses[known], "-o", color=colour, label=name, **MARKED)
+            sparse = known & (run.phases == "sparse")
+            axes.plot(minutes[sparse], losses[sparse], "o", color=colour, markersize=4.6)
+            late.append(losses[minutes > minutes[-1] / 5])
+            reached = run.reaches(level)
+            if name != baseline and reached is not None:
+                axes.axvline(reached / 60, color=colour, linewidth=1, linestyle=":")
+                said, at = f"{reached / end:.2f} of {baseline}'s time", (reached / 60, 0.98 - 0.07 * place)
+                axes.annotate(said, at, (-6, 0), ("data", "axes fraction"), "offset points", color=colour, ha="right")
+        axes.set_title(seed, loc="left")
+        axes.set_xlabel("training time, minutes")
+    # The first fifth of the time is a steep fall that would flatten the rest.
+    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
+    every[0].set_ylim(low - 0.05 * (high - low), high)
+    every[0].set_ylabel("validation loss (filled: sparse phase)")
+    handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def plot(paths: list[Path], out: Path | None = None, window: int | None = None, against: str = "tokens") -> Path:
+    """Draw the runs into `out`, against "tokens" or "time", and return where it was written."""
+    if window is not None and window < 1:
+        raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
+    if out is not None and out.suffix.lower() != ".png":
+        raise ConfigError(f"-o {out}: give a file name that ends in .png")
+    runs = load_runs(paths)
+    out = out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("loss.png"))
+    with rc_context(STYLE):
+        figure = Picture(runs, window, against).draw()
+        try:
+            figure.savefig(out)
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with -o") from None
+    return out

@@ -1,0 +1,231 @@
+"""What finished runs logged, read from their folders: metrics.jsonl and run.json, as training leaves them.
+
+A run that differs from others only in its seed has a name that ends in the seed: NAME_s0, NAME_s1, ... They make one
+group, and tables and pictures show its means. The dense run of a folder is what the others are compared with.
+"""
+
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from configs.errors import ConfigError
+
+
+@dataclass
+class Run:
+    """What one run logged, its lines in the order of their steps."""
+
+    name: str
+    model: str
+    recipe: str
+    folder: Path
+    lines: list[dict[str, Any]]
+
+    def values(self, key: str) -> np.ndarray:
+        """The key's value in every line, NaN where it is missing, null or not finite. [lines]"""
+        numbers = [line.get(key) for line in self.lines]
+        array = np.array([x if isinstance(x, int | float) else math.nan for x in numbers], dtype=float)
+        return np.where(np.isfinite(array), array, math.nan)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens seen at every line; where a line does not say, interpolated between those that do. [lines]"""
+        tokens, steps = self.values("tokens"), self.values("step")
+        known = np.isfinite(tokens)
+        return np.where(known, tokens, np.interp(steps, steps[known], tokens[known])) if known.any() else tokens
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Training time up to every line, NaN if any line lacks its tokens or its rate. [lines]
+
+        Start-up and validation are in no line's rate. A line in which graphs are compiled, as in the first of a phase
+        or of a run that goes on from a checkpoint, counts at the median rate of its phase's others; what entering a
+        phase took counts besides.
+        """
+        switch = np.zeros(len(self.lines))
+        rates, index = self.values("tokens_per_second"), self.phase_index
+        compiles = np.nan_to_num(self.values("graphs_compiled")) > 0
+        for phase in range(index[-1] + 1):
+            (inside,) = np.nonzero(index == phase)
+            compiles[inside[0]] = True
+            others = inside[~compiles[inside]]
+            if len(others):
+                rates[inside[compiles[inside]]] = np.median(rates[others])
+                switch[inside[0]] = np.nan_to_num(self.values("switch_seconds")[inside[0]])
+        return np.cumsum(np.diff(self.tokens, prepend=0.0) / rates + switch)
+
+    def reaches(self, loss: float) -> float | None:
+        """Training seconds until a validation (dense inference) first had this loss; None: none had."""
+        at = self.seconds[self.values("val_loss") <= loss]
+        return float(at[0]) if len(at) else None
+
+    def rate(self, mode: str) -> float | None:
+        """Median tokens a second in the phases of a mode, without the lines in which graphs are compiled."""
+        rates, later = self.values("tokens_per_second"), np.diff(self.phase_index, prepend=-1) == 0
+        chosen = rates[later & (self.phases == mode)]
+        return float(np.median(chosen)) if len(chosen) else None
+
+    def last(self, key: str) -> float:
+        """The last value that the run logged of a key, NaN if it logged none."""
+        values = self.values(key)
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if len(values) else math.nan
+
+    @cached_property
+    def phases(self) -> np.ndarray:
+        """The mode at every line; without one, a line continues the one before. [lines]"""
+        phases: list[str] = []
+        for line in self.lines:
+            phases.append(str(line.get("phase") or (phases[-1] if phases else "dense")))
+        return np.array(phases)
+
+    @cached_property
+    def phase_index(self) -> np.ndarray:
+        """How often the phase had changed at every line. [lines]"""
+        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(self.phases)])
+
+    def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
+        """(phase, start, end) of every phase; one starts where the last line of the one before stands."""
+        index = self.phase_index
+        last = [int(np.flatnonzero(index == i)[-1]) for i in range(index[-1] + 1)]
+        starts = [0.0] + [float(x[i]) for i in last[:-1]]
+        return [(str(self.phases[i]), start, float(x[i])) for i, start in zip(last, starts, strict=True)]
+
+    def layers(self, metric: str) -> list[int]:
+        """The layers that log this metric, by depth."""
+        keys = {key for line in self.lines for key in line}
+        matches = (re.fullmatch(rf"layers/(\d+)/{metric}", key) for key in keys)
+        return sorted(int(match.group(1)) for match in matches if match and self.has(match.group(0)))
+
+    def has(self, key: str) -> bool:
+        return bool(np.isfinite(self.values(key)).any())
+
+
+def load_run(path: Path) -> Run:
+    """Read a dump folder, or the metrics.jsonl in one."""
+    metrics = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder or file; give the dump folder (job.dump_folder) of a run")
+    if not metrics.exists():
+        raise ConfigError(f"{path}: no metrics.jsonl in this folder; give the dump folder (job.dump_folder) of a run")
+    folder = metrics.parent
+    lines = read_lines(metrics)
+    config = read_config(folder / "run.json")
+    section = config.get("model")
+    model = section if isinstance(section, dict) else {}
+    return Run(
+        name=folder.resolve().name,
+        model=" ".join(str(model[key]) for key in ("name", "flavor") if model.get(key)),
+        recipe=Path(str(config.get("recipe") or "")).stem,
+        folder=folder,
+        lines=lines,
+    )
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """The runs, by their folder's name; where several share it, as in outputs/a/run and outputs/b/run, by one more."""
+    runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = "/".join(run.folder.resolve().parts[-2:])
+    return runs
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl.
+
+    A last line without its newline belongs to a run that was killed, or is, while writing it: left out unless complete.
+    A resumed run logs the steps since its checkpoint again, and what it wrote last counts.
+    """
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(raw, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            step = line["step"] if isinstance(line, dict) else None
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise ValueError("not an object with a whole number `step`")
+        except (ValueError, KeyError) as error:
+            if number == len(raw):
+                break
+            reason = "no `step`" if isinstance(error, KeyError) else error
+            raise ConfigError(
+                f"{path}, line {number}: not a line of metrics ({reason}); delete or mend that line"
+            ) from None
+        while lines and lines[-1]["step"] >= step:
+            lines.pop()
+        lines.append(line)
+    if not lines:
+        raise ConfigError(f"{path}: holds no logged step; wait for the run's first one (metrics.log_freq)")
+    if not any(isinstance(line.get("loss"), int | float) and math.isfinite(line["loss"]) for line in lines):
+        raise ConfigError(f"{path}: no line holds a finite loss; give the metrics.jsonl of a training run")
+    return lines
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration in a run.json; empty where there is none, and the plot then names only the folder."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_bytes()).get("config", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a run.json ({error}); mend it, or delete it to plot without names") from None
+    return config if isinstance(config, dict) else {}
+
+
+def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
+    """The runs in a folder with their run.json, by name without seed, and the name of the dense ones among them."""
+    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for file in sorted(folder.glob("*/run.json")):
+        pair = load_run(file.parent), json.loads(file.read_text())
+        groups.setdefault(re.sub(r"_s\d+$", "", file.parent.name), []).append(pair)
+    dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
+    return groups, "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
+
+
+def baseline_losses(groups: dict[str, list[tuple[Run, dict[str, Any]]]], baseline: str) -> dict[str, float]:
+    """The final loss of the baseline for the seeds of each group, or for all of its own where it lacks one of them."""
+    seeds = {name: {seed_of(about) for _, about in group} for name, group in groups.items()}
+    of = {seed_of(about): run.last("val_loss") for run, about in groups[baseline]}
+    return {name: mean(of[seed] for seed in (own if own <= of.keys() else of)) for name, own in seeds.items()}
+
+
+def sparse_share(about: dict[str, Any]) -> float:
+    """Share of a run's steps that are sparse."""
+    phases = about["phases"]
+    return sum(stop - start + 1 for mode, start, stop in phases if mode == "sparse") / phases[-1][2]
+
+
+def flops_share(about: dict[str, Any], kind: str) -> float:
+    """FLOPs of all steps over the dense model's: kind is "sparse_executed", or "sparse_pattern" for what it leaves."""
+    flops = about["flops_per_token"]
+    return 1 - sparse_share(about) * (1 - flops[kind] / flops["dense"])
+
+
+def seed_of(about: dict[str, Any]) -> int:
+    return about["config"]["debug"]["seed"]
+
+
+def amount(value: float, _position: int | None = None) -> str:
+    """1500000 as 1.5M, 0.00025 as 2.5e-4."""
+    for unit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{sign}"
+    if 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"

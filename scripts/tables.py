@@ -1,0 +1,474 @@
+"""Tables of runs and measurements, in Markdown or aligned for a terminal: a function for each kind."""
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scripts.plot_kernels import STAGES
+from scripts.runs import Run, amount, baseline_losses, flops_share, load_groups, read_lines, seed_of, sparse_share
+
+
+def runs_table(folder: Path, pad: bool = False) -> str:
+    """The runs in a folder as a Markdown table, best first, and what they ran on.
+
+    Runs that differ in their seed, NAME_s0, NAME_s1 and so on, make one row: means, and where there are several their
+    standard deviation. A column that no run fills is left out.
+
+    Args:
+        folder: holds a folder a run, with metrics.jsonl and run.json; one of them, or the one called dense, is dense
+            throughout and is what the others are compared with.
+        pad: for a terminal instead: aligned columns, in 120 characters where names are short.
+    """
+    groups, baseline = load_groups(folder)
+    runs = [pair for group in groups.values() for pair in group]
+    losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
+    seeds = {name: sorted(seed_of(about) for _, about in group) for name, group in groups.items()}
+    one_seed = len({seed for own in seeds.values() for seed in own}) == 1
+    peers = baseline_losses(groups, baseline) if baseline is not None else dict.fromkeys(groups, 0.0)
+    over = {name: mean(losses[name]) - peers[name] for name in groups}
+    rows = []
+    for name in sorted(groups, key=over.__getitem__):
+        abouts = [about for _, about in groups[name]]
+        sparse = sparse_share(abouts[0])
+        energy = [run.last("energy_kept") for run, _ in groups[name] if run.has("energy_kept")]
+        difference = "-"
+        if baseline is not None:
+            difference = f"{over[name]:+.4f} ({100 * over[name] / peers[name]:+.1f}%)"
+        timed = [run for run, about in groups[name] if about.get("runs_per_gpu") == 1]
+        rates = [[rate for run in timed if (rate := run.rate(mode))] for mode in ("dense", "sparse")]
+        row = {
+            "run": name if pad else f"`{name}`",
+            "seeds": "-" if one_seed else str(len(losses[name])),
+            "sparse": f"{100 * sparse:.0f}%",
+            "energy kept": f"{100 * mean(energy):.1f}%" if energy else "-",
+            "validation loss": f"{mean(losses[name]):.4f}" + _deviation(losses[name]),
+            "minus dense": difference,
+            "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
+            "FLOPs": _flops(abouts[0]),
+            "at switches": _jumps(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
+            "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
+            "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
+            "reached": _reached(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
+        }
+        if pad:
+            del row["energy kept"], row["at switches"]  # would not fit the width of a terminal
+        rows.append(row)
+    return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
+
+
+def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
+    """Rows of the same keys, without the columns that no row fills, and a text that knows which these are.
+
+    In Markdown or, with `pad`, aligned and wrapped for a terminal.
+    """
+    shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
+    cells = [shown, *([row[key] for key in shown] for row in rows)]
+    if not pad:
+        lines = [f"| {' | '.join(line)} |" for line in cells]
+        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text(set(shown))}"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text(set(shown)), 120)
+
+
+def _deviation(values: list[float]) -> str:
+    return f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+
+
+def _flops(about: dict[str, Any]) -> str:
+    if "sparse_executed" not in about["flops_per_token"]:
+        return "-"
+    return f"{100 * flops_share(about, 'sparse_executed'):.0f}% ({100 * flops_share(about, 'sparse_pattern'):.0f}%)"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 1000
+        else f"{seconds / 60:.1f} min"
+        if seconds < 18000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+    """When runs first had the final loss of the baseline's run of their seed, over its time; "-" where one never had.
+
+    A run whose seed the baseline lacks is held against the means of all.
+    """
+    alone = [
+        [(run, seed_of(about)) for run, about in each if about.get("runs_per_gpu") == 1] for each in (group, baseline)
+    ]
+    ends = {seed: (run.last("val_loss"), float(run.seconds[-1])) for run, seed in alone[1]}
+    if not ends or not alone[0]:
+        return "-"
+    means = mean(loss for loss, _ in ends.values()), mean(time for _, time in ends.values())
+    shares = []
+    for run, seed in alone[0]:
+        level, time = ends.get(seed, means)
+        reached = run.reaches(level)
+        if reached is None:
+            return "-"
+        shares.append(reached / time)
+    return f"{mean(shares):.2f}"
+
+
+def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
+    """How much further over the dense run's the training loss is, at most, in 2% of the steps after each switch.
+
+    Of runs that share their start with the dense run of their seed, so that the same batches are compared; "-" for
+    others, and for a switch after which the dense run has no steps. Where none was logged in the 2% it is the first.
+    Means over the seeds.
+    """
+    dense = {seed_of(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
+    jumps: list[list[float]] = []
+    for run, about in group:
+        peer, phases = dense.get(seed_of(about), {}), about["phases"]
+        lines = zip(run.values("step"), run.values("loss"), strict=True)
+        over = {step: loss / peer[step] - 1 for step, loss in lines if step in peer}
+        jumps.append([])
+        for _, start, _ in phases[1:]:
+            before = [by for step, by in over.items() if step < start]
+            after = [by for step, by in over.items() if step >= start]
+            near = sum(start <= step <= start + 0.02 * phases[-1][2] for step in over)
+            if not before or (not jumps[-1] and before[-1]):
+                return "-"
+            jumps[-1].append(max(after[: max(1, near)], default=math.nan) - before[-1])
+    means = [mean(jump) for jump in zip(*jumps, strict=True)]
+    return ", ".join("-" if math.isnan(jump) else f"{100 * jump:+.1f}%" for jump in means) or "-"
+
+
+def _commit(about: dict[str, Any]) -> str:
+    commit = about["commit"] or "unknown"
+    return commit[:10] + " and changes" * commit.endswith("-dirty")
+
+
+def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
+    """The sentences under a table of runs: model, data, machine, and how to read the columns."""
+    about = runs[0][1]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    corpus = about["corpus"]
+    documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
+    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    model, seed = about["config"]["model"]["flavor"], seed_of(about)
+    tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
+    devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
+    dates = _range([one["date"][:10] for _, one in runs], "{}")
+    commits = sorted({_commit(one) for _, one in runs if one.get("commit")})
+    text = (
+        f"{model}, {about['parameters'] / 1e6:.0f} M parameters, {tokens} M tokens of {documents}"
+        + (f", seed {seed}" if one_seed else "")
+        + f"; {devices}, {versions}, {dates}"
+        + (f", commit {', '.join(commits)}" if commits else "")
+        + ". Sparse: share of the steps."
+    )
+    meanings = {
+        "energy kept": "Energy kept: of the sum of h^2, by the pattern, at the last validation of the sparse phase.",
+        "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
+        "FLOPs": "FLOPs: a whole run's, over the dense model's, as the backend executes them (as the pattern leaves "
+        "them).",
+        "at switches": "At switches, to sparse and to dense: how far the training loss rises against the dense run's "
+        "of the same step, at most, in the 2% of the steps that follow, or at the first logged.",
+        "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
+        "time": "Time: training alone, without start-up and validation; logged steps in which graphs are compiled "
+        "count at the median speed of their phase, and its first with the switch to it.",
+        "reached": "Reached: the time until a validation first had the final loss of the dense run of its seed, over "
+        "that run's.",
+    }
+    text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
+    return text
+
+
+def batches_table(folder: Path) -> str:
+    """Runs that tried a micro-batch as a Markdown table: one that ended before its last step is one that does not fit.
+
+    Args:
+        folder: holds a folder a run, with metrics.jsonl and run.json.
+    """
+    rows, abouts = [], []
+    for file in sorted(folder.glob("*/run.json")):
+        abouts.append(json.loads(file.read_text()))
+        last, config = read_lines(file.parent / "metrics.jsonl")[-1], abouts[-1]["config"]
+        fits = last["step"] == config["training"]["steps"]
+        rows.append(
+            {
+                "recipe": f"`{Path(config['recipe']).stem}`",
+                "mode": last["phase"],
+                "sequences": str(config["training"]["local_batch_size"]),
+                "fits": "yes" if fits else "no",
+                "tokens/s": amount(float(f"{last['tokens_per_second']:.3g}")) if fits else "-",
+                "memory of tensors": f"{last['peak_active_gib']:.1f} GiB" if fits else "-",
+            }
+        )
+    rows.sort(key=lambda row: (row["recipe"], int(row["sequences"])))
+    config, hardware = abouts[0]["config"], abouts[0]["hardware"]
+    versions = ", ".join(f"{name} {abouts[0]['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    text = (
+        f"{config['model']['flavor']}, sequences of {config['training']['seq_len']} tokens, "
+        f"{'compiled, ' if config['compile']['enable'] else ''}activation checkpointing: "
+        f"{config['activation_checkpoint']['mode']}. {hardware['ranks']} x {hardware['device']}, {versions}, "
+        f"{_range([each['date'][:10] for each in abouts], '{}')}, "
+        f"commit {', '.join(sorted(set(map(_commit, abouts))))}."
+    )
+    return _table(rows, False, lambda _: text)
+
+
+def _range(values: Sequence[Any], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def probes_table(folder: Path, pad: bool = False) -> str:
+    """What scripts/probe.py measured in a folder's runs as a Markdown table, a row a checkpoint and mode of its FFNs.
+
+    Args:
+        folder: holds a folder a run, with probe.json.
+        pad: as in `runs_table`.
+    """
+    rows, about = [], []
+    for file in sorted(folder.glob("*/probe.json")):
+        for step, result in json.loads(file.read_bytes()).items():
+            about.append(result)
+            for mode, got in result["modes"].items():
+                cloze = result["cloze"]
+                rows.append(
+                    {
+                        "run": (file.parent.name if pad else f"`{file.parent.name}`"),
+                        "step": step,
+                        "FFN": mode,
+                        "loss": f"{got['loss']:.4f}",
+                        "bits/byte": f"{got['bits_per_byte']:.4f}",
+                        "accuracy": f"{100 * got['accuracy']:.1f}%",
+                        "ECE": f"{100 * got['ece']:.2f}%",
+                        "cloze": "-"
+                        if cloze["accuracy"] is None or mode != "dense"
+                        else "{:.1f} ± {:.1f}%".format(100 * cloze["accuracy"], 100 * cloze["standard_error"]),
+                        "energy kept": _percent(got["health"].get("energy_kept")),
+                        "leak KL": _small(got["leak_kl"]),
+                        "own KL": _small(got["own_kl"]),
+                        "own gain": _small(got["own_gain"]),
+                        # Probes of before 2026-11-26 have not asked for it.
+                        "next KL": _small(got["next_kl"]) if "next_kl" in got else "-",
+                        "next gain": f"{got['next_gain']:.3f} ± {got['next_gain_error']:.3f}"
+                        if "next_gain" in got
+                        else "-",
+                    }
+                )
+                if pad:
+                    for column in ("bits/byte", "accuracy"):
+                        del rows[-1][column]  # for a terminal's width
+    one, cloze = about[0], about[0]["cloze"]
+    dates = _range([each["date"][:10] for each in about], "{}")
+    devices = " and ".join(sorted({each["hardware"] for each in about}))
+    sequences = _range([each["sequences"] for each in about], "{}")
+    text = (
+        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
+        f"{cloze['choices']} choices, ± the standard error. Leak, in nats a token of the first half: the second halves "
+        "of all sequences replaced, own: of one alone; next: of a position that is followed by another text; gain: how "
+        "much lower the loss was with the true future, so above zero it looked ahead. "
+        f"{devices}, torch {one['torch']}, {dates}."
+    )
+    return _table(rows, pad, lambda _: text)
+
+
+def evaluations_table(folder: Path) -> str:
+    """What scripts/evaluate.py measured of a folder's runs on a text as a Markdown table, a row a way to run the model.
+
+    Args:
+        folder: holds a folder a run, with evaluations.jsonl.
+    """
+    rows, evaluations = [], []
+    for file in sorted(folder.glob("*/evaluations.jsonl")):
+        for evaluation in map(json.loads, file.read_text().splitlines()):
+            if evaluation["text"] is None:
+                continue  # of tasks alone
+            evaluations.append(evaluation)
+            first = next(iter(evaluation["scores"].values()))["loss"]
+            for name, got in evaluation["scores"].items():
+                rate = got.get("prefill_tokens/s")
+                over = got["loss"] - first
+                row = {
+                    "run": f"`{file.parent.name}`",
+                    "model": name,
+                    "loss": f"{got['loss']:.4f}",
+                    "over the first": f"{over:+.4f} ({100 * over / first:+.2f}%)" if over else "-",
+                    "bits/byte": f"{got['bits_per_byte']:.4f}",
+                    "energy kept": _percent(got.get("energy_kept")),
+                    "prompt, tokens/s": amount(float(f"{rate:.3g}")) if rate else "-",
+                }
+                if row not in rows:  # two quantisations begin with the same model
+                    rows.append(row)
+    tokens = _range([each["text"]["tokens"] for each in evaluations], "{:,}")
+    files = _range([len(each["text"]["files"]) for each in evaluations], "{}")
+    devices = " and ".join(sorted({each["hardware"] for each in evaluations}))
+    used = {f"{name} {version}": None for each in evaluations for name, version in each["versions"].items()}
+    versions = ", ".join(used)
+    dates = _range([each["date"][:10] for each in evaluations], "{}")
+    text = f"{tokens} tokens of {files} files. {devices}, {versions}, {dates}."
+    return _table(rows, False, lambda _: text)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+def kernels_table(file: Path) -> str:
+    """The contenders that were timed as a Markdown table, what they ran on, and who was not timed and why.
+
+    Args:
+        file: kernels.json.
+    """
+    result = json.loads(file.read_text())
+    entries = [entry for shape in result["shapes"] for entry in shape["contenders"].values()]
+    replayed = any("graph_ms" in entry for entry in entries)
+    second = "replayed" if replayed else "kernels alone"
+    lines = [
+        f"| d, f | contender | ms | rounds, ms | speed-up | {second}, ms | speed-up | peak memory "
+        "| (2) to (6), TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    untimed: dict[str, str] = {}
+    for shape in result["shapes"]:
+        for name, entry in shape["contenders"].items():
+            if "ms" not in entry:
+                failed = any(check["failed"] for check in entry.get("checks", []))
+                untimed[name] = "failed its check" if failed else entry["reason"]
+                continue
+            sparse = [rate for product, rate in entry.get("products", {}).items() if product != "(1)"]
+            rates = [rate["tflops"] for rate in sparse]
+            kernels, dense = (sum(shape["contenders"][each].get("stages", {}).values()) for each in (name, "dense"))
+            alone = f"{kernels:.2f} | {dense / kernels:.2f}x" if kernels else "- | -"
+            if replayed:
+                alone = f"{entry['graph_ms']:.2f} | {entry['graph_speedup']:.2f}x" if "graph_ms" in entry else "- | -"
+            memory = f"{entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else "-"
+            lines.append(
+                f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} "
+                f"| {min(entry['rounds']):.2f} to {max(entry['rounds']):.2f} | {entry['speedup']:.2f}x "
+                f"| {alone} | {memory} | {_range(rates, '{:.0f}') if sparse else '-'} |"
+            )
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
+    how = (
+        "as Python launches the kernels, and replayed from a CUDA graph, in which the host has no part"
+        if replayed
+        else "by the clock and by the sum of the kernels' times in a short profile, which leaves out gaps between "
+        "launches and runs on a cooler GPU"
+    )
+    lines.append(
+        f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
+        f"included; the median and the range of the rounds. Speed-ups are over `dense`, {how}. Peak memory is beyond "
+        "inputs and weights. "
+        f"{result['hardware']['device']}, {versions}, "
+        f"{result['date'][:10]}, `{result['command']}`."
+    )
+    if untimed:
+        lines[-1] += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
+    return "\n".join(lines)
+
+
+def stages_table(file: Path) -> str:
+    """Where the time of a step goes, in ms by stage, as a Markdown table.
+
+    Args:
+        file: kernels.json.
+    """
+    result = json.loads(file.read_text())
+    lines = []
+    for shape in result["shapes"]:
+        stages = {name: entry["stages"] for name, entry in shape["contenders"].items() if "stages" in entry}
+        columns = [stage for stage in STAGES if any(stage in times for times in stages.values())]
+        lines += [f"| {shape['dim']}, {shape['hidden_dim']} | {' | '.join(columns)} | sum |"]
+        lines += ["|---" * (len(columns) + 2) + "|"]
+        for name, times in stages.items():
+            cells = [f"{times[stage]:.2f}" if stage in times else "" for stage in columns]
+            lines.append(f"| `{name}` | {' | '.join(cells)} | {sum(times.values()):.2f} |")
+    lines.append(f"\nMilliseconds on the GPU. {result['hardware']['device']}, {result['date'][:10]}.")
+    return "\n".join(lines)
+
+
+def training_table(file: Path) -> str:
+    """Steps of whole models as a Markdown table, and what they ran on.
+
+    Args:
+        file: training.json.
+    """
+    result = json.loads(file.read_text())
+    contenders: dict[str, dict[str, Any]] = result["contenders"]
+    timed = {name: entry for name, entry in contenders.items() if not entry["failed"]}
+    swiglu = timed.get("torchtitan_swiglu")
+    over_dense = "over `dense`" if "dense" in timed else "over its own dense"
+    peak = "Peak memory: of tensors; of torchtitan's trainer, which reports nothing else, of the process."
+    if not any(entry["active_gib"] for entry in timed.values()):
+        peak = "Peak memory: of the process, which gives nothing back after the dense phase."
+    rows = []
+    for name, entry in timed.items():
+        mode = "sparse" if "sparse" in entry["ms"] else "dense"
+        over = swiglu["ms"]["dense"] / entry["ms"][mode] if swiglu else None
+        share = f"{100 * entry['sparse_share']:.0f}%" if mode == "sparse" else ""
+        rows.append(
+            {
+                "contender": f"`{name}`",
+                "what": entry["what"],
+                "dense step, ms": f"{entry['ms']['dense']:.0f}",
+                "sparse step, ms": f"{entry['ms']['sparse']:.0f}" if mode == "sparse" else "-",
+                "tokens/s": amount(float(f"{entry['tokens_per_second'][mode]:.3g}")),
+                over_dense: f"{entry['speedup']:.2f}x" if mode == "sparse" else "-",
+                "over SwiGLU": f"{over:.2f}x" if over else "-",
+                "whole run": f"{entry['whole']:.2f}x ({share} sparse)" if mode == "sparse" else "-",
+                "peak memory": f"{entry['active_gib'].get(mode, entry['peak_gib'][mode]):.1f} GiB",
+            }
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    text = (
+        f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
+        f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
+        "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
+        f"dense ones. {peak} "
+        f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
+        f"commit {_commit(result)}, `{result['command']}`."
+    )
+    if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:
+        text += f" Not timed: {'; '.join(failed)}."
+    return _table(rows, False, lambda _: text)
+
+
+def parts_table(file: Path) -> str:
+    """Where the time of one traced step goes, in ms by part, as a Markdown table.
+
+    Args:
+        file: training.json.
+    """
+    result = json.loads(file.read_text())
+    traced = [
+        (f"`{name}`, {mode}", parts)
+        for name, entry in result["contenders"].items()
+        for mode, parts in entry.get("parts", {}).items()
+        if mode == "sparse" or "speedup" not in entry
+    ]
+    columns = dict.fromkeys(part for _, parts in sorted(traced, key=lambda pair: -len(pair[1])) for part in parts)
+    rows = [
+        {"step": step}
+        | {part: f"{parts[part]:.1f}" if part in parts else "" for part in columns}
+        | {"sum": f"{sum(parts.values()):.1f}"}
+        for step, parts in traced
+    ]
+    return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "runs": runs_table,
+    "batches": batches_table,
+    "probes": probes_table,
+    "evaluations": evaluations_table,
+    "kernels": kernels_table,
+    "stages": stages_table,
+    "training": training_table,
+    "parts": parts_table,
+}
