@@ -32,26 +32,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from configs.errors import ConfigError
-from scripts.runs import Run, amount, load_runs
+from scripts.runs import HEALTH, VALIDATIONS, Run, amount, load_runs
 
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 SHADE = "#ECECEC"
 GREY = "#6E6E6E"
 
-# Marker, line and name of the two validations.
-VALIDATIONS = {
-    "val_loss": ("o", "-", "validation, dense"),
-    "val_loss_sparse": ("D", "--", "validation, with the pattern"),
-}
 MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
-
-HEALTH = {
-    "nonzero_share": "non-zero entries of h, before the cut",
-    "energy_kept": "share of h² that the pattern keeps",
-    "flip_rate": "share of the 2:4 mask flipped",
-    "router_balance": "use of the clusters, 1 is even",
-}
 
 WIDTH, DPI = 10.0, 150  # inches, dots an inch: 1500 pixels
 STYLE: dict[Any, Any] = {

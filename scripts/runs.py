@@ -18,6 +18,20 @@ import numpy as np
 
 from configs.errors import ConfigError
 
+# Marker, line and name of the two validations.
+VALIDATIONS = {
+    "val_loss": ("o", "-", "validation, dense"),
+    "val_loss_sparse": ("D", "--", "validation, with the pattern"),
+}
+
+# What a run logs of its sparse FFNs, in all and by layer (layers/N/...), with a picture's words for it.
+HEALTH = {
+    "nonzero_share": "non-zero entries of h, before the cut",
+    "energy_kept": "share of h² that the pattern keeps",
+    "flip_rate": "share of the 2:4 mask flipped",
+    "router_balance": "use of the clusters, 1 is even",
+}
+
 
 @dataclass
 class Run:

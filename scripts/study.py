@@ -33,8 +33,8 @@ and stands in no table.
 All runs and their data are checked before the first one starts. A run is a process of train.py in its own folder of
 `outputs/studies/NAME`, where its log is too. The same command again skips what is complete and resumes what was
 interrupted (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it
-saves checkpoints, saved that one; its metrics.jsonl and run.json are then copied into the study's folder, where they
-count as complete on any machine.
+saves checkpoints, saved that one; what tables and pictures read of its metrics.jsonl and run.json (scripts/thin.py) is
+then stored in the study's folder, where it counts as complete on any machine.
 
 The seed draws the initial weights. The documents and their order are those of data.seed in every run: another order
 would train another tokenizer, whose losses could not be compared.
@@ -72,10 +72,8 @@ from recipes.data import check_data
 from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot
 from scripts.runs import Run, baseline_losses, flops_share, load_groups, load_run, read_lines
 from scripts.tables import runs_table
+from scripts.thin import INDIFFERENT, store
 
-# What a run writes and where does not change what it computes, nor does how far ahead its text is encoded.
-AHEAD = "training.dataloader.prefetch_factor"
-INDIFFERENT = ("recipe", "job.", "metrics.", "checkpoint.", "comm.", "profiling.", AHEAD)
 PROGRESS_SECONDS = 30.0
 # A run is a job of its own, whatever started the study.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -284,7 +282,7 @@ def is_complete(run: StudyRun, folder: Path) -> bool:
         return False
     new, default, old = (_options(values) for values in (resolved(run.config), resolved(JobConfig()), about["config"]))
     for key, word in new.items():
-        if not key.startswith(INDIFFERENT) and old.get(key, default[key]) != word:
+        if not key.startswith(("recipe", *INDIFFERENT)) and old.get(key, default[key]) != word:
             raise ConfigError(
                 f"{folder} holds a run with {key} = {old.get(key, default[key])}, and the study says {word}: give the "
                 "run another name, or move that folder away to run it anew"
@@ -298,14 +296,9 @@ def is_complete(run: StudyRun, folder: Path) -> bool:
 
 
 def collect(run: StudyRun) -> None:
-    """Copy what is kept of a complete run beside the study's file, if it is not there yet."""
-    run.results.mkdir(parents=True, exist_ok=True)
-    about = json.loads((run.outputs / "run.json").read_bytes())
+    """Store what tables and pictures read of a complete run beside the study's file."""
     launch = run.outputs / "launch.json"
-    if launch.exists():
-        about |= json.loads(launch.read_bytes())
-    (run.results / "metrics.jsonl").write_bytes((run.outputs / "metrics.jsonl").read_bytes())
-    (run.results / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    store(run.outputs, run.results, json.loads(launch.read_bytes()) if launch.exists() else {})
 
 
 class Launcher:

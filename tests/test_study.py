@@ -51,7 +51,10 @@ def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, cap
     assert f"error: failing_s0 failed, see {tmp_path}/out/failing_s0/log.txt" in error
     assert "the run has diverged" in out
     assert "resumed after step" in (tmp_path / "out" / "dense_s0" / "log.txt").read_text()
-    assert list(rows(file.parent / "dense_s0")) == list(range(1, 61))
+    stored, logged = (rows(folder / "dense_s0") for folder in (file.parent, tmp_path / "out"))
+    assert list(stored) == list(logged) == list(range(1, 61))
+    assert "grad_norm" in logged[60] and "grad_norm" not in stored[60], "what nobody reads is not stored"
+    assert "command" not in json.loads((file.parent / "dense_s0" / "run.json").read_text())
     assert not (file.parent / "failing_s0").exists()
     assert json.loads((file.parent / "groups_s0" / "run.json").read_text())["runs_per_gpu"] == 3
     assert "+0.0000 (+0.0%)" in out and "groups" in out
