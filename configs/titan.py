@@ -1,18 +1,24 @@
 """The door to torchtitan 0.2.2: every name that this project takes from it is imported here, and nowhere else.
 
-torchtitan settles on a device when it is imported, and without a CUDA device it does not settle on the CPU. So on
-such a machine its look-up is answered with the CPU while it is imported. It also compiles kinds of attention that are
-not used here, for which the compiler would be imported, a third of what a start takes: they stay as they are. Moving to
-another release of torchtitan starts and, with luck, ends in this file.
+torchtitan chooses a device when it is imported, and without a CUDA device it does not choose the CPU. On such a machine
+its look-up is answered with the CPU while it is imported. It also compiles kinds of attention that this project does
+not use, which would import the compiler, a third of the time to start: they are left uncompiled.
+
+Names of torchtitan that are not public, and may change in any release, are used in this file alone. `PRIVATE` lists
+them with the reason for each; `lacking()` says which of them another release does not have. The other modules override
+and call the public names that the classes `*Hooks` give them.
 """
 
+import inspect
 import os
 import resource
 import types
+from typing import Any
 
 import torch
 import torch._utils
 import torch.distributed.checkpoint  # must see the real look-up functions, so before they are answered below
+from tokenizers import Tokenizer
 
 
 class _CpuModule:
@@ -88,6 +94,7 @@ __all__ = [
     "Attention",
     "BaseTokenizer",
     "BaseValidator",
+    "CheckpointHooks",
     "CheckpointManager",
     "DataloaderExhaustedError",
     "HuggingFaceTokenizer",
@@ -97,6 +104,7 @@ __all__ = [
     "ParallelDims",
     "RoPEScalingArgs",
     "SwiGLU",
+    "TokenizerHooks",
     "TrainSpec",
     "Trainer",
     "Transformer",
@@ -108,6 +116,7 @@ __all__ = [
     "device_type",
     "dist_utils",
     "get_peak_flops",
+    "lacking",
     "maybe_enable_memory_snapshot",
     "maybe_enable_profiling",
     "parallelize_llama",
@@ -116,6 +125,67 @@ __all__ = [
     "trunc_normal_",
     "use_train_spec",
 ]
+
+
+# Owner, name, and why it is used: torchtitan has no public way to do this.
+PRIVATE: list[tuple[Any, str, str]] = [
+    (CheckpointManager, "_create_checkpoint_id", "the folder of a step's checkpoint, to verify, name and rename it"),
+    (CheckpointManager, "_flattened_model_states_sd", "all of a run's state, to save at once when a signal comes"),
+    (CheckpointManager, "_async_wait", "overridden: a save has ended when it is committed, and may have failed"),
+    (CheckpointManager, "_purge_stale_checkpoints", "overridden: torchtitan counts checkpoints that are incomplete"),
+    (HuggingFaceTokenizer, "_load_tokenizer_from_path", "overridden: truncation, padding and dropout are taken out"),
+    (_train_spec, "_extra_train_specs", "a name can be registered once, and a process may train several jobs"),
+    (torchtitan.train, "CheckpointManager", "replaced: the Trainer constructs this class, TrainSpec names no other"),
+    (torchtitan.tools.utils, "_get_available_device_type", "replaced while torchtitan is imported without a GPU"),
+    (torchtitan.tools.utils, "_get_device_module", "replaced while torchtitan is imported without a GPU"),
+]
+
+
+def lacking() -> list[str]:
+    """What of `PRIVATE` the installed torchtitan does not define and use any more, with the reason for each."""
+    return [
+        f"{owner.__name__}.{name}: {reason}"
+        for owner, name, reason in PRIVATE
+        # Defined or imported once, used at least once more: an override of what nothing calls would do nothing.
+        if not hasattr(owner, name) or inspect.getsource(owner).count(name) < 2
+    ]
+
+
+class CheckpointHooks(CheckpointManager):
+    """torchtitan's checkpoint manager with public names for what a subclass overrides and calls."""
+
+    def folder_of(self, step: int) -> str:
+        """The folder of a step's checkpoint."""
+        return self._create_checkpoint_id(step)
+
+    def resumable_state(self) -> dict[str, Any]:
+        """All that a run resumes from: model, optimizer, data and the trainer's own."""
+        return self._flattened_model_states_sd()
+
+    def wait_for_save(self) -> None:
+        """Wait for an asynchronous save that is under way."""
+        super()._async_wait()
+
+    def delete_stale(self) -> None:
+        """Delete what checkpoint.keep_latest_k does not keep; called after each save."""
+        super()._purge_stale_checkpoints()
+
+    def _async_wait(self) -> None:
+        self.wait_for_save()
+
+    def _purge_stale_checkpoints(self) -> None:
+        self.delete_stale()
+
+
+class TokenizerHooks(HuggingFaceTokenizer):
+    """torchtitan's tokenizer with a public name for what a subclass overrides."""
+
+    def load_tokenizer(self, folder: str) -> Tokenizer:
+        """Read the tokenizer of a folder; called once, by the constructor."""
+        return super()._load_tokenizer_from_path(folder)
+
+    def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
+        return self.load_tokenizer(tokenizer_path)
 
 
 def use_train_spec(name: str, spec: TrainSpec, checkpoint_manager: type[CheckpointManager]) -> None:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from configs.errors import ConfigError
-from configs.titan import AsyncMode, CheckpointManager
+from configs.titan import AsyncMode, CheckpointHooks
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -48,7 +48,7 @@ logger = logging.getLogger("sparsetitan")
 T = TypeVar("T")
 
 
-class SafeCheckpointManager(CheckpointManager):
+class SafeCheckpointManager(CheckpointHooks):
     """torchtitan's checkpoint manager with verified checkpoints, an atomic pointer and a fallback.
 
     Takes the arguments of CheckpointManager.
@@ -137,7 +137,7 @@ class SafeCheckpointManager(CheckpointManager):
         if loaded and dist.get_rank() == 0:
             logger.info(
                 "loaded %s",
-                self._create_checkpoint_id(step) if step >= 0 else self.initial_load_path,
+                self.folder_of(step) if step >= 0 else self.initial_load_path,
             )
         return loaded
 
@@ -153,10 +153,10 @@ class SafeCheckpointManager(CheckpointManager):
                 logger.warning("step %d is not saved: checkpoint.%s", step, key)
             return
         with contextlib.suppress(ConfigError):  # reported when it failed; this save may still succeed
-            self._async_wait()
-        checkpoint_id = self._create_checkpoint_id(step)
+            self.wait_for_save()
+        checkpoint_id = self.folder_of(step)
         if self._resumable != checkpoint_id:
-            self.dcp_save(self._flattened_model_states_sd(), checkpoint_id, AsyncMode.DISABLED)
+            self.dcp_save(self.resumable_state(), checkpoint_id, AsyncMode.DISABLED)
 
     def close(self) -> None:
         """Wait for the save under way, so that `latest` moves before the process ends. Not a collective."""
@@ -165,7 +165,7 @@ class SafeCheckpointManager(CheckpointManager):
             self.save_future = None
         super().close()
 
-    def _async_wait(self) -> None:
+    def wait_for_save(self) -> None:
         if self.save_future is None:
             return
         error = self.save_future.exception()
@@ -175,7 +175,7 @@ class SafeCheckpointManager(CheckpointManager):
             self._resumable = ""
             raise self._save_error(reason) from error
 
-    def _purge_stale_checkpoints(self) -> None:
+    def delete_stale(self) -> None:
         """Delete all but the newest keep_latest_k complete checkpoints and the one that `latest` names."""
         if self.keep_latest_k == 0 or dist.get_rank() != 0:
             return
@@ -237,7 +237,7 @@ class SafeCheckpointManager(CheckpointManager):
         """Verify the step that checkpoint.load_step asks for, and no other."""
         complete = [s for s in self._steps() if self._is_complete(s)]
         available = "available: " + (", ".join(map(str, sorted(complete))) or "none")
-        path = self._create_checkpoint_id(step)
+        path = self.folder_of(step)
         if not os.path.isdir(path):
             raise ConfigError(f"checkpoint.load_step = {step}: there is no {path}; {available}")
         fault = find_fault(path)
@@ -259,7 +259,7 @@ class SafeCheckpointManager(CheckpointManager):
         faults: dict[int, str] = {}
         usable = -1
         for step in steps:
-            fault = find_fault(self._create_checkpoint_id(step))
+            fault = find_fault(self.folder_of(step))
             if fault is None:
                 usable = step
                 break
@@ -278,7 +278,7 @@ class SafeCheckpointManager(CheckpointManager):
         instead = f"step-{usable}" if usable >= 0 else self.initial_load_path or "step 0"
         for step, fault in faults.items():
             state = "damaged" if self._is_complete(step) else "incomplete"
-            path = self._create_checkpoint_id(step)
+            path = self.folder_of(step)
             kept = path if self.load_only else self._rename(step, "broken")
             logger.warning("%s is %s (%s): using %s instead; kept as %s", path, state, fault, instead, kept)
         return usable
@@ -302,13 +302,13 @@ class SafeCheckpointManager(CheckpointManager):
     def _load_error(self, step: int, reason: str) -> ConfigError:
         if "dataloader.dp_rank" in reason or "dp_degree is inconsistent" in reason:
             return ConfigError(
-                f"checkpoint {self._create_checkpoint_id(step)} is of another number of data-parallel ranks: "
+                f"checkpoint {self.folder_of(step)} is of another number of data-parallel ranks: "
                 "resume with as many processes as run.json says, or start another run from it by "
                 "checkpoint.initial_load_path"
             )
         if step >= 0:
             return ConfigError(
-                f"checkpoint {self._create_checkpoint_id(step)} does not fit this configuration: {reason}. Resume with "
+                f"checkpoint {self.folder_of(step)} does not fit this configuration: {reason}. Resume with "
                 "the run's own configuration (see its run.json), or start another run with another job.dump_folder"
             )
         return ConfigError(
@@ -327,7 +327,7 @@ class SafeCheckpointManager(CheckpointManager):
         return sorted((int(name.removeprefix("step-")) for name in steps), reverse=True)
 
     def _is_complete(self, step: int) -> bool:
-        return os.path.exists(os.path.join(self._create_checkpoint_id(step), MANIFEST))
+        return os.path.exists(os.path.join(self.folder_of(step), MANIFEST))
 
     def _read_pointer(self) -> str:
         try:
@@ -351,7 +351,7 @@ class SafeCheckpointManager(CheckpointManager):
         while os.path.exists(path):
             count += 1
             path = f"{first}-{count}"
-        os.rename(self._create_checkpoint_id(step), path)
+        os.rename(self.folder_of(step), path)
         return path
 
 

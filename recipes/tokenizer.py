@@ -36,7 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.errors import ConfigError, refuse
 from configs.schema import JobConfig
-from configs.titan import HuggingFaceTokenizer
+from configs.titan import TokenizerHooks
 from recipes.mixture import load_corpus
 from recipes.tokens import read_manifest
 
@@ -53,7 +53,7 @@ WORD_END = re.compile(r"[^\W_](?= \w)")
 SAMPLE = "The naïve Café:\n\tx1 = 20,  # 漢字 👍\n"
 
 
-class DocumentTokenizer(HuggingFaceTokenizer):
+class DocumentTokenizer(TokenizerHooks):
     """A folder's tokenizer, for documents of any length.
 
     `encode(text, add_bos, add_eos)` gives the ids of the whole text, with the markers that were asked for and no
@@ -69,15 +69,15 @@ class DocumentTokenizer(HuggingFaceTokenizer):
         self.tokenizer.encode_special_tokens = True
         self._find_markers()
 
-    def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
-        file = os.path.join(tokenizer_path, "tokenizer.json")
+    def load_tokenizer(self, folder: str) -> Tokenizer:
+        file = os.path.join(folder, "tokenizer.json")
         if not os.path.exists(file):
-            if os.path.exists(os.path.join(tokenizer_path, "tokenizer.model")):
+            if os.path.exists(os.path.join(folder, "tokenizer.model")):
                 raise FileNotFoundError(
                     "tokenizer.json is missing, and tokenizer.model is not read; transformers makes one of the other: "
                     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
                 )
-            return super()._load_tokenizer_from_path(tokenizer_path)
+            return super().load_tokenizer(folder)
         with open(file, encoding="utf-8") as stream:
             spec = json.load(stream)
         if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):

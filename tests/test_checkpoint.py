@@ -298,7 +298,7 @@ def gate(monkeypatch):
 def test_async_pointer_waits_for_the_commit(tmp_path, gate):
     gate.set()
     run = Run(tmp_path, async_mode="async").train_to(20)
-    run.manager._async_wait()
+    run.manager.wait_for_save()
     folder = tmp_path / "checkpoint"
     assert read_latest(folder) == "step-20"
     gate.clear()
@@ -317,7 +317,7 @@ def test_async_pointer_waits_for_the_commit(tmp_path, gate):
 
 def test_async_failure_is_reported_and_stops_the_next_save(tmp_path, monkeypatch, log):
     run = Run(tmp_path, async_mode="async").train_to(10)
-    run.manager._async_wait()
+    run.manager.wait_for_save()
 
     def full(path):
         raise OSError(28, "No space left on device")
@@ -346,7 +346,7 @@ def test_pinned_memory_mode_commits_after_the_upload(tmp_path, monkeypatch):
         return AsyncSaveResponse(staging, upload)
 
     monkeypatch.setattr(CheckpointManager, "dcp_save", pinned)
-    states = run.manager._flattened_model_states_sd()
+    states = run.manager.resumable_state()
     folder = tmp_path / "checkpoint"
     response = run.manager.dcp_save(states, str(folder / "step-9"), AsyncMode.ASYNC_WITH_PINNED_MEM)
     assert response.staging_completion is staging
@@ -419,7 +419,7 @@ def test_purge_keeps_k_complete_ones_and_latest(folder):
 def test_purge_spares_what_latest_names(folder):
     run = Run(folder.parent, keep_latest_k=2)
     (folder / "latest").write_text("step-10")
-    run.manager._purge_stale_checkpoints()
+    run.manager.delete_stale()
     run.manager.close()
     assert names(folder) == {"step-10", "step-20", "step-30", "latest"}
 
