@@ -58,14 +58,10 @@ def private_uses(text: str) -> set[str]:
 
 
 def test_names_that_are_not_public_are_used_in_one_place():
-    files = [
-        *ROOT.glob("*.py"),
-        *(file for name in ("recipes", "models", "scripts") for file in ROOT.glob(f"{name}/*.py")),
-    ]
-    texts = {file.name: file.read_text() for file in files}
+    folders = [ROOT, *(ROOT / name for name in ("recipes", "models", "scripts"))]
+    texts = {file.name: file.read_text() for folder in folders for file in folder.glob("*.py")}
     assert {name: found for name, text in texts.items() if (found := private_uses(text))} == {}
-    assert [
-        name for name, text in texts.items() if re.search(r"^\s*(import|from) torchtitan", text, re.MULTILINE)
-    ] == []
+    imports = re.compile(r"^\s*(import|from) torchtitan", re.MULTILINE)
+    assert [name for name, text in texts.items() if imports.search(text)] == []
     override = "from configs.titan import CheckpointManager\nclass Own(CheckpointManager):\n    def _ft_save(self): ..."
     assert private_uses(override) == {"_ft_save"}
