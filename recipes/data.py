@@ -21,8 +21,10 @@ state of a rank is the state of its rows and which row is next, so a run resumes
 from between two micro-batches and across the end of an epoch.
 """
 
+import io
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -282,9 +284,38 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
             row.load_state_dict(state)
 
 
+class Loader(ParallelAwareDataloader):
+    """torchtitan's loader, which refuses a state that holds anything but plain values.
+
+    torchtitan unpickles the state, and a pickle that names a function calls it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Call it before iterating.
+
+        Raises:
+            ConfigError: the state is damaged, or names a function or a class.
+        """
+        for value in state_dict.values():
+            if isinstance(value, bytes):
+                try:
+                    _PlainUnpickler(io.BytesIO(value)).load()
+                except Exception as error:  # a damaged pickle may raise anything
+                    raise ConfigError(
+                        f"the checkpoint's state of the data loader cannot be read ({error}): it is damaged, or not of "
+                        "this program; resume from another checkpoint"
+                    ) from error
+        super().load_state_dict(state_dict)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
-) -> ParallelAwareDataloader:
+) -> Loader:
     """The rank's training data; the `build_dataloader_fn` of torchtitan's TrainSpec.
 
     Args:
@@ -316,7 +347,7 @@ def build_dataloader(
         training.local_batch_size,
         infinite,
     )
-    return ParallelAwareDataloader(
+    return Loader(
         streams,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,

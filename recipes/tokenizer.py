@@ -106,7 +106,9 @@ class DocumentTokenizer(TokenizerHooks):
         """The token ids of a text."""
         ids = [self.bos_id] if add_bos and self.bos_id is not None else []
         for piece in pieces(text):
-            ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+            # Of the methods the one that does not look up where in the text each token is.
+            (encoded,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            ids += encoded.ids
         if add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids

@@ -229,6 +229,8 @@ def main(arguments: list[str]) -> None:
             print(f"{folder}: every file is as it was written")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A worker encodes one document at a time, and the tokenizer's threads do not survive the fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, _ = load_config(words)
     for index, source in enumerate(config.data.sources):
         key = f"data.sources[{index}]"

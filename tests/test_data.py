@@ -1,11 +1,13 @@
 """Sources, split, mixture, row streams and tokenizer: what a step trains on, also when it resumes."""
 
 import bz2
+import contextlib
 import gzip
 import itertools
 import json
 import lzma
 import os
+import pickle
 import random
 import re
 import shutil
@@ -873,3 +875,49 @@ def test_a_signal_is_heeded_while_the_bpe_is_trained():
         released.set()
     with pytest.raises(ValueError, match="from the thread"):
         tokenizer._in_thread(lambda: (_ for _ in ()).throw(ValueError("from the thread")))
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_code_from_a_loader_state_a_tokenizer_or_a_corpus(tmp_path, bpe_config, bpe_folder, monkeypatch):
+    mark = tmp_path / "executed"
+    code = f"open({str(mark)!r}, 'w')"
+    pickled = pickle.dumps({"text": Bomb(mark)})
+
+    loader, batches = sequences(bpe_config)
+    next(batches)
+    state = loader.state_dict()
+    for content, message in ((pickled, "it names pathlib"), (state["dp_rank_0"][:-20], "damaged")):
+        again, _ = sequences(bpe_config)
+        with pytest.raises(ConfigError, match=f"state of the data loader cannot be read .*{message}"):
+            again.load_state_dict({**state, "dp_rank_0": content})
+
+    settings = json.loads((bpe_folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}, "tokenizer_class": "T", "trust_remote_code": True}
+    (bpe_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (bpe_folder / "code.py").write_text(code)
+    (bpe_folder / "vocab.json").write_bytes(pickled)
+    assert tokenizer.load_tokenizer(bpe_folder).encode("doc1:", add_bos=True)[0] == 0
+
+    folder = write_files(tmp_path / "corpus", 40)
+    (folder / "corpus.py").write_text(code)
+    (folder / "__init__.py").write_text(code)
+    for name in ("data.pkl", "weights.bin", "array.npy", "text.pt"):
+        (folder / name).write_bytes(pickled + b"\0")
+    corpus = mixture.load_corpus(make_config(Source(path=str(folder)), share=0.0))
+    assert len(corpus.documents) == 41  # the source text of one of the two programs, which are copies
+    assert corpus.parts[0].report.left_out["binary"][0] == 4
+    # A data set with a loading script, as a folder in the place of a name on the hub.
+    monkeypatch.chdir(tmp_path)
+    mixture._load_corpus.cache_clear()
+    with contextlib.suppress(ConfigError):
+        mixture.load_corpus(make_config(Source(type="hub", path="corpus")))
+    assert not mark.exists()
