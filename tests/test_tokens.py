@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import losses, merge
+from conftest import RANK_NAMES, ROOT, losses, merge
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
@@ -350,3 +353,22 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path, token_sources, command, m
     ):
         with pytest.raises(ConfigError, match=message):
             make_tokens.main(words)
+
+
+def test_the_commands_of_the_page_on_data(tmp_path):
+    """As they stand, in another folder."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    size = "--tokenizer.vocab_size 512"
+    assert size in block
+    script = block.replace("outputs/", f"{tmp_path}/").replace(
+        size, f"{size} --tokenizer.cache_folder {tmp_path}/cache"
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HOME": str(tmp_path)}
+    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
+    ran = subprocess.run(
+        ["bash", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "source-0: every file is as it was written" in ran.stdout
+    assert "source 1 of 1: tokens: 1 files, 900 documents" in ran.stdout
+    assert (tmp_path / "notes_run" / "run.json").is_file()
