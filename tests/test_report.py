@@ -28,6 +28,22 @@ def test_links_and_pictures_are_there(page):
     assert gone == []
 
 
+def test_the_readme_draws_the_tree_that_is_there():
+    (tree,) = re.findall(r"## Where things are\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    entries = re.findall(r"^(\S+).*\n((?: .*\n)*)", tree, re.MULTILINE)  # a name, and the indented lines below it
+    drawn = {name: [line.split()[0] for line in below.splitlines()] for name, below in entries}
+    for folder, names in drawn.items():
+        there = {
+            f"{path.name}/" if path.is_dir() else "*.toml" if path.suffix == ".toml" else path.name
+            for path in (ROOT / folder).glob("*")
+            if not path.name.startswith((".", "__"))
+        }
+        assert (ROOT / folder).exists(), folder
+        assert sorted(names) == sorted(there) or not names, folder
+    code = [path.relative_to(ROOT) for pattern in ("*.py", "[a-z]*/*.py") for path in ROOT.glob(pattern)]
+    assert {path.name if path.parent == Path() else f"{path.parts[0]}/" for path in code} <= drawn.keys()
+
+
 def test_a_changed_figure_is_noticed():
     text = PAGES[0].read_text()
     assert fill(text.replace("| 2.9834 ±", "| 2.9833 ±", 1)) == text
