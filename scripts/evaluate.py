@@ -45,7 +45,7 @@ from models.feed_forward import inference_modes
 from recipes.files import UnreadableError, read_text
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from scripts.generate import choose_device, find_model, load_model
+from scripts.trained import choose_device, find_model, load_model
 
 # arXiv 2602.06183's list, in lm-evaluation-harness's names.
 PAPER_TASKS = (

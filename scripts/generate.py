@@ -8,61 +8,13 @@ exported folder does as well as a checkpoint. The FFN is dense, as in any infere
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.errors import ConfigError, exit_with
-from models.hugging_face import import_transformers, load_export, load_export_tokenizer
-from recipes.restore import Checkpoint, find_checkpoint
-from scripts.export_hf import export_assets, export_weights
-
-
-def find_model(path: str) -> Checkpoint | Path:
-    """What a path names: a Hugging Face folder, or a checkpoint as `find_checkpoint` says."""
-    return Path(path) if (Path(path) / "config.json").is_file() else find_checkpoint(path)
-
-
-def load_model(source: Checkpoint | Path, dtype: str | None, device: torch.device) -> tuple[Any, Any]:
-    """transformers' model, in evaluation mode, and tokenizer.
-
-    Args:
-        source: as `find_model` returns it.
-        dtype: "float32" or "bfloat16"; None: what the run computed in, of a Hugging Face folder what it holds.
-        device: where the model is to run.
-
-    Raises:
-        ConfigError: transformers is not installed, or the folder cannot be loaded.
-    """
-    transformers = import_transformers()
-    if isinstance(source, Path):
-        model, tokenizer = load_export(source, dtype or "auto"), load_export_tokenizer(source)
-    else:
-        weights = export_weights(source, dtype)
-        with tempfile.TemporaryDirectory() as assets:
-            export_assets(source, Path(assets), weights)
-            tokenizer = load_export_tokenizer(assets)
-            config = transformers.AutoConfig.from_pretrained(assets)
-            cls = getattr(transformers, config.architectures[0])
-            model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)
-            model.generation_config = transformers.GenerationConfig.from_pretrained(assets)
-    return model.to(device).eval(), tokenizer
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from None
-    return device
+from models.hugging_face import import_transformers
+from scripts.trained import choose_device, find_model, load_model
 
 
 def main() -> None:
