@@ -72,7 +72,6 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "columns_half_all": ("half of them, chosen by all tokens", FeedForwardSparsity(HALF_BY_ALL)),
     "columns_quarter_all": ("a quarter, chosen by all tokens", FeedForwardSparsity(QUARTER_BY_ALL)),
     "columns_quarter_2of4": ("a quarter, and 2:4 weights", FeedForwardSparsity(COLUMNS_QUARTER, (1, 3))),
-    "columns_all_2of4": ("a quarter by all, and 2:4 weights", FeedForwardSparsity(QUARTER_BY_ALL, (1, 3))),
     "groups_quarter_2of4": ("a quarter, and 2:4 W1", FeedForwardSparsity(QUARTER, (1,))),
     "groups_eighth_2of4": ("an eighth, and 2:4 W1", FeedForwardSparsity(EIGHTH, (1,))),
     "venom_4of16": ("4 of 16 neurons", FeedForwardSparsity(FOUR)),

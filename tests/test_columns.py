@@ -139,20 +139,6 @@ def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype
     assert not found[:, (place < 0).all(0)].any()
 
 
-@pytest.mark.parametrize("blocks, tokens, hidden, kept", [(2, 40, 300, 75), (3, 32, 128, 128), (1, 5, 16, 1)])
-def test_kept_squares_are_their_reference(blocks, tokens, hidden, kept):
-    rand = torch.Generator().manual_seed(0)
-    place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept, hidden).to(DEVICE)
-    # Squares that bf16 holds: Triton's interpreter rounds others down.
-    y1 = torch.randint(-15, 16, (blocks, tokens, hidden), generator=rand).to(DEVICE, torch.bfloat16)
-    y1[0, 0, 0] = torch.nan
-    found = columns._launch_square(y1, place, kept)
-    torch.testing.assert_close(found, columns._reference_square(y1, place, kept), rtol=0, atol=0, equal_nan=True)
-    for block in range(blocks):
-        expected = y1[block][:, place[block] >= 0].relu() ** 2
-        torch.testing.assert_close(found[block], expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("groups, window", [(1, 1), (37, 37), (128, 128), (1000, 1000), (96, 16), (60, 12), (4096, 8)])
 def test_the_largest_are_a_stable_sort_s(groups, window):
     rand = torch.Generator().manual_seed(groups)
@@ -229,18 +215,16 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.columns import _add_rows, _copy_rows, _keep_largest, _square_kept
+from kernels.columns import _add_rows, _copy_rows, _keep_largest
 
 SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
 ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
 LARGEST = {"sums": "*fp32", "place": "*i32", "rows": "i32", "windows": "i32", "groups": "i32", "kept": "i32"}
-SQUARE = {"y1": "*bf16", "place": "*i32", "h": "*bf16"} | dict.fromkeys(("tokens", "hidden_dim", "kept"), "i32")
 for arch in (80, 90):
     for kernel, signature, constants, warps in (
         (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
         (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
         (_keep_largest, LARGEST, {"ROWS": 1, "GROUPS": 16384}, 16),
-        (_square_kept, SQUARE, {"ROWS": 32, "NEURONS": 128}, 4),
         (_keep_largest, LARGEST, {"ROWS": 64, "GROUPS": 16}, 4),
     ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)

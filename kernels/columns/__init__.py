@@ -7,15 +7,14 @@ ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and K the neurons that
     choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum, of all or of every
                      window of neighbours, weighed by how active they are elsewhere
     sample           (1) x W1^T and (3) dy W2 at the chosen neurons: [B, V, K]
-    square_kept      h = relu(y1)^2 at the chosen neurons, where y1 is known for all of them: [B, V, K]
     reduce_neurons   (2) h W2^T and (5) dy1 W1: [B, V, d]
     reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], added up to the weight's gradient
 
 Product (1) is needed at the kept neurons alone, once they are chosen; and for choosing, a sample of the block's tokens
-does. Of the dense product 1/sample + keep is left. A sample is cheap, and costs loss (docs/studies/windows_12m); with
-sample = 1 product (1) is dense, is computed once, and the kept neurons are read from it. The copied rows live as long
-as a product: the operators hide them from torch.compile, which would find the same copying in the backward pass and
-keep them for it.
+does. Of the dense product 1/sample + keep is left. A sample is cheap, and costs loss (docs/studies/windows_12m). Where
+all tokens choose, y1 is known for all neurons and is still computed again at the kept ones: reading them out of y1 took
+longer (see kernels/README.md). The copied rows live as long as a product: the operators hide them from torch.compile,
+which would find the same copying in the backward pass and keep them for it.
 
 The specification is `kernels.groups.group_mask`; `ffn` puts the operators together. Source: this project.
 """
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.groups.pattern import Groups, balanced
-from kernels.groups.select import sort_key, squared_relu
+from kernels.groups.select import sort_key
 from kernels.operators import operator, register_fake
 
 
@@ -116,20 +115,6 @@ def _add_rows(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit
-def _square_kept(
-    y1, place, h, tokens, hidden_dim, kept, ROWS: tl.constexpr, NEURONS: tl.constexpr,
-):  # fmt: skip
-    """A tile of a block's y1; its kept columns go to their places in h."""
-    block = tl.program_id(2)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
-    where = tl.load(place + block * hidden_dim + neuron, mask=neuron < hidden_dim, other=-1)
-    row, stored = block.to(tl.int64) * tokens + token, (token < tokens)[:, None] & (where >= 0)[None, :]
-    tile = tl.load(y1 + row[:, None] * hidden_dim + neuron[None, :], mask=stored, other=0.0)
-    tl.store(h + row[:, None] * kept + where[None, :], squared_relu(tile), mask=stored)
-
-
 def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     place = sums.new_empty(sums.shape, dtype=torch.int32)
     rows, width = sums.numel() // window, triton.next_power_of_2(window)
@@ -156,20 +141,6 @@ def _launch_add(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
     strides = (out.T if transposed else out).stride()
     _add_rows[grid](parts, place, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
     return out
-
-
-def _launch_square(y1: Tensor, place: Tensor, kept: int) -> Tensor:
-    blocks, tokens, hidden_dim = y1.shape
-    h = y1.new_empty(blocks, tokens, kept)
-    grid = triton.cdiv(hidden_dim, 128), triton.cdiv(tokens, 32), blocks
-    _square_kept[grid](y1.contiguous(), place, h, tokens, hidden_dim, kept, ROWS=32, NEURONS=128)
-    return h
-
-
-def _reference_square(y1: Tensor, place: Tensor, kept: int) -> Tensor:
-    index = (place >= 0).nonzero()[:, 1].view(-1, 1, kept).expand(-1, y1.shape[1], -1)
-    active = y1.gather(2, index).relu()
-    return active * active
 
 
 def _reference_largest(sums: Tensor, kept: int, window: int) -> Tensor:
@@ -236,27 +207,6 @@ def sample(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
 @register_fake(sample)
 def _(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
     return x.new_empty(*x.shape[:2], kept)
-
-
-@operator("columns_square_kept")
-def square_kept(y1: Tensor, place: Tensor, kept: int) -> Tensor:
-    """h = relu(y1)^2 at the neurons that a block keeps, where product (1) has been computed for all neurons.
-
-    Args:
-        y1: `[B, V, f]`; the kernel squares bf16 as PyTorch does, any other dtype is PyTorch's.
-        place: `[B, f]`.
-        kept: K.
-
-    Returns:
-        `[B, V, K]`, NaN where y1 is.
-    """
-    with torch.cuda.device_of(y1):
-        return (_launch_square if y1.dtype == torch.bfloat16 and y1.is_cuda else _reference_square)(y1, place, kept)
-
-
-@register_fake(square_kept)
-def _(y1: Tensor, place: Tensor, kept: int) -> Tensor:
-    return y1.new_empty(*y1.shape[:2], kept)
 
 
 @operator("columns_reduce_neurons")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.columns import choose, in_blocks, reduce_neurons, reduce_tokens, sample, square_kept
+from kernels.columns import choose, in_blocks, reduce_neurons, reduce_tokens, sample
 from kernels.family import (
     ChosenBefore,
     Cost,
@@ -21,7 +21,7 @@ from kernels.family import (
 )
 from kernels.groups.ffn import groups_of
 from kernels.groups.pattern import Groups
-from kernels.weights import linear, refuses_packed, thresholded
+from kernels.weights import thresholded
 
 LARGE = 512  # tokens in a block from which copying the weights that it keeps is cheap beside its products
 
@@ -32,7 +32,6 @@ class LargeBlocks(Family):
     name = "columns"
     operators: ClassVar[Mapping[str, Stages]] = {
         "columns_keep_largest": (("selection",), ()),
-        "columns_square_kept": (("selection",), ()),
         "columns_sample": (("(1)",), ("(3)",)),
         "columns_reduce_neurons": (("(2)",), ("(5)",)),
         "columns_reduce_tokens": ((), ("(4)", "(6)")),
@@ -45,8 +44,6 @@ class LargeBlocks(Family):
         self, sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
     ) -> str:
         if refusal := refuses_device(device, dtype):
-            return refusal
-        if sparsity.weight_products and (refusal := refuses_packed(shape, here)):
             return refusal
         if isinstance(sparsity.pattern, ChosenBefore) and sparsity.weight_products:
             return "a choice made from the block before needs whole weights"
@@ -64,11 +61,9 @@ class LargeBlocks(Family):
         pattern = groups_of(sparsity)
         assert pattern is not None
         kept = pattern.density(shape.hidden_dim)
-        whole = pattern.sample == 1  # product (1) of all neurons; else of a sample's and then of the kept ones
         return Cost(
-            (1.0 if whole else kept, kept, kept, kept, kept, kept),
-            halved=(1,) if whole and 1 in sparsity.weight_products else (),
-            beside=0.0 if whole else 1 / pattern.sample,
+            (kept,) * 6,
+            beside=1 / pattern.sample,
             kept_h=kept,
             gradients=kept,
             copied_rows=kept * -(-shape.tokens // pattern.v),
@@ -90,16 +85,11 @@ class LargeBlocks(Family):
         pattern = sparsity.pattern
         assert isinstance(pattern, Groups)
         kept = pattern.kept_groups(w1.shape[0]) * pattern.g
-        if pattern.sample == 1:
-            y1 = linear(x.flatten(0, 1), w1, w1_scale, packed=x.is_cuda).unflatten(0, x.shape[:2])  # (1)
-            place = choose(y1, pattern)
-            h = square_kept(y1, place, kept)
-        else:
-            w1_thresholded = thresholded(w1, w1_scale)
-            sampled = x[:, :: pattern.sample].flatten(0, 1) @ w1_thresholded.T
-            place = choose(sampled.unflatten(0, (x.shape[0], -1)), pattern)
-            active = sample(x, w1_thresholded, place, kept).relu()  # (1)
-            h = active * active
+        w1_thresholded = thresholded(w1, w1_scale)
+        chosen_by = x[:, :: pattern.sample].flatten(0, 1) @ w1_thresholded.T
+        place = choose(chosen_by.unflatten(0, (x.shape[0], -1)), pattern)
+        active = sample(x, w1_thresholded, place, kept).relu()  # (1)
+        h = active * active
         return reduce_neurons(h, w2.T, place), (x, h, place)  # (2)
 
     def backward(
