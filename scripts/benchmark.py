@@ -1,22 +1,22 @@
-"""Measure whole training steps: what a sparse step costs beside a dense one, and beside what else a user could run.
+"""Time whole training steps: a sparse step against a dense one, and against what else a user could run.
 
     python -m scripts.benchmark --config configs/7b_slice.toml --out docs/training/7b_slice
     python -m scripts.benchmark --config configs/1b.toml --contenders dense groups_quarter --training.local_batch_size 2
 
-A contender is a run of train.py as anybody would start it, or of torchtitan's own trainer (scripts/titan_baseline.py),
-all on the same batches; every other key of train.py that is given holds for all of them. A run with a sparse phase is
-dense for 10 steps, sparse for 20 and dense for 30 again; what is dense throughout takes 30 steps. A step is of one
-micro-batch, unless --training.global_batch_size says otherwise. Contenders take turns, `--rounds` times.
+A contender is a process of train.py, or of torchtitan's own trainer (scripts/titan_baseline.py). All contenders read
+the same batches, and every other key of train.py that is given applies to all of them. A run with a sparse phase takes
+10 dense, 20 sparse and 30 dense steps; a run without one takes 30 steps. A step has one micro-batch, unless
+--training.global_batch_size is given. The contenders run one after the other, and all of them `--rounds` times.
 
-A step's time is the mean of five in a row; what is reported is the median of these over all rounds. Fives in which
-graphs were compiled or memory was new, the profiler was on or its trace was written are left out. A contender whose
-loss does not fall by 0.2 gets no time.
+The time of a step is measured over windows of five steps; the result is the median of the windows of all rounds.
+Windows in which graphs were compiled, memory was allocated first, or the profiler ran or wrote its trace are left out.
+A contender whose loss does not fall by 0.2 gets no time.
 
-A sparse step is compared with a step of the contender `dense`, which is the run that a user would have instead; where
-that is left out, with the run's own dense steps. These may be slower: after 2:4 products, an H100 was seen to run the
-dense steps of the same process 4% slower. The whole run is reckoned from that: the recipe's own dense and sparse steps
-at these times, over as many of `dense`. The one trace of a step in each mode says where its time goes: kernels by the
-operator that launched them, a matrix product by its shapes, `idle` being what is left of the step.
+A sparse step is compared with a step of the contender `dense`, which is what a user would run instead. Without that
+contender it is compared with the run's own dense steps, which may be slower: an H100 was seen to run dense steps 4%
+slower after 2:4 products in the same process. "Whole run" is the time of as many `dense` steps over that of the
+recipe's own dense and sparse steps. A trace of one step in each mode says where its time goes: kernels are counted by
+the operator that launched them, a matrix product by its shapes; `idle` is the rest of the step.
 """
 
 import argparse
@@ -55,9 +55,10 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 class Contender:
     about: str
     keys: dict[str, str]
-    """Its own keys of train.py."""
+    """Keys of train.py that only this contender gets."""
 
     program: tuple[str, ...] = ("train.py",)
+    """What Python runs."""
 
 
 def _recipe(name: str, about: str, keys: dict[str, str] | None = None) -> Contender:
@@ -97,18 +98,18 @@ CONTENDERS = {
 }
 
 OUTPUTS = ROOT / "outputs" / "benchmark"  # the runs' folders
-WINDOW = 5  # steps between two rows
+WINDOW = 5  # steps between two rows of metrics.jsonl
 PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 60}]'
-PROFILED = 30  # step 30 is traced, the last of the sparse ones, and of such a run step 60, a dense one
+PROFILED = 30  # step 30 is traced, the last sparse one; in a run with a sparse phase step 60 as well, a dense one
 STEPS = {"sparse": 60, "dense": 30}
-OWN = {  # keys that every run gets
+BENCHMARK_KEYS = {  # keys of train.py that the benchmark sets for all contenders
     "metrics.log_freq": str(WINDOW),
     "metrics.enable_tensorboard": "false",
     "validation.enable": "false",
     "checkpoint.enable": "false",
     "lr_scheduler.warmup_steps": "10",
 }
-FALLS = 0.2  # nats that the loss has to fall by
+MIN_LOSS_FALL = 0.2  # nats a token
 
 # Where a step's time goes, and the colours of the parts.
 PARTS = {
@@ -133,15 +134,15 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
         tokens: in a micro-batch.
         args: the model's arguments, with its vocabulary.
     """
-    # FSDP's copies to and from what is sent are foreach operators, as the optimizer's kernels are.
+    # FSDP copies to and from its buffers by foreach operators, as the optimizer does its updates.
     if "nccl" in kernel or op.startswith(("c10d::", "fsdp::", "aten::_foreach_copy_")):
         return "communication"
-    if op == "aten::bmm":  # of blocks and the neurons that they keep; attention has kernels of its own
+    if op == "aten::bmm":  # blocks of tokens times the neurons that they keep; attention has its own kernels
         return "FFN"
     if "mm" in op and len(shapes) > 1:
         sizes = [*shapes[0], shapes[1][1]]
         if tokens in sizes[:2]:
-            sizes.remove(tokens)  # what is left are the weight's; the FFN may be as wide as there are tokens
+            sizes.remove(tokens)  # leaves the sizes of the weight; the FFN may be as wide as there are tokens
         if args.vocab_size in sizes:
             return "head and loss"
         # torchtitan's SwiGLU takes two thirds of the width, rounded up.
@@ -161,8 +162,8 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
 def parts_of(trace: list[dict[str, Any]], tokens: int, args: LlamaArgs) -> dict[str, float]:
     """Milliseconds of a step by part, from the events of a Chrome trace of one step with shapes; see `part_of`.
 
-    The host runs ahead of the GPU, so a trace begins with kernels of the step before: those that were not launched
-    within it are left out.
+    The host runs ahead of the GPU, so a trace begins with kernels of the step before. Kernels that were not launched
+    within the trace are left out.
     """
     ops = {event["args"].get("External id"): event for event in trace if event.get("cat") == "cpu_op"}
     launched = {event["args"]["correlation"] for event in trace if event.get("cat") in ("cuda_runtime", "cuda_driver")}
@@ -174,7 +175,7 @@ def parts_of(trace: list[dict[str, Any]], tokens: int, args: LlamaArgs) -> dict[
         op = ops.get(kernel["args"].get("External id"), {"name": "", "args": {}})
         shapes = [shape for shape in op["args"].get("Input Dims", []) if shape and isinstance(shape[0], int)]
         parts[part_of(op["name"], shapes, kernel["name"], tokens, args)] += kernel["dur"] / 1e3
-        # Kernels on other streams overlap: what two share is busy once.
+        # Kernels on several streams overlap; time in which two run counts once.
         busy += max(0.0, kernel["ts"] + kernel["dur"] - max(end, kernel["ts"])) / 1e3
         end = max(end, kernel["ts"] + kernel["dur"])
     if kernels:
@@ -195,12 +196,12 @@ def titan_rows(log: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one run's rows say: see the module docstring for which of them count.
+    """The measurements of one run. The module docstring says which windows count.
 
     Returns:
-        seconds: by mode, those of a step, a window each. peak_gib: by mode, held by the process, which gives nothing
-        back after a phase that needed more. active_gib: by mode, held by tensors. switch_seconds: entering the sparse
-        phase. graphs: steps at which graphs were compiled, and how many. losses: first and last.
+        seconds: by mode, seconds of a step in each window. peak_gib: by mode, memory of the process, which does not
+        shrink after a phase that needed more. active_gib: by mode, memory of tensors. switch_seconds: time to enter
+        the sparse phase. graphs: number of compiled graphs by step. losses: first and last.
     """
     seconds: dict[str, list[float]] = {}
     peak: dict[str, float] = {}
@@ -210,7 +211,7 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
         peak[mode] = max(peak.get(mode, 0.0), row["peak_memory_gib"])
         if "peak_active_gib" in row:
             active[mode] = max(active.get(mode, 0.0), row["peak_active_gib"])
-        # Its last steps warm the profiler up, or its first ones wait for the trace of the step before to be written.
+        # The profiler warms up in the window before a trace, and the trace is written in the window after it.
         traced = step % PROFILED in (0, WINDOW) and step > WINDOW
         if step > WINDOW and not traced and not row["graphs_compiled"]:
             seconds.setdefault(mode, []).append(row["step_seconds"])
@@ -232,10 +233,10 @@ class Turn:
     """One run of a contender.
 
     Args:
-        name: of the contender.
+        name: the contender's.
         common: keys of train.py and their values, for all contenders.
-        folder: where it runs.
-        gpus: processes, a GPU each.
+        folder: the run's dump folder.
+        gpus: number of processes, one GPU each.
     """
 
     def __init__(self, name: str, common: dict[str, str], folder: Path, gpus: int) -> None:
@@ -246,7 +247,7 @@ class Turn:
         self.args, spans = check_config(config)
         self.sparse_share = sum(span.stop - span.start for span in spans if span.mode == "sparse") / spans[-1].stop
         self.mode = "sparse" if self.sparse_share else "dense"
-        own = OWN | {"training.steps": str(STEPS[self.mode]), "job.dump_folder": str(folder)}
+        own = BENCHMARK_KEYS | {"training.steps": str(STEPS[self.mode]), "job.dump_folder": str(folder)}
         if self.mode == "sparse":
             own["schedule.phases"] = PHASES
         if torch.cuda.is_available():
@@ -257,7 +258,7 @@ class Turn:
         self.config: JobConfig = load_config(self.words)[0]
         check_config(self.config)
         check_data(self.config)
-        # Of a step and GPU.
+        # Sequences of a step on one GPU.
         batch = self.config.training.global_batch_size
         self.sequences = batch // gpus if batch > 0 else self.config.training.local_batch_size
 
@@ -265,8 +266,8 @@ class Turn:
         """Run it.
 
         Returns:
-            what `measured` does, tokens (a step's), parts (by mode, of the traced steps), about (of run.json), and
-            failed: why its times do not count, empty if they do.
+            the entries of `measured`; tokens: of a step, all GPUs; parts: by mode, see `parts_of`; about: entries of
+            run.json; failed: why the times do not count, or "".
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable]
@@ -298,21 +299,21 @@ class Turn:
                 micro = training.seq_len * training.local_batch_size
                 result["parts"][mode] = parts_of(json.loads(trace.read_bytes())["traceEvents"], micro, self.args)
         first, last = result["losses"]
-        if not last < first - FALLS:
+        if not last < first - MIN_LOSS_FALL:
             result["failed"] = f"the loss does not fall: {first:.3f}, then {last:.3f}"
         return result
 
 
 def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]:
-    """A contender's rounds as one entry.
+    """All rounds of a contender as one entry.
 
     Args:
-        turns: of `Turn.run`.
+        turns: results of `Turn.run`.
         sparse_share: share of the recipe's steps that are sparse.
 
     Returns:
-        failed; and where nothing did: ms and tokens_per_second by mode (medians), rounds (all windows, ms),
-        sparse_share, and what the last turn says of memory, parts, switch, graphs and losses.
+        failed; and if it is "": ms and tokens_per_second by mode (medians), rounds (all windows, ms), sparse_share, and
+        the last round's memory, parts, switch, graphs and losses.
     """
     failed = "; ".join(dict.fromkeys(turn["failed"] for turn in turns if turn["failed"]))
     if failed:
@@ -376,7 +377,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes = figure.subplots()
         for place, (_, mode, entry) in enumerate(bars):
             left, parts = 0.0, entry["parts"].get(mode, {})
-            # Of one traced step; scaled, since what is measured is the step's time without the profiler.
+            # The parts are of one step under the profiler: scale them to the time that was measured without it.
             scale = entry["ms"][mode] / sum(parts.values()) if parts else 1.0
             for part, time in (parts or {"other": entry["ms"][mode]}).items():
                 axes.barh(place, scale * time, 0.72, left, color=PARTS[part], label=part)
@@ -463,7 +464,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
-    """What the figures stand beside: command, commit, date, machine, versions and job; contenders, empty."""
+    """The head of training.json: command, commit, date, machine, versions and job, and no contenders yet."""
     config, packages = turn.config, ("torch", "torchtitan", "torchao", "triton")
     return {
         "command": shlex.join(command),

@@ -1,43 +1,43 @@
-"""Run a study: a list of runs in one TOML file, with what came of them beside it.
+"""Run a study: a list of runs in one TOML file, whose results are stored beside it.
 
     python -m scripts.study docs/studies/smoke/study.toml
     python -m scripts.study docs/studies/recipes_160m --limit-minutes 50 --only start_s0 groups_eighth
 
-A study asks one question, and its file and its results answer it together, so both stand in one folder of docs/, where
-the pages take their tables from (scripts/report.py). The file names what all runs share and then each run. Every key is
-one of train.py's command line, and the run's own goes over the shared one:
+A study asks one question. Its file and its results are in one folder of docs/, from which the pages take their tables
+(scripts/report.py). The file gives the keys that all runs share, and then each run. Keys are those of train.py's
+command line; a run's own key overrides the shared one:
 
     config = "configs/160m.toml"
     training.steps = 1000
-    plot = ["dense", "tail_40"]           # of which runs loss.png shows the curves; all of them by default
+    plot = ["dense", "tail_40"]           # runs whose curves loss.png shows; default: all
 
     [[runs]]
     name = "dense"
     recipe = "recipes/dense.toml"
-    seeds = [0, 1, 2]                     # debug.seed, a run each; [0] by default
+    seeds = [0, 1, 2]                     # values of debug.seed, one run for each; default: [0]
 
     [[runs]]
     name = "tail_40"
     recipe = "recipes/groups_quarter.toml"
     schedule.phases = [{ mode = "dense", end = 0.1 }, { mode = "sparse", end = 0.6 }, { mode = "dense", end = 1.0 }]
 
-A run can go on from a checkpoint of another, to compare what follows and nothing else: what two runs of one seed
-learned before may differ more (a GPU's sums have no fixed order). It starts when that checkpoint is there, of the run
-of its own seed, with its data, its optimizer and its metrics so far:
+A run can continue from a checkpoint of another run, so that only what follows is compared. (Sums on a GPU have no fixed
+order, so two runs of one seed differ from their first steps on.) It continues the run of its own seed, with its data,
+optimizer and metrics, and starts once that checkpoint has been saved:
 
-    after = "dense/step-500"              # the run of that name must save it: checkpoint.interval
+    after = "dense/step-500"              # the run of that name must save this step: checkpoint.interval
 
-A run that is shorter than one that goes on from it is its beginning, and no result: it is run where that one is to be,
-and stands in no table.
+A run that is shorter than a run that continues from it is only its beginning. It is not a result, stands in no table,
+and is run again only where its checkpoint is needed.
 
-All runs and their data are checked before the first one starts. A run is a process of train.py in its own folder of
-`outputs/studies/NAME`, where its log is too. The same command again skips what is complete and resumes what was
-interrupted (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it
-saves checkpoints, saved that one; what tables and pictures read of its metrics.jsonl and run.json (scripts/thin.py) is
-then stored in the study's folder, where it counts as complete on any machine.
+All runs and their data are checked before the first one starts. A run is a process of train.py with its own folder in
+`outputs/studies/NAME`, where its log is too. The same command again skips complete runs and resumes interrupted ones
+(from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it saves
+checkpoints, saved that step. What tables and pictures read of its metrics.jsonl and run.json (scripts/thin.py) is then
+stored in the study's folder; a run that is stored there counts as complete on any machine.
 
-The seed draws the initial weights. The documents and their order are those of data.seed in every run: another order
-would train another tokenizer, whose losses could not be compared.
+The seed determines the initial weights. All runs read the same documents in the same order (data.seed): another order
+would train another tokenizer, and losses of different tokenizers cannot be compared.
 """
 
 import argparse
@@ -75,7 +75,7 @@ from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
 
 PROGRESS_SECONDS = 30.0
-# A run is a job of its own, whatever started the study.
+# Not passed on to the runs: each is a job of one process, even if torchrun or SLURM started the study.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -95,23 +95,23 @@ class StudyRun:
     """Its folder beside the study's file."""
 
     after: Path | None = None
-    """The checkpoint of another run, `checkpoint/step-N` in its outputs, that it goes on from."""
+    """The checkpoint of another run from which this one continues: `checkpoint/step-N` in the other's outputs."""
 
     only_begins: bool = False
-    """Whether it is but the beginning of longer runs that go on from it: no result of its own."""
+    """Whether it is only the beginning of longer runs that continue from it, and no result."""
 
     def goes_on_from(self, other: "StudyRun") -> bool:
         return self.after is not None and other.outputs in self.after.parents
 
     def is_ready(self) -> bool:
-        """Whether what it starts from is there."""
+        """Whether the checkpoint that it starts from has been saved."""
         return self.after is None or self._begun().exists() or (self.after / MANIFEST).exists()
 
     def _begun(self) -> Path:
         return self.outputs / self.config.checkpoint.folder / POINTER
 
     def branch(self) -> None:
-        """Give it the checkpoint that it goes on from, unless it has begun."""
+        """Copy the checkpoint from which the run continues into its folder, unless the run has begun."""
         if self.after is None or self._begun().exists():
             return
         folder = self._begun().parent
@@ -132,14 +132,14 @@ class Study:
 
 
 def read_study(file: Path, outputs: Path | None = None) -> Study:
-    """Read a study and check each of its runs as train.py would, but for its data, which may be on another machine.
+    """Read a study and check each run as train.py would, except for its data, which may be on another machine.
 
     Args:
         file: the study's TOML file.
-        outputs: holds the runs' dump folders; None: `outputs/studies/NAME`, by the name of the study's folder.
+        outputs: folder of the runs' dump folders; None: `outputs/studies/NAME`, NAME being the study's folder.
 
     Raises:
-        ConfigError: an unreadable file, an unknown key or a wrong value, with the run it stands in.
+        ConfigError: an unreadable file, an unknown key or a wrong value; the message names the run.
     """
     if file.is_dir():
         file = file / "study.toml"
@@ -200,10 +200,10 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
 
 
 def check_corpora(study: Study, runs: list[StudyRun]) -> None:
-    """Look for what the runs are to read.
+    """Check that the data of the runs is on this machine.
 
     Raises:
-        ConfigError: data that is missing or too little, with the run that needs it.
+        ConfigError: data that is missing or too little; the message names the run.
     """
     for run in runs:
         try:
@@ -216,7 +216,7 @@ def _find_before(where: str, after: Any, seed: int, runs: list[StudyRun], config
     """The folder of the checkpoint that `after` names.
 
     Raises:
-        ConfigError: `after` names no earlier run of that seed, or no checkpoint that it saves.
+        ConfigError: `after` names no earlier run of this seed, or a step at which that run saves no checkpoint.
     """
     parts = re.fullmatch(r"([\w.-]+)/step-(\d+)", after) if isinstance(after, str) else None
     if parts is None:
@@ -244,7 +244,7 @@ def _options(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _word(value: Any, inside: bool = False) -> str:
-    """A TOML value as TOML; a string that is not inside a list or table as it is."""
+    """A TOML value as TOML text; a string outside of lists and tables is written without quotes."""
     match value:
         case dict():
             return "{" + ", ".join(f"{json.dumps(key)} = {_word(item, True)}" for key, item in value.items()) + "}"
@@ -258,9 +258,12 @@ def _word(value: Any, inside: bool = False) -> str:
 
 
 def waves(runs: list[StudyRun], chosen: list[StudyRun]) -> list[list[int]]:
-    """Places of the chosen in a study's runs: those that go on from no other run, those that go on from these, ..."""
+    """Positions of the chosen runs in the study, in waves. The runs of a wave continue from runs of earlier waves.
+
+    All runs of a wave can run at the same time.
+    """
     depths: list[int] = []
-    for run in runs:  # what it goes on from stands before it
+    for run in runs:  # a run stands after the one from which it continues
         before = (place for place in range(len(depths)) if run.goes_on_from(runs[place]))
         depths.append(max((depths[place] + 1 for place in before), default=0))
     places = [place for place, run in enumerate(runs) if run in chosen]
@@ -270,10 +273,10 @@ def waves(runs: list[StudyRun], chosen: list[StudyRun]) -> list[list[int]]:
 
 
 def is_complete(run: StudyRun, folder: Path) -> bool:
-    """Whether a folder, the run's outputs or its results, holds the whole of it.
+    """Whether a folder, the run's outputs or its results, holds the complete run.
 
     Raises:
-        ConfigError: it holds a run of another configuration.
+        ConfigError: the folder holds a run with another configuration.
     """
     try:
         about = json.loads((folder / "run.json").read_bytes())
@@ -302,12 +305,12 @@ def collect(run: StudyRun) -> None:
 
 
 class Launcher:
-    """Runs processes of train.py, so many at once.
+    """Runs processes of train.py, several at a time.
 
     Args:
-        jobs: runs at once, at least 1; fewer where they do not fit into a GPU's memory together.
-        gpus: their GPUs, taken in turn; empty on a machine without one.
-        deadline: when runs are stopped and no other starts, by time.monotonic().
+        jobs: runs at a time, at least 1. A GPU whose runs do not fit into its memory together gets fewer.
+        gpus: the GPUs, used in turn; empty on a machine without one.
+        deadline: in the clock of time.monotonic(); then running runs are stopped and no other starts.
     """
 
     def __init__(self, jobs: int, gpus: list[str], deadline: float):
@@ -331,7 +334,7 @@ class Launcher:
                 todo.remove(ready)
                 self._start(ready)
             if todo and not self.running:
-                break  # what the others were to go on from did not come
+                break  # the rest continue from runs that failed
             time.sleep(0.2)
             for run, process, gpu, began in list(self.running.values()):
                 if process.poll() is not None:
@@ -358,7 +361,7 @@ class Launcher:
         self.signalled = True
 
     def _stop(self, reason: str) -> None:
-        """Start nothing more, and let what runs save and end; what has not taken a step ends at once."""
+        """Start no more runs, and let running ones save and end; a run before its first step is ended at once."""
         if self.stopped:
             return
         self.stopped = True
@@ -389,13 +392,13 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+                start_new_session=True,  # a terminal's Ctrl-C reaches the study alone, which passes it on
             )
         say(f"{run.name} starts" + (f" on GPU {gpu}" if gpu else ""))
         self.running[run.name] = (run, process, gpu, time.monotonic())
 
     def _places(self, gpu: str) -> int:
-        """Runs that a GPU has or may take."""
+        """Number of runs that a GPU has or may get."""
         return self.free.count(gpu) + sum(gpu == other for _, _, other, _ in self.running.values())
 
     def _end(self, run: StudyRun, status: int, seconds: float) -> None:
@@ -414,12 +417,12 @@ class Launcher:
 
 
 def _last_lines(run: StudyRun, count: int) -> list[str]:
-    """What a run's process said last."""
+    """The last lines of a run's log."""
     return (run.outputs / "log.txt").read_text(errors="replace").splitlines()[-count:]
 
 
 def _progress(run: StudyRun) -> str:
-    """Where a run is, by the last step that it logged."""
+    """How far a run is: the last step that it logged."""
     try:
         line = read_lines(run.outputs / "metrics.jsonl")[-1]
     except ConfigError:
@@ -433,7 +436,7 @@ def say(text: str) -> None:
 
 
 def draw(study: Study) -> None:
-    """The table of what is complete, the curves of the runs that the study names, and when they had dense's loss."""
+    """Print the table of the complete runs, and draw their pictures."""
     folder = study.file.parent
     there = [run for run in study.runs if (run.results / "run.json").exists()]
     if not there:
@@ -461,7 +464,7 @@ def draw(study: Study) -> None:
 
 
 def reached(folder: Path, shown: list[str]) -> None:
-    """Draw when the runs that had a GPU to themselves have the final loss of the dense run of their seed."""
+    """Draw when runs that did not share a GPU reached the final loss of the dense run of their seed."""
     groups, baseline = load_groups(folder)
     seeds: dict[int, dict[str, Run]] = {}
     for name in shown:
@@ -477,9 +480,9 @@ def reached(folder: Path, shown: list[str]) -> None:
 
 
 def front(folder: Path) -> None:
-    """Draw the final losses against what they cost over dense: training time or, of runs that shared a GPU, FLOPs.
+    """Draw the final losses against the cost over dense: training time or, where runs shared a GPU, FLOPs.
 
-    FLOPs as the backend executed them or, where not all runs say so, as the pattern leaves them.
+    FLOPs are those that were executed or, where a run does not say, those that the pattern leaves.
     """
     groups, baseline = load_groups(folder)
     if baseline is None or len(groups) < 2:
@@ -493,7 +496,7 @@ def front(folder: Path) -> None:
         for name, group in groups.items()
     }
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
-    # Of other seeds a loss is put where it would stand beside the baseline's mean.
+    # A loss of other seeds is shifted by the difference between the baseline's means over these and over all seeds.
     peers, level = baseline_losses(groups, baseline), mean(losses[baseline])
     points = {name: (cost / costs[baseline], mean(losses[name]) - peers[name] + level) for name, cost in costs.items()}
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
@@ -552,7 +555,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(",".join(map(str, wave)) for wave in waves(study.runs, chosen)))
         return 0
     todo: list[StudyRun] = []
-    for run in reversed(chosen):  # what goes on from a run stands after it
+    for run in reversed(chosen):  # runs that continue from a run stand after it
         if run.only_begins:
             following = [other for other in chosen if other.goes_on_from(run)]
             waiting = any(other in todo and not other.is_ready() for other in following)

@@ -153,7 +153,7 @@ def test_a_round(tiny, tmp_path, monkeypatch, capsys):
     """torchtitan's trainer and one of ours with a sparse phase, from processes to tables and picture."""
     monkeypatch.setattr(benchmark, "OUTPUTS", tmp_path)
     out = tmp_path / "out"
-    own = {f"--{key}" for key in benchmark.OWN} | {"--training.steps", "--schedule.phases"}
+    own = {f"--{key}" for key in benchmark.BENCHMARK_KEYS} | {"--training.steps", "--schedule.phases"}
     keys = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if pair[0] not in own for word in pair]
     words = ["--config", "configs/debug.toml", "--contenders", "torchtitan_relu2", "groups_quarter", "--rounds", "1"]
     status = benchmark.main([*words, "--out", str(out), *keys])
