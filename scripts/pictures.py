@@ -1,18 +1,18 @@
-"""Pictures of runs: what they logged, what a loss costs, how far a run is behind the dense one.
+"""Pictures of runs: what they logged, what a final loss costs, how many tokens a run is behind the dense one.
 
-How to read the first, of loss, sparsity health and throughput:
+How to read the picture of loss, sparsity health and throughput (`plot`):
 
-- Loss against tokens, not steps, so that runs with different batches compare, or against training time. The faint line
-  is every logged step, the bold one its running mean over `--smooth` logged steps, which never reaches across a change
-  of phase: a jump where sparsity starts or ends is real and stays sharp. Circles are the validation loss of the dense
-  model, which means the same in every phase and every run; dashed diamonds are the same weights with the sparse pattern
-  on. The gap between the two is what switching the pattern off changes, before any dense tail.
-- Sparsity health, where a run logs it: one line a layer, coloured by depth, and the aggregate in bold. Layers that
-  drift away from the bundle are the ones to look at. Of several runs only the aggregates are drawn.
-- Throughput and learning rate, to tell a slow node or a wrong schedule from a bad recipe.
+- The x axis is tokens, so that runs with different batches can be compared, or training time. The faint line is the
+  loss of every logged step. The bold line is its running mean over `--smooth` logged steps. The mean never crosses a
+  change of phase, so a jump where sparsity starts or ends is real. Circles are the validation loss of dense inference,
+  which means the same in every phase and run. Dashed diamonds are the same weights with the sparse pattern on. The gap
+  between the two is the effect of switching the pattern off.
+- Sparsity health, where a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
+  layers that leave the bundle. For several runs only the aggregates are drawn.
+- Throughput and learning rate, which show a slow node or a wrong schedule.
 
-Axes leave out the outermost few percent of the values (a run's first steps, a compilation's pause) when these would
-flatten everything else; a curve that leaves the frame is cut, not lost: the numbers are in the file.
+The axes leave out the outermost few percent of the values (a run's first steps, the pause of a compilation) where these
+would flatten the rest; a curve that leaves the frame is cut, and its values are in the file.
 """
 
 import math

@@ -44,25 +44,24 @@ class Run:
     lines: list[dict[str, Any]]
 
     def values(self, key: str) -> np.ndarray:
-        """The key's value in every line, NaN where it is missing, null or not finite. [lines]"""
+        """The value of a key in every line; NaN where it is missing, null or not finite. float [lines]"""
         numbers = [line.get(key) for line in self.lines]
         array = np.array([x if isinstance(x, int | float) else math.nan for x in numbers], dtype=float)
         return np.where(np.isfinite(array), array, math.nan)
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens seen at every line; where a line does not say, interpolated between those that do. [lines]"""
+        """Tokens seen at every line; interpolated where a line lacks them. float [lines]"""
         tokens, steps = self.values("tokens"), self.values("step")
         known = np.isfinite(tokens)
         return np.where(known, tokens, np.interp(steps, steps[known], tokens[known])) if known.any() else tokens
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Training time up to every line, NaN if any line lacks its tokens or its rate. [lines]
+        """Training time up to every line, in seconds; NaN if a line lacks its tokens or its rate. float [lines]
 
-        Start-up and validation are in no line's rate. A line in which graphs are compiled, as in the first of a phase
-        or of a run that goes on from a checkpoint, counts at the median rate of its phase's others; what entering a
-        phase took counts besides.
+        Start-up and validation are not counted. Lines in which graphs were compiled (the first of a phase, and of a run
+        that resumes) count at the median rate of the other lines of their phase. The time to enter a phase is added.
         """
         switch = np.zeros(len(self.lines))
         rates, index = self.values("tokens_per_second"), self.phase_index
@@ -77,7 +76,7 @@ class Run:
         return np.cumsum(np.diff(self.tokens, prepend=0.0) / rates + switch)
 
     def reaches(self, loss: float) -> float | None:
-        """Training seconds until a validation (dense inference) first had this loss; None: none had."""
+        """Training time in seconds until a validation (dense inference) first had this loss; None if none had it."""
         at = self.seconds[self.values("val_loss") <= loss]
         return float(at[0]) if len(at) else None
 
@@ -88,14 +87,14 @@ class Run:
         return float(np.median(chosen)) if len(chosen) else None
 
     def last(self, key: str) -> float:
-        """The last value that the run logged of a key, NaN if it logged none."""
+        """The last value that was logged for a key; NaN if there is none."""
         values = self.values(key)
         values = values[np.isfinite(values)]
         return float(values[-1]) if len(values) else math.nan
 
     @cached_property
     def phases(self) -> np.ndarray:
-        """The mode at every line; without one, a line continues the one before. [lines]"""
+        """The mode at every line; a line without one has that of the line before. str [lines]"""
         phases: list[str] = []
         for line in self.lines:
             phases.append(str(line.get("phase") or (phases[-1] if phases else "dense")))
@@ -103,11 +102,11 @@ class Run:
 
     @cached_property
     def phase_index(self) -> np.ndarray:
-        """How often the phase had changed at every line. [lines]"""
+        """Number of changes of phase up to every line. int [lines]"""
         return np.cumsum([0] + [a != b for a, b in itertools.pairwise(self.phases)])
 
     def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
-        """(phase, start, end) of every phase; one starts where the last line of the one before stands."""
+        """(mode, start, end) of every phase on the axis x; a phase starts at the last line of the one before."""
         index = self.phase_index
         last = [int(np.flatnonzero(index == i)[-1]) for i in range(index[-1] + 1)]
         starts = [0.0] + [float(x[i]) for i in last[:-1]]
@@ -202,7 +201,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
-    """The runs in a folder with their run.json, by name without seed, and the name of the dense ones among them."""
+    """Read all runs of a folder.
+
+    Returns:
+        by name without seed, the runs and their run.json; and the name of the baseline, None if there is none: the
+        only group that is dense throughout, or of several the one called dense.
+    """
     groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for file in sorted(folder.glob("*/run.json")):
         pair = load_run(file.parent), json.loads(file.read_text())
@@ -212,7 +216,7 @@ def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]
 
 
 def baseline_losses(groups: dict[str, list[tuple[Run, dict[str, Any]]]], baseline: str) -> dict[str, float]:
-    """The final loss of the baseline for the seeds of each group, or for all of its own where it lacks one of them."""
+    """For each group the baseline's mean final loss, over the group's seeds; over all seeds if it lacks one of them."""
     seeds = {name: {seed_of(about) for _, about in group} for name, group in groups.items()}
     of = {seed_of(about): run.last("val_loss") for run, about in groups[baseline]}
     return {name: mean(of[seed] for seed in (own if own <= of.keys() else of)) for name, own in seeds.items()}
@@ -225,12 +229,18 @@ def sparse_share(about: dict[str, Any]) -> float:
 
 
 def flops_share(about: dict[str, Any], kind: str) -> float:
-    """FLOPs of all steps over the dense model's: kind is "sparse_executed", or "sparse_pattern" for what it leaves."""
+    """FLOPs of all steps over those of the dense model.
+
+    Args:
+        about: the run's run.json.
+        kind: of a sparse step's FLOPs: "sparse_executed", or "sparse_pattern" for those that the pattern leaves.
+    """
     flops = about["flops_per_token"]
     return 1 - sparse_share(about) * (1 - flops[kind] / flops["dense"])
 
 
 def seed_of(about: dict[str, Any]) -> int:
+    """debug.seed, from a run.json."""
     return about["config"]["debug"]["seed"]
 
 

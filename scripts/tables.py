@@ -13,15 +13,15 @@ from scripts.runs import Run, amount, baseline_losses, flops_share, load_groups,
 
 
 def runs_table(folder: Path, pad: bool = False) -> str:
-    """The runs in a folder as a Markdown table, best first, and what they ran on.
+    """The runs in a folder as a Markdown table, lowest loss first, and a text that says what they ran on.
 
-    Runs that differ in their seed, NAME_s0, NAME_s1 and so on, make one row: means, and where there are several their
-    standard deviation. A column that no run fills is left out.
+    Runs that differ only in their seed (NAME_s0, NAME_s1, ...) make one row, with means and standard deviations. A
+    column that is empty for all runs is left out.
 
     Args:
-        folder: holds a folder a run, with metrics.jsonl and run.json; one of them, or the one called dense, is dense
-            throughout and is what the others are compared with.
-        pad: for a terminal instead: aligned columns, in 120 characters where names are short.
+        folder: has one folder for each run, with metrics.jsonl and run.json. The only run that is dense throughout, or
+            of several the one called dense, is the baseline.
+        pad: write aligned columns for a terminal instead, in 120 characters where names are short.
     """
     groups, baseline = load_groups(folder)
     runs = [pair for group in groups.values() for pair in group]
@@ -61,9 +61,12 @@ def runs_table(folder: Path, pad: bool = False) -> str:
 
 
 def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
-    """Rows of the same keys, without the columns that no row fills, and a text that knows which these are.
+    """A table without the columns that are empty in all rows, in Markdown or, with `pad`, aligned for a terminal.
 
-    In Markdown or, with `pad`, aligned and wrapped for a terminal.
+    Args:
+        rows: all with the same keys, which are the columns.
+        pad: see `runs_table`.
+        text: gives the text below the table for the columns that are shown.
     """
     shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
     cells = [shown, *([row[key] for key in shown] for row in rows)]
@@ -96,9 +99,9 @@ def _time(seconds: float) -> str:
 
 
 def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
-    """When runs first had the final loss of the baseline's run of their seed, over its time; "-" where one never had.
+    """Mean time until runs first had the final loss of the baseline, over the baseline's time; "-" if one never had it.
 
-    A run whose seed the baseline lacks is held against the means of all.
+    A run is compared with the baseline's run of its seed or, if there is none, with the mean of the baseline's runs.
     """
     alone = [
         [(run, seed_of(about)) for run, about in each if about.get("runs_per_gpu") == 1] for each in (group, baseline)
@@ -118,11 +121,11 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
 
 
 def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
-    """How much further over the dense run's the training loss is, at most, in 2% of the steps after each switch.
+    """The rise of the training loss over the dense run's, at most, within 2% of the steps after each switch.
 
-    Of runs that share their start with the dense run of their seed, so that the same batches are compared; "-" for
-    others, and for a switch after which the dense run has no steps. Where none was logged in the 2% it is the first.
-    Means over the seeds.
+    Mean over the seeds. Runs must share their first steps with the dense run of their seed, so that the same batches
+    are compared; others get "-", and so does a switch after which the dense run has no steps. Where no step was logged
+    within the 2%, the first one after the switch counts.
     """
     dense = {seed_of(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
     jumps: list[list[float]] = []
@@ -148,7 +151,7 @@ def _commit(about: dict[str, Any]) -> str:
 
 
 def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
-    """The sentences under a table of runs: model, data, machine, and how to read the columns."""
+    """The text below a table of runs: model, data, machine, and what the columns mean."""
     about = runs[0][1]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     corpus = about["corpus"]
@@ -184,10 +187,10 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
 
 
 def batches_table(folder: Path) -> str:
-    """Runs that tried a micro-batch as a Markdown table: one that ended before its last step is one that does not fit.
+    """Runs that each tried a size of micro-batch, as a Markdown table. One that ended before its last step did not fit.
 
     Args:
-        folder: holds a folder a run, with metrics.jsonl and run.json.
+        folder: has one folder for each run, with metrics.jsonl and run.json.
     """
     rows, abouts = [], []
     for file in sorted(folder.glob("*/run.json")):
