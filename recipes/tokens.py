@@ -33,7 +33,7 @@ from configs.errors import ConfigError
 
 FORMAT = 1
 ARRAYS = ("tokens", "ends", "hashes")
-SHARD_BYTES = 64 << 20  # of text
+SHARD_BYTES = 64 << 20  # of text, at most
 
 
 class TokenStore:

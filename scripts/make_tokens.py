@@ -86,13 +86,16 @@ def _local_work(store: TextStore) -> tuple[dict[str, Any], list[Work], list[int]
     _, first = np.unique(digests, return_index=True)
     kept = np.sort(first)  # of copies the first
     sizes = np.array([store.size(place) for place in places[kept]], np.int64)
-    shard = (np.cumsum(sizes) - sizes) // tokens.SHARD_BYTES
+    # So small that a small corpus has a shard for every process, and loses little when it is interrupted.
+    shard_bytes = min(tokens.SHARD_BYTES, max(tokens.SHARD_BYTES // 16, int(sizes.sum()) // 64))
+    shard = (np.cumsum(sizes) - sizes) // shard_bytes
     bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1), len(kept)]
     work: list[Work] = [
         (f"{number:05}", places[kept][start:stop]) for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
     text = hashlib.blake2b(digests[kept].tobytes(), digest_size=16).hexdigest()
-    return {"text": text, "documents": len(kept)}, work, [int(size) for size in np.add.reduceat(sizes, bounds[:-1])]
+    about = {"text": text, "documents": len(kept), "shard_bytes": shard_bytes}
+    return about, work, [int(size) for size in np.add.reduceat(sizes, bounds[:-1])]
 
 
 def _streamed_work(index: int, source: Source, folder: Path) -> Iterator[Work]:
@@ -168,9 +171,8 @@ def _make(index: int, source: Source, config: JobConfig, out: Path, tokenizer: P
     _Worker.tokenizer, _Worker.folder = load_tokenizer(tokenizer), folder
     _Worker.vocabulary, _Worker.store = len(token_bytes(str(tokenizer))), None
     plan: dict[str, Any] = {"format": tokens.FORMAT, "tokenizer": _Worker.tokenizer.fingerprint}
-    plan["shard_bytes"] = tokens.SHARD_BYTES
     if source.type == "hub":
-        plan["source"] = list(astuple(source)[:-1])  # but for its weight
+        plan |= {"source": list(astuple(source)[:-1]), "shard_bytes": tokens.SHARD_BYTES}  # whatever its weight
     else:
         part = [part for part, each in zip(load_corpus(config).parts, _weighted(config), strict=True) if each is source]
         assert isinstance(part[0].train, Documents)

@@ -112,6 +112,8 @@ def test_the_batches_are_those_of_the_text(text_sources, token_sources, number):
     assert torch.equal(batches(made, 3200), expected)
     halves = [batches(made, 100, ranks=2, rank=rank).view(25, 4, 1, 17) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves, 1).flatten(0, 1), expected[:200])
+    if number == 2:  # text beside tokens, with the tokens' tokenizer
+        assert torch.equal(batches(make_config(text_sources[0], token_sources[1], rows=8), 400), expected[:400])
     made.training.dataloader.num_workers = 2
     assert torch.equal(batches(made, 100), expected[:100])
 
