@@ -16,6 +16,7 @@ would flatten the rest; a curve that leaves the frame is cut, and its values are
 """
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -312,16 +313,24 @@ class Picture:
         axes.yaxis.set_major_formatter(FuncFormatter(amount))
 
 
-def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation: float | None, x_label: str) -> Figure:
+def draw_front(
+    points: dict[str, tuple[float, float]],
+    baseline: str,
+    deviation: float | None,
+    x_label: str,
+    named: Collection[str] | None = None,
+) -> Figure:
     """What a final loss costs, and the runs that nobody beats in both: the Pareto front.
 
     Args:
         points: a run's cost over the baseline's, and its final loss.
         baseline: the run that the others are compared with.
         deviation: of the baseline's loss over its seeds, drawn as a band of twice its height.
+        named: runs whose names are written beside their points; None: all.
     """
     figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
+    axes.set_title("Final loss against cost; orange: no run is better in both")
     level = points[baseline][1]
     axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
     if deviation is not None:
@@ -343,7 +352,7 @@ def draw_front(points: dict[str, tuple[float, float]], baseline: str, deviation:
     # Labels above and to the right of their points, further up where another one is.
     height, taken = 0.035, list[tuple[float, float]]()
     to_axes = axes.transData + axes.transAxes.inverted()
-    for name in sorted(points, key=lambda name: points[name][1]):
+    for name in sorted(points if named is None else named, key=lambda name: points[name][1]):
         x, y = to_axes.transform(points[name])
         place = y + 0.022
         while any(abs(x - other) < 0.25 and abs(place - at) < height for other, at in taken):

@@ -460,7 +460,7 @@ def draw(study: Study) -> None:
         with rc_context(STYLE):
             draw_behind(sparse, load_run(dense)).savefig(folder / "behind.png")
         print(folder / "behind.png")
-    front(folder)
+    front(folder, study.plot)
 
 
 def reached(folder: Path, shown: list[str]) -> None:
@@ -479,10 +479,11 @@ def reached(folder: Path, shown: list[str]) -> None:
     print(folder / "reached.png")
 
 
-def front(folder: Path) -> None:
+def front(folder: Path, shown: list[str]) -> None:
     """Draw the final losses against the cost over dense: training time or, where runs shared a GPU, FLOPs.
 
-    FLOPs are those that were executed or, where a run does not say, those that the pattern leaves.
+    FLOPs are those that were executed or, where a run does not say, those that the pattern leaves. The runs that are
+    shown have their names beside their points.
     """
     groups, baseline = load_groups(folder)
     if baseline is None or len(groups) < 2:
@@ -502,7 +503,9 @@ def front(folder: Path) -> None:
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
     label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern leaves"
     with rc_context(STYLE):
-        figure = draw_front(points, baseline, deviation, f"{label}, over that of {baseline}")
+        figure = draw_front(
+            points, baseline, deviation, f"{label}, over that of {baseline}", points.keys() & set(shown)
+        )
         figure.savefig(folder / "front.png")
     print(folder / "front.png")
 
