@@ -1,4 +1,4 @@
-"""One way to refuse bad input: name the key or file, the value and the remedy, once, without a traceback."""
+"""Refuse bad input in one way: a message that names the key or file, the value and the remedy, without a traceback."""
 
 import json
 import os
@@ -16,7 +16,7 @@ class ConfigError(Exception):
 
 
 class TooLargeError(ConfigError):
-    """A job that does not fit into GPU memory. A program that starts jobs can tell it by its status from bad input."""
+    """A job that does not fit into GPU memory. A program that starts jobs tells it from bad input by its status."""
 
     status = 3
 
@@ -27,15 +27,15 @@ def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
 
 
 def exit_with(error: ConfigError) -> None:
-    """Print the error once whatever the number of ranks and exit with the error's status.
+    """Print the error once, whatever the number of ranks, and exit with the error's status.
 
-    Rank 0 speaks and exits, which makes torchrun end the others. They wait for that, so that nobody ends rank 0
-    before it has spoken, and speak themselves only if it never comes: then the fault is one that only their machine
-    has.
+    Rank 0 prints and exits; torchrun then ends the other ranks. Any other rank waits before it prints and exits: if it
+    exited first, torchrun would end rank 0 before that has printed. If nothing ends the waiting rank, only its machine
+    has the error, and it prints.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would only take note of torchrun's SIGTERM
+            signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would not end the process
         time.sleep(15)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.status)
