@@ -239,6 +239,9 @@ class Checkpoint(titan_config.Checkpoint):
     enable: bool = True
     """Whether to save checkpoints, and to resume from those in the dump folder."""
 
+    change_recipe: bool = False
+    """Let a run resume with another recipe than the one in its run.json, which is refused otherwise."""
+
     last_save_model_only: bool = False
     """Whether the last checkpoint holds the model alone, so that the run cannot be extended."""
 

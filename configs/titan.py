@@ -20,6 +20,8 @@ import torch._utils
 import torch.distributed.checkpoint  # must see the real look-up functions, so before they are answered below
 from tokenizers import Tokenizer
 
+import configs.safe_load  # noqa: F401, replaces how DCP reads pickles, before anything is read
+
 
 class _CpuModule:
     """torch.cpu with the device functions that torchtitan calls and torch.cpu lacks."""

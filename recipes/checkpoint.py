@@ -101,10 +101,11 @@ class SafeCheckpointManager(CheckpointHooks):
             dcp.load(found, checkpoint_id=checkpoint_id)
             table = found[SPARSITY]["prepared"]
             sparsity = self.states[SPARSITY]
-            sparsity.expect(table)
             state_dict = {key: value for key, value in state_dict.items() if key != SPARSITY}
-            if table:  # else the rest of it is nothing yet, of whatever pattern it is
+            if sparsity.expect(table):
                 state_dict[SPARSITY] = sparsity
+            elif table and dist.get_rank() == 0:  # else the rest of it is nothing yet, of whatever pattern it is
+                logger.info("the checkpoint's FFNs have another router: a sparse phase prepares them anew")
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()
@@ -187,6 +188,15 @@ class SafeCheckpointManager(CheckpointHooks):
         for name in self._names():
             if name.startswith("purged-"):
                 self.purge_queue.put(os.path.join(self.folder, name))
+
+    def has_begun(self) -> bool:
+        """Whether the run's folder has a complete checkpoint, from which it resumes."""
+        return self.enable and any(self._is_complete(step) for step in self._steps())
+
+    def newest(self) -> str:
+        """The folder of the newest complete checkpoint; empty where there is none."""
+        steps = [step for step in self._steps() if self._is_complete(step)] if self.enable else []
+        return self.folder_of(steps[0]) if steps else ""
 
     # Saving, on rank 0.
 

@@ -25,6 +25,7 @@ import io
 import logging
 import os
 import pickle
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -41,6 +42,8 @@ from recipes.mixture import Corpus, load_corpus
 from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
+
+STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP  # signals at which a run saves and ends
 
 
 def num_rows(config: JobConfig, dp_world_size: int) -> int:
@@ -236,6 +239,9 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         if worker is None or self._shared:
             return
         self._shared = True
+        # torchrun and a terminal send a signal to this process too: the trainer decides what happens, and ends it.
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
         mine = [i for i in range(len(self.rows)) if i // self._micro_batch % worker.num_workers == worker.id]
         self.rows = [self.rows[i] for i in mine]
         self._loaded = [None] * len(mine)

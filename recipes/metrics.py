@@ -23,6 +23,7 @@ CPU, there is no MFU.
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -128,7 +129,9 @@ class Metrics(MetricsProcessor):
             row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
         if self.writes:
             with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                # JSON has no NaN: a validation loss of that is written as null.
+                plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.logger.log(
             {
                 "sparse" if key == "phase" else key: value == "sparse" if key == "phase" else value

@@ -105,8 +105,7 @@ class Checkpoint:
         if f"{SPARSITY}.prepared" in dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata:
             found = {SPARSITY: {"prepared": ""}}
             self._load(found)
-            sparsity.expect(found[SPARSITY]["prepared"])
-            if found[SPARSITY]["prepared"]:  # else the rest of it is nothing yet, of whatever pattern it was
+            if sparsity.expect(found[SPARSITY]["prepared"]):  # else it is nothing yet, of whatever pattern it was
                 state[SPARSITY] = sparsity
         self._load(state)
         first = next((span for span in spans if span.mode == "sparse"), None)

@@ -353,13 +353,19 @@ class Sparsity(Stateful):
             if (buffer := feed_forward.get_buffer(buffer_name)).numel()
         }
 
-    def expect(self, table: str) -> None:
+    def expect(self, table: str) -> bool:
         """Let `state_dict` have the keys of a checkpoint: the first version named layers by their position.
 
         Args:
             table: the checkpoint's "prepared".
+
+        Returns:
+            Whether the checkpoint has state that fits this recipe: something is prepared, for as many clusters.
         """
         self._by_position = bool(table) and not table.startswith("{")
+        found = _read_table(table)
+        keys = ("router.enable", "router.cluster_size")
+        return bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave.

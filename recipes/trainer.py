@@ -26,6 +26,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import configs.titan as titan
 from configs.errors import ConfigError
@@ -34,10 +35,11 @@ from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SPARSITY, SafeCheckpointManager
-from recipes.data import build_dataloader
+from recipes.data import STOPPING, build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
 from recipes.restore import check_initial_model, copy_tokenizer
+from recipes.resume import check_resume
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity, flops_per_token, sparse_family
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
@@ -81,11 +83,11 @@ class SparseTrainer(titan.Trainer):
         set_up_process(config)
         self.lock = _lock(config)
         self.interrupted = False
+        self.received: set[int] = set()
         for line in load_corpus(config).summary():
             logger.info(line)
         config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
-        numbers = (signal.SIGTERM, signal.SIGUSR1)
-        self.handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
+        self.handlers = {number: signal.signal(number, self._interrupt) for number in STOPPING}
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
         titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
@@ -99,8 +101,11 @@ class SparseTrainer(titan.Trainer):
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
         config = self.job_config
+        if self.checkpointer.has_begun():
+            check_resume(config, self.model_args, corpus_facts(config))
         self.checkpointer.load(step=config.checkpoint.load_step)
         if self.step:
+            self._use_given_rates()
             check_same_tokenizer(config.model.hf_assets_path, Path(config.job.dump_folder), "job.dump_folder")
         if self.step >= config.training.steps:
             logger.info(f"{config.job.dump_folder} is complete, {self.step} steps: raise training.steps to go on")
@@ -130,7 +135,10 @@ class SparseTrainer(titan.Trainer):
                 self.gc_handler.run(self.step)
                 self._enter_phase(batches)
                 self._train_validate_log(batches)
-                self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
+                last_step = self.step == config.training.steps
+                if self._saves() or last_step:
+                    self._check_finite()
+                self.checkpointer.save(self.step, last_step=last_step)
                 for each in (profiler, memory_profiler):
                     if each:
                         each.step()
@@ -141,9 +149,27 @@ class SparseTrainer(titan.Trainer):
         if self.step < config.training.steps:
             logger.info(f"stopped by a signal after step {self.step}")
             if self.step >= first:  # else nothing is new, and the first batch has been taken from the loader
+                self._check_finite()
                 self.checkpointer.save_now(self.step)
                 if self.checkpointer.enable and not self.checkpointer.load_only:
                     logger.info("the same command resumes")
+
+    def _use_given_rates(self) -> None:
+        """Let the optimizer's numbers be the configuration's, where the checkpoint brought those of the run so far."""
+        given = self.job_config.optimizer
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if group["initial_lr"] != given.lr:
+                    logger.info(f"optimizer.lr = {given.lr:g} from here on; the run had {float(group['initial_lr']):g}")
+                numbers = {"lr": given.lr, "initial_lr": given.lr, "betas": (given.beta1, given.beta2)}
+                numbers |= {"eps": given.eps, "weight_decay": given.weight_decay}
+                group.update({name: value for name, value in numbers.items() if name in group})
+        for scheduler in self.lr_schedulers.schedulers:
+            scheduler.base_lrs = [given.lr for _ in scheduler.base_lrs]
+            rates = [given.lr * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates  # what is logged
 
     def close(self) -> None:
         super().close()
@@ -175,8 +201,7 @@ class SparseTrainer(titan.Trainer):
         """One training step; where a row is due, also its validation and the health of its sparsity."""
         config, metrics = self.job_config, self.metrics_processor
         validates = config.validation.enable and self.validator.should_validate(self.step)
-        saves = self.checkpointer.enable and self.step % config.checkpoint.interval == 0  # looked at before it is saved
-        metrics.log_next = validates or saves or self.step == config.training.steps
+        metrics.log_next = validates or self._saves() or self.step == config.training.steps
         sparse = self.sparsity.phase == "sparse"
         flips = metrics.should_log(self.step) and sparse and config.weights.pattern == "2:4"
         masks = self.sparsity.weight_masks() if flips else None
@@ -186,16 +211,45 @@ class SparseTrainer(titan.Trainer):
         metrics.steps_since_last_log += 1
         if not metrics.should_log(self.step):
             return
-        if not math.isfinite(metrics.row["loss"]):
-            raise ConfigError(
-                f"the loss is {metrics.row['loss']} at step {self.step}: the run has diverged and ends before it "
-                f"saves that; the last checkpoint in {self.job_config.job.dump_folder} stands. Lower optimizer.lr = "
-                f"{config.optimizer.lr:g} or training.max_norm = {config.training.max_norm:g}"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics.row[name]):
+                raise self._diverged(f"the {name.replace('grad_norm', 'norm of the gradient')} is {metrics.row[name]}")
         extra = self._validate() if validates else {}
         if masks is not None:
             extra |= self.sparsity.flip_rate(masks)
         metrics.finish(self.sparsity.phase, extra)
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self.checkpointer.enable and self.step % self.job_config.checkpoint.interval == 0
+
+    def _check_finite(self) -> None:
+        """Refuse to save weights or moments that are not finite: a step between two logged ones may have spoilt them.
+
+        Raises:
+            ConfigError: on all ranks, where any rank holds such a number.
+        """
+        tensors = [parameter for part in self.model_parts for parameter in part.parameters()]
+        for optimizer in self.optimizers:
+            tensors += [
+                value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+            ]
+        local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+        finite = torch.stack([torch.isfinite(each.detach()).all().to(self.device) for each in local if each.numel()])
+        spoilt = (~finite.all()).int()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(spoilt, op=dist.ReduceOp.MAX)
+        if spoilt:
+            raise self._diverged("weights or the optimizer's moments are not finite")
+
+    def _diverged(self, what: str) -> ConfigError:
+        config = self.job_config
+        newest = self.checkpointer.newest()
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        return ConfigError(
+            f"{what} at step {self.step}: the run has diverged and ends before it saves that; {kept}. Lower "
+            f"optimizer.lr = {config.optimizer.lr:g} or training.max_norm = {config.training.max_norm:g} and resume"
+        )
 
     def _validate(self) -> dict[str, float]:
         """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
@@ -210,6 +264,17 @@ class SparseTrainer(titan.Trainer):
         return row | self.sparsity.health()
 
     def _interrupt(self, number: int, frame) -> None:
+        """Note a signal: the run saves and ends after this step. A second Ctrl-C ends it at once.
+
+        torchrun answers a Ctrl-C, which its processes get too, with a SIGTERM to them: another signal is no second one.
+        """
+        if number == signal.SIGINT and number in self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received:
+            again = "; Ctrl-C again ends it at once, unsaved" if number == signal.SIGINT else ""
+            logger.info(f"{signal.Signals(number).name}: the run saves and ends after this step{again}")
+        self.received.add(number)
         self.interrupted = True
 
     def _any_rank_interrupted(self) -> bool:
@@ -226,16 +291,11 @@ class SparseTrainer(titan.Trainer):
         (model,) = self.model_parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
-        device, corpus = titan.device_module.get_device_name(), load_corpus(config)
+        device = titan.device_module.get_device_name()
         run = {
             "config": resolved(config),
             "command": sys.argv,
-            "corpus": {
-                "documents": None if corpus.streamed else len(corpus.documents),
-                "copies": sum(part.copies for part in corpus.parts),
-                "file_bytes": sum(part.report.file_bytes for part in corpus.parts),
-                "files_not_read": sum(n for part in corpus.parts for n, _ in part.report.left_out.values()),
-            },
+            "corpus": corpus_facts(config),
             "parameters": parameters,
             "vocabulary": args.vocab_size,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
@@ -265,6 +325,17 @@ class SparseTrainer(titan.Trainer):
                 f"{100 * flops['sparse_executed'] / flops['dense']:.0f}% of the dense model's, without the zeros they "
                 f"would be {100 * flops['sparse_pattern'] / flops['dense']:.0f}%"
             )
+
+
+def corpus_facts(config: JobConfig) -> dict[str, int | None]:
+    """What a run reads, in numbers, for its run.json."""
+    corpus = load_corpus(config)
+    return {
+        "documents": None if corpus.streamed else len(corpus.documents),
+        "copies": sum(part.copies for part in corpus.parts),
+        "file_bytes": sum(part.report.file_bytes for part in corpus.parts),
+        "files_not_read": sum(n for part in corpus.parts for n, _ in part.report.left_out.values()),
+    }
 
 
 def _graphs_compiled() -> int:

@@ -210,7 +210,7 @@ def test_an_earlier_run_in_the_same_folder_is_kept(train, tmp_path):
     assert len(rows(tmp_path / "run")) == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted, tmp_path, number):
     folder = tmp_path / "run"
     # A process of its own reads the data: it must end with the run, or the pipe would stay open.
@@ -370,7 +370,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     result = fork("--config", "configs/debug.toml", *words)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1, result.stderr
-    assert "step-2" in result.stderr and "run.json" in result.stderr
+    assert "the model's hidden_dim = 512, but the run in" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("building", [False, True])
@@ -425,7 +425,8 @@ def test_a_resume_in_the_middle_of_a_phase_that_was_never_prepared_prepares_it(t
     no_router = ("--router.enable", "false")
     train(tmp_path, *no_router, stop_after=2)
     phases = '[{mode = "dense", end = 1}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
-    resumed = train(tmp_path, *no_router, "--schedule.phases", phases, stop_after=5)
+    change = ("--checkpoint.change_recipe", "true")
+    resumed = train(tmp_path, *no_router, *change, "--schedule.phases", phases, stop_after=5)
     assert resumed[3]["phase"] == "sparse" and 0 < resumed[3]["flip_rate"] < 0.5
     assert resumed[4]["val_loss_sparse"] < resumed[2]["loss"] + 0.1
 
@@ -455,7 +456,7 @@ def test_a_complete_run_says_so_and_changes_nothing(train, tmp_path, caplog):
 
 def test_a_diverged_run_ends_before_it_saves(train, tmp_path):
     words = ("--optimizer.lr", "1e30", "--training.max_norm", "1e30", "--checkpoint.interval", "1")
-    with pytest.raises(ConfigError, match="the loss is nan at step"):
+    with pytest.raises(ConfigError, match=r"norm of the gradient is (nan|inf) at step .* newest checkpoint is .*step-"):
         train(tmp_path, *words, "--metrics.log_freq", "100")  # no step would be looked at, were it not saved
     latest = int((tmp_path / "checkpoint" / "latest").read_text().removeprefix("step-"))
     assert latest == max(rows(tmp_path))

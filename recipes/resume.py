@@ -1,0 +1,88 @@
+"""What may change when a run resumes, and what is refused: the one list.
+
+A run's folder keeps, in run.json, the configuration of its last start. A resume compares the two before it reads or
+writes anything. These must stay as they were:
+
+    the model          its name and sizes (FACTS of recipes/restore.py), whatever keys say them
+    what is read       data.seed, data.validation_share, each source but its path, training.seq_len,
+                       training.global_batch_size, training.dtype; the path of a local source may change if the
+                       corpus has as many documents and bytes as before
+    the seed           debug.seed
+    the recipe         the sections schedule, weights, activations and router, unless checkpoint.change_recipe = true
+
+Everything else may change: training.steps, the optimizer's rate and its other numbers (they hold from the next step),
+the rest of lr_scheduler, intervals, metrics, compilation, activation checkpointing, micro-batch size. The tokenizer is
+compared by its files (recipes/tokenizer.py), the number of ranks by the checkpoint.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.loader import restored
+from configs.schema import RECIPE_SECTIONS, JobConfig
+from models.llama import LlamaArgs
+from recipes.check import model_args
+from recipes.restore import FACTS
+
+FIXED = (
+    "data.seed",
+    "data.validation_share",
+    "training.seq_len",
+    "training.global_batch_size",
+    "training.dtype",
+    "debug.seed",
+)
+REMEDY = "give the run's own value, or start another run with another job.dump_folder"
+
+
+def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> None:
+    """Refuse to resume the run in job.dump_folder as another one.
+
+    Args:
+        config: the job that is about to resume.
+        args: of its model.
+        corpus: what it is about to read, as run.json has it: documents, copies, file_bytes.
+
+    Raises:
+        ConfigError: a value that differs from the run's, with both and the remedy.
+    """
+    file = Path(config.job.dump_folder) / "run.json"
+    if not file.exists():  # a checkpoint that was copied here, as scripts.study does
+        return
+    try:
+        about = json.loads(file.read_bytes())
+        before = restored(about["config"], str(file))
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} is damaged: restore it, or start another run with another job.dump_folder") from None
+    old = model_args(before)
+    for name in ("swiglu", *FACTS):
+        _compare(f"the model's {name}", getattr(args, name), getattr(old, name), file, REMEDY)
+    for key in FIXED:
+        section, name = key.split(".")
+        _compare(key, getattr(getattr(config, section), name), getattr(getattr(before, section), name), file, REMEDY)
+    _compare_sources(config, before, corpus, about.get("corpus", {}), file)
+    if not config.checkpoint.change_recipe:
+        remedy = f"{REMEDY}, or go on with another recipe by --checkpoint.change_recipe"
+        for section in RECIPE_SECTIONS:
+            new, kept = asdict(getattr(config, section)), asdict(getattr(before, section))
+            for name, value in new.items():
+                _compare(f"{section}.{name}", value, kept[name], file, remedy)
+
+
+def _compare(key: str, new: Any, old: Any, file: Path, remedy: str) -> None:
+    if new != old:
+        raise ConfigError(f"{key} = {json.dumps(new)}, but the run in {file.parent} has {json.dumps(old)}: {remedy}")
+
+
+def _compare_sources(
+    config: JobConfig, before: JobConfig, corpus: dict[str, Any], corpus_before: dict[str, Any], file: Path
+) -> None:
+    def but_paths(job: JobConfig) -> list[dict[str, Any]]:
+        return [asdict(source) | {"path": source.path if source.type == "hub" else ""} for source in job.data.sources]
+
+    _compare("data.sources", but_paths(config), but_paths(before), file, REMEDY)
+    for name in ("documents", "file_bytes"):
+        _compare(f"data.sources: {name}", corpus.get(name), corpus_before.get(name), file, REMEDY)
