@@ -8,6 +8,8 @@ where the value stands; what keys mean together is checked afterwards (`recipes/
 import dataclasses
 import difflib
 import math
+import os
+import re
 import tomllib
 import types
 import typing
@@ -81,7 +83,33 @@ def load_config(args: list[str]) -> tuple[JobConfig, bool]:
             f"--lr_scheduler.decay_ratio {options['lr_scheduler.decay_ratio']} goes against decay_with_tail = true of "
             f"{recipe_path}: leave it out, or add --schedule.decay_with_tail false"
         )
-    return _build(JobConfig, values), check
+    config_built = _build(JobConfig, values)
+    _expand_paths(config_built)
+    return config_built, check
+
+
+def _expand_paths(config: JobConfig) -> None:
+    """Let `~` be the home folder and `$NAME` the variable, in every path, also where no shell has read it.
+
+    Raises:
+        ConfigError: a variable that is not set.
+    """
+    holders = [
+        (config.job, "dump_folder", "job.dump_folder"),
+        (config.tokenizer, "path", "tokenizer.path"),
+        (config.tokenizer, "cache_folder", "tokenizer.cache_folder"),
+        (config.checkpoint, "initial_load_path", "checkpoint.initial_load_path"),
+        *((source, "path", f"data.sources[{i}].path") for i, source in enumerate(config.data.sources)),
+    ]
+    for holder, name, key in holders:
+        path = getattr(holder, name)
+        if path and ("~" in path or "$" in path):
+            expanded = os.path.expandvars(os.path.expanduser(path))
+            if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+                raise ConfigError(
+                    f'{key} = "{path}": the variable {unset[0]} is not set: set it, or write the path out'
+                )
+            setattr(holder, name, expanded)
 
 
 def _split(args: list[str]) -> dict[str, str | None]:
@@ -200,6 +228,8 @@ def _convert(text: str | None, hint: Any, key: str, source: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if float in members and re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):  # 1. and .5, which TOML lacks
+            return float(text)
         return {"true": True, "false": False}.get(text.lower(), text)
 
 

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -199,14 +200,16 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
             f"parallelism.data_parallel_replicate_degree = {replicate} without sharding halves gradients in "
             "torchtitan 0.2.2: use data_parallel_shard_degree"
         )
-    for key, length in (
-        ("training.seq_len", config.training.seq_len),
-        ("model.n_kv_heads", args.n_kv_heads or args.n_heads),  # and so n_heads, which it divides
-    ):
-        if length % tensor:
-            raise ConfigError(
-                f"{key} = {length} is not divisible by tensor_parallel_degree = {tensor}: change one of them"
-            )
+    kv_heads = args.n_kv_heads or args.n_heads  # and so n_heads, which it divides
+    if kv_heads % tensor:
+        raise ConfigError(
+            f"model.n_kv_heads = {kv_heads} is not divisible by tensor_parallel_degree = {tensor}: change one of them"
+        )
+    if config.training.seq_len % (2 * tensor):  # as torchtitan asserts
+        raise ConfigError(
+            f"training.seq_len = {config.training.seq_len} is not divisible by 2 x tensor_parallel_degree = "
+            f"{2 * tensor}: change it"
+        )
 
 
 def _check_batch(config: JobConfig, world: int) -> None:
@@ -228,7 +231,9 @@ def _check_rest(config: JobConfig) -> None:
     if config.optimizer.name not in ("Adam", "AdamW"):
         raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
     if config.training.max_norm == 0:
-        raise ConfigError("training.max_norm = 0 clips every gradient to nothing: give a norm, or inf for no clipping")
+        raise ConfigError(
+            "training.max_norm = 0 clips every gradient to nothing: give a norm such as 1.0, or 1e30 to clip none"
+        )
     if unknown := [name for name in config.compile.components if name not in ("model", "loss")]:
         raise ConfigError(f'compile.components has "{unknown[0]}", which is unknown: use "model" and "loss"')
     # Only where it is used: asking imports the compiler.
@@ -265,12 +270,11 @@ def _check_machine(config: JobConfig) -> None:
         raise ConfigError(
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"
         )
-    folder = config.job.dump_folder
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
+    folder = Path(config.job.dump_folder).absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())  # nothing is made by a check
+    if not there.is_dir():
+        raise ConfigError(f'job.dump_folder = "{folder}" cannot be made: {there} is a file; name another folder')
+    if not os.access(there, os.W_OK):
         raise ConfigError(
-            f'job.dump_folder = "{folder}" cannot be made: {error.strerror}; name another folder'
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f'job.dump_folder = "{folder}" is not writable: name another folder')
+            f'job.dump_folder = "{folder}" cannot be written: {there} is not writable; name another folder'
+        )

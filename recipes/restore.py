@@ -7,6 +7,7 @@ by torch.distributed.checkpoint, which puts together what the ranks wrote.
 
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ def find_checkpoint(path: str) -> Checkpoint:
         )
     config, vocab_size = _read_run(run)
     named = given != run and given.name.startswith("step-")
+    if named and not re.fullmatch(r"step-\d+", given.name):
+        raise ConfigError(f"{path}: a checkpoint's folder is named step-N, as it was saved: rename it back")
     folder = given if named else _newest(run / config.checkpoint.folder)
     fault = find_fault(str(folder))
     if fault:
@@ -169,6 +172,10 @@ def _newest(folder: Path) -> Path:
         return folder / (folder / POINTER).read_text().strip()
     except FileNotFoundError:
         raise ConfigError(f"{folder / POINTER}: no such file, so the run has no complete checkpoint") from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"{folder / POINTER} is damaged: name a checkpoint itself, such as {folder}/step-100"
+        ) from None
 
 
 def _read_run(run: Path) -> tuple[JobConfig, int]:

@@ -345,6 +345,7 @@ def _graphs_compiled() -> int:
 
 def _lock(config: JobConfig) -> FileLock:
     """Hold the dump folder for as long as this process lives: two runs in one would spoil each other's files."""
+    Path(config.job.dump_folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(config.job.dump_folder) / ".lock")
     if os.environ["RANK"] == "0":
         try:

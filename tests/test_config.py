@@ -116,7 +116,8 @@ BAD = [
     ),
     (f"{DEBUG} --activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
     (f"{DEBUG} --optimizer.name SGD", ["optimizer.name", "SGD", "AdamW"]),
-    (f"{DEBUG} --training.max_norm 0", ["training.max_norm = 0", "inf"]),
+    (f"{DEBUG} --training.max_norm 0", ["training.max_norm", "0", "1e30"]),
+    (f"{DEBUG} --training.seq_len 33", ["training.seq_len", "33", "2 x"]),
     (f"{DEBUG} --compile.components modle", ["compile.components", "modle", '"model"']),
     (f"{DEBUG} --compile.enable true --compile.backend inductr", ["compile.backend", "inductr", '"inductor"']),
     (f"{DEBUG} --model.converters '[\"float8\"]'", ["model.converters", "float8", '"quantize.linear.float8"']),
@@ -241,3 +242,23 @@ def test_an_error_is_printed_once_with_status_2_and_no_traceback(processes):
         assert "Traceback" not in output
     else:
         assert "exitcode  : 2" in output, output
+
+
+def test_paths_expand_and_a_check_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", str(ROOT / "configs/debug.toml"), "--recipe", str(ROOT / "recipes/dense.toml")]
+    for folder, expanded in (("~/runs/x", "home/runs/x"), ("$SCRATCH/x", "scratch/x"), ("${SCRATCH}/x", "scratch/x")):
+        config, _ = load_config([*words, "--job.dump_folder", folder])
+        assert config.job.dump_folder == str(tmp_path / expanded)
+        check_config(config)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match=r'job.dump_folder = "\$NOWHERE/x": the variable \$NOWHERE is not set'):
+        load_config([*words, "--job.dump_folder", "$NOWHERE/x"])
+
+
+@pytest.mark.parametrize("word, value", [(".5", 0.5), ("1.", 1.0), ("-.5e1", -5.0), ("1e3", 1000.0)])
+def test_numbers_on_the_command_line_are_read_as_people_write_them(word, value):
+    config, _ = load_config(["--config", "configs/debug.toml", "--training.max_norm", word.lstrip("-")])
+    assert config.training.max_norm == abs(value)

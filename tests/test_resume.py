@@ -152,3 +152,18 @@ def test_byte_entries_of_a_checkpoint_hold_plain_values_alone(tmp_path):
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ConfigError, match=r"names os\.system"):
         _Pickle.load(io.BytesIO(b"cos\nsystem\n."))
+
+
+def test_a_renamed_checkpoint_and_a_damaged_pointer_are_one_message(stopped, train, tmp_path):
+    run = stopped(train, tmp_path / "run")
+    shutil.copytree(run / "checkpoint" / "step-6", run / "checkpoint" / "step-6-backup")
+    with pytest.raises(ConfigError, match=r"step-6-backup: a checkpoint's folder is named step-N"):
+        find_checkpoint(str(run / "checkpoint" / "step-6-backup"))
+    pointer = run / "checkpoint" / "latest"
+    pointer.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"latest is damaged: name a checkpoint itself"):
+        find_checkpoint(str(run))
+    pointer.unlink()
+    pointer.mkdir()
+    with pytest.raises(ConfigError, match=r"latest is damaged: name a checkpoint itself"):
+        find_checkpoint(str(run))
