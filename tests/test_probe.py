@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_recipe_that_was_dense_so_far(train, words, tmp_
     """As a study's run has it that goes on from a dense one: without centroids."""
     dense = ("--schedule.phases", '[{mode = "dense", end = 1.0}]')
     train(tmp_path, *words, *dense, "--checkpoint.interval", "1", recipe="dense", stop_after=3)
-    train(tmp_path, *words, stop_after=6)
+    train(tmp_path, *words, "--checkpoint.change_recipe", "true", stop_after=6)
     model, sparsity = find_checkpoint(str(tmp_path / "checkpoint" / "step-3")).model(
         tokens=torch.arange(64).view(2, 32)
     )
