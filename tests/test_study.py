@@ -112,7 +112,7 @@ def test_complete_means_the_last_step_and_its_checkpoint(write_study, tmp_path):
     file = write_study(RUNS)
     run = study.read_study(file, tmp_path / "out").runs[0]
     assert not study.is_complete(run, run.outputs)
-    run.outputs.mkdir(exist_ok=True)
+    run.outputs.mkdir(parents=True)
     config = study.resolved(run.config)
     (run.outputs / "run.json").write_text(json.dumps({"config": config}))
     line = {"step": 11, "loss": 1.0}
