@@ -2,8 +2,8 @@
 
 A configuration (`configs/*.toml`) is one complete job: model, data, training, parallelism, checkpoints, metrics, and
 the recipe's file. A recipe (`recipes/*.toml`) says what is sparse and when, whatever the model: the sections
-`schedule`, `weights`, `activations` and `router`. Sections that torchtitan has keep its names and keys; this file
-adds to them and changes a few defaults.
+`schedule`, `weights`, `activations`, `router` and `precision`. Sections that torchtitan has keep its names and keys;
+this file adds to them and changes a few defaults.
 
 Bounds stand in a field's metadata, `_in(low, high)`, both ends included.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 
 from configs.titan import titan_config
 
-RECIPE_SECTIONS = ("schedule", "weights", "activations", "router")
+RECIPE_SECTIONS = ("schedule", "weights", "activations", "router", "precision")
 
 
 def _in(default, low=None, high=None):
@@ -182,6 +182,18 @@ class Router:
 
 
 @dataclass
+class Precision:
+    ffn: Literal["model", "fp8"] = "model"
+    """
+    What the products of sparse FFNs read in sparse phases. model: what the rest of the model reads
+    (training.mixed_precision_param). fp8: operands rounded to e4m3, for pattern = "groups" with v of 512 and more; it
+    needs a GPU of compute capability 9.0 or higher, elsewhere the reference rounds alike and is slow. Weights, moments
+    and gradients stay as they are. For dense phases and layers there is torchtitan's converter, model.converters =
+    ["quantize.linear.float8"].
+    """
+
+
+@dataclass
 class Job(titan_config.Job):
     dump_folder: str = "outputs/run"
     """Where the run keeps metrics, checkpoints, TensorBoard and its resolved configuration."""
@@ -270,6 +282,7 @@ class JobConfig(titan_config.JobConfig):
     schedule: Schedule = field(default_factory=Schedule)
     weights: Weights = field(default_factory=Weights)
     activations: Activations = field(default_factory=Activations)
+    precision: Precision = field(default_factory=Precision)
     router: Router = field(default_factory=Router)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -96,6 +96,9 @@ class FeedForwardSparsity:
     clusters: int = 0
     """Clusters that the router sorts tokens by; 0: no router."""
 
+    fp8: bool = False
+    """The products read x, W1, W2, h and their gradients rounded to fp8 (`kernels.float8`)."""
+
     by_cluster: bool = False
     """For inference: a token keeps what its cluster's centroid would keep, so nothing depends on its block (v = 1)."""
 
@@ -138,6 +141,9 @@ class Cost:
 
     kept_h: float = 1.0
     """Numbers that are kept of h for the backward pass, over T f."""
+
+    kept_weights: float = 0.0
+    """Numbers that are kept of copies of the two weights, over d f."""
 
     gradients: float = 1.0
     """Numbers of dh, and of dy1, over T f."""
@@ -193,12 +199,14 @@ class Family:
         name: in run.json, logs and tables.
         takes_order: whether `forward` and `backward` put tokens into order and back themselves; else that is done
             around them.
+        fp8: whether its products read fp8, see `FeedForwardSparsity.fp8`.
         operators: stages of the family's operators, by name.
         patterns: by the name in `activations.pattern`.
     """
 
     name: str
     takes_order: bool = False
+    fp8: bool = False
     operators: ClassVar[Mapping[str, Stages]] = {}
     patterns: ClassVar[Mapping[str, FromRecipe]] = {}
 

@@ -11,7 +11,8 @@
     dx  = dy1 W1'             [T, d]   (5)
     dW1 = dy1^T x             [f, d]   (6)   straight-through to the dense W1
 
-Since relu(y1) = sqrt(h), only x and h are kept for the backward pass.
+Since relu(y1) = sqrt(h), only x and h are kept for the backward pass. In fp8, x, dy, W1', W2', h and dy1 are rounded
+before a product reads them (`kernels.float8`), and every product that reads one of them reads the same numbers.
 
 What is exact and what is not. The mask is held fixed by the backward pass, as in any top-k selection; given
 the mask and dense W2', all gradients are those of the function that the forward pass computed. Two options
@@ -43,6 +44,7 @@ from torch import Tensor
 
 from kernels.clustering import permute_rows
 from kernels.columns.ffn import LARGE_BLOCKS
+from kernels.columns.ffn_fp8 import LARGE_BLOCKS_FP8
 from kernels.family import ChosenBefore, Family, FeedForwardSparsity, FromRecipe, Operands, Shape
 from kernels.groups.ffn import TILE_GROUPS
 from kernels.masked import MASKED
@@ -51,7 +53,14 @@ from kernels.venom.ffn import COMPACT_VENOM
 from kernels.venom.pattern import Venom
 from kernels.weights import thresholded
 
-FAMILIES: list[Family] = [TILE_GROUPS, LARGE_BLOCKS, COMPACT_VENOM, PACKED_ACTIVATIONS, PACKED_WEIGHTS]
+FAMILIES: list[Family] = [
+    TILE_GROUPS,
+    LARGE_BLOCKS,
+    LARGE_BLOCKS_FP8,
+    COMPACT_VENOM,
+    PACKED_ACTIVATIONS,
+    PACKED_WEIGHTS,
+]
 DENSE = FeedForwardSparsity()
 
 _preferred: Family | None = None
@@ -88,7 +97,7 @@ def choose(
         return _preferred, "preferred"
     refusals: list[str] = []
     for family in FAMILIES:
-        if family.handles(sparsity):
+        if family.fp8 == sparsity.fp8 and family.handles(sparsity):
             refusal = family.refuses(sparsity, shape, device, dtype, here)
             if not refusal:
                 return family, ""
@@ -96,7 +105,9 @@ def choose(
                 refusals.append(refusal)
     if refusals:
         return MASKED, "; ".join(refusals)
-    return MASKED, "nothing is sparse" if sparsity.pattern is None else "no family has kernels for this pattern"
+    if sparsity.pattern is None:
+        return MASKED, "nothing is sparse"
+    return MASKED, f"no family has kernels for this pattern{' in fp8' if sparsity.fp8 else ''}"
 
 
 def explain(

@@ -6,7 +6,8 @@ It is the specification that every family is tested against, and what computes a
 import torch
 from torch import Tensor
 
-from kernels.family import Cost, Family, FeedForwardSparsity, Operands, Saved, Shape
+from kernels.family import Cost, Family, FeedForwardSparsity, Operands, Pattern, Saved, Shape
+from kernels.float8 import rounded, rounded_by_block, scale_of
 from kernels.venom.pattern import Venom, token_mask
 from kernels.weights import linear, thresholded
 
@@ -38,10 +39,12 @@ class Masked(Family):
     def forward(
         self, x: Tensor, weights: Operands, sparsity: FeedForwardSparsity, order: Tensor | None
     ) -> tuple[Tensor, Saved]:
+        x, weights = _read(x, sparsity), _weights_read(weights, sparsity)
         active = linear(x, weights.w1, weights.w1_scale, self.packed).relu()  # (1)
         h = active * active
         if sparsity.pattern is not None:
             h = torch.where(sparsity.pattern.mask(h), h, 0)
+        h = _read(h, sparsity)
         return h @ weights.w2.T, (x, h)  # (2)
 
     def backward(
@@ -49,8 +52,9 @@ class Masked(Family):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, h = saved
         assert x is not None and h is not None
+        dy, weights = _read(dy, sparsity), _weights_read(weights, sparsity)
         dh = linear(dy, weights.w2.T, weights.w2_scale, self.packed)  # (3): groups of four along d
-        dy1 = 2 * h.sqrt() * dh
+        dy1 = _read(2 * h.sqrt() * dh, sparsity)
         h_tokens, dy1_tokens = h, dy1
         if sparsity.cut_along_tokens:
             assert isinstance(sparsity.pattern, Venom)
@@ -60,6 +64,20 @@ class Masked(Family):
         dx = dy1 @ thresholded(weights.w1, weights.w1_scale)  # (5)
         dw1 = dy1_tokens.T @ x  # (6)
         return dx, dw1, dw2
+
+
+def _read(x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
+    """What products read of x, h or a gradient, `[T, N]`: rounded to fp8 block by block, where the sparsity says so."""
+    if not sparsity.fp8:
+        return x
+    return rounded_by_block(x, sparsity.pattern.v if isinstance(sparsity.pattern, Pattern) else max(1, len(x)))
+
+
+def _weights_read(weights: Operands, sparsity: FeedForwardSparsity) -> Operands:
+    if not sparsity.fp8:
+        return weights
+    w1, w2 = (rounded(weight, scale_of(weight.abs().amax())) for weight in (weights.w1, weights.w2))
+    return weights._replace(w1=w1, w2=w2)
 
 
 MASKED = Masked()

@@ -12,6 +12,9 @@ import torch
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
 from configs.titan import device_type
+from kernels import Groups
+from kernels.columns.ffn import LARGE
+from kernels.columns.ffn_fp8 import ALIGNED
 from kernels.feed_forward import recipe_patterns
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.schedule import Span, resolve_phases
@@ -150,7 +153,29 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             f"schedule.dense_layers = {config.schedule.dense_layers} leaves none of the {args.n_layers} layers to a "
             "sparse phase: lower it, or use --recipe recipes/dense.toml"
         )
+    if config.precision.ffn == "fp8":
+        _check_fp8(config, args)
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
+
+
+def _check_fp8(config: JobConfig, args: LlamaArgs) -> None:
+    activations, pattern = config.activations, activation_pattern(config.activations)
+    if not isinstance(pattern, Groups) or pattern.v < LARGE:
+        raise ConfigError(
+            f'precision.ffn = "fp8" is for activations.pattern = "groups" with v of {LARGE} and more, not for '
+            f'pattern = "{activations.pattern}" with v = {activations.v}: use "model", or a columns recipe'
+        )
+    if config.weights.pattern != "none":
+        raise ConfigError(
+            f'precision.ffn = "fp8" reads whole weights, but weights.pattern = "{config.weights.pattern}": '
+            "set one of them to its default"
+        )
+    kept = pattern.kept_groups(args.hidden_dim) * pattern.g
+    for name, value in (("activations.v", pattern.v), ("model.dim", args.dim), ("the kept neurons", kept)):
+        if value % ALIGNED:
+            raise ConfigError(
+                f'precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use "model"'
+            )
 
 
 def _check_activation_keys(activations: Activations) -> None:

@@ -8,7 +8,8 @@ writes anything. These must stay as they were:
                        training.global_batch_size, training.dtype; the path of a local source may change if the
                        corpus has as many documents and bytes as before
     the seed           debug.seed
-    the recipe         the sections schedule, weights, activations and router, unless checkpoint.change_recipe = true
+    the recipe         the sections schedule, weights, activations, router and precision, unless
+                       checkpoint.change_recipe = true
 
 Everything else may change: training.steps, the optimizer's rate and its other numbers (they hold from the next step),
 the rest of lr_scheduler, intervals, metrics, compilation, activation checkpointing, micro-batch size. The tokenizer is

@@ -122,6 +122,7 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
         weight_products=tuple(config.weights.products) if config.weights.pattern == "2:4" else (),
         cut_along_tokens=config.activations.cut_along_tokens,
         clusters=hidden_dim // config.router.cluster_size if config.router.enable else 0,
+        fp8=config.precision.ffn == "fp8",
     )
 
 

@@ -73,6 +73,8 @@ FIRST_2OF4 = {"weights.pattern": "2:4", "weights.products": "[1]"}
 TOKENS = {"activations.cut_along_tokens": "true"}
 # torchtitan's converter scales each tensor by its own maximum, in every step, unless a recipe of torchao's is named.
 FLOAT8_TENSORWISE = {"model.converters": '["quantize.linear.float8"]'}
+FLOAT8_FFN = FLOAT8_TENSORWISE | {"quantize.linear.float8.filter_fqns": '["attention", "output"]'}
+FP8 = {"precision.ffn": '"fp8"'}
 FLOAT8 = FLOAT8_TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise"}
 
 CONTENDERS = {
@@ -94,6 +96,12 @@ CONTENDERS = {
     "columns_eighth": _recipe("columns_eighth", "an eighth of the neurons, blocks of 1024"),
     "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),
     "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", FIRST_2OF4),
+    "columns_half_fp8": _recipe("columns_half", "half of the neurons, in fp8", FP8),
+    "columns_quarter_fp8": _recipe("columns_quarter", "a quarter, in fp8", FP8),
+    "columns_eighth_fp8": _recipe("columns_eighth", "an eighth, in fp8", FP8),
+    "columns_half_fp8_float8": _recipe("columns_half", "half in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
+    "columns_quarter_fp8_float8": _recipe("columns_quarter", "quarter in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
+    "columns_eighth_fp8_float8": _recipe("columns_eighth", "eighth in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
     "columns_eighth_float8": _recipe("columns_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
 }
 

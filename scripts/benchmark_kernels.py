@@ -53,7 +53,7 @@ from configs.errors import ConfigError, exit_with
 from configs.repository import ROOT, commit
 from kernels import MASKED, Cost, Family, FeedForwardSparsity, Groups, Shape, Venom, explain, hidden_activations
 from kernels.feed_forward import FAMILIES
-from scripts.check_kernels import CLUSTER, Weights, build, check, prepared_weights, relative_error, step
+from scripts.check_kernels import CLUSTER, DENSE_FLOAT8, Weights, build, check, prepared_weights, relative_error, step
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
 QUARTER, EIGHTH = Groups(128, 128, 0.25), Groups(128, 128, 0.125)
@@ -64,6 +64,7 @@ FOUR, TWO = Venom(128, 4, 16), Venom(128, 2, 16)
 # What is measured. A pattern whose blocks hold more than one token gets the router.
 CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "dense": ("nothing sparse: the baseline", FeedForwardSparsity()),
+    "dense_float8": ("nothing sparse, torchao's float8, tensor-wise", DENSE_FLOAT8),
     "groups_quarter": ("a quarter of the groups of 128 neurons", FeedForwardSparsity(QUARTER)),
     "groups_eighth": ("an eighth of them", FeedForwardSparsity(EIGHTH)),
     "columns_half": ("half of the neurons, in blocks of 1024", FeedForwardSparsity(COLUMNS_HALF)),
@@ -71,6 +72,14 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "columns_eighth": ("an eighth of them", FeedForwardSparsity(COLUMNS_EIGHTH)),
     "columns_half_all": ("half of them, chosen by all tokens", FeedForwardSparsity(HALF_BY_ALL)),
     "columns_quarter_all": ("a quarter, chosen by all tokens", FeedForwardSparsity(QUARTER_BY_ALL)),
+    "columns_half_fp8": ("half of them, in fp8", FeedForwardSparsity(COLUMNS_HALF, fp8=True)),
+    "columns_quarter_fp8": ("a quarter, in fp8", FeedForwardSparsity(COLUMNS_QUARTER, fp8=True)),
+    "columns_eighth_fp8": ("an eighth, in fp8", FeedForwardSparsity(COLUMNS_EIGHTH, fp8=True)),
+    "columns_half_all_fp8": ("half, by all tokens, in fp8", FeedForwardSparsity(HALF_BY_ALL, fp8=True)),
+    "columns_quarter_all_fp8": (
+        "a quarter, by all tokens, in fp8",
+        FeedForwardSparsity(QUARTER_BY_ALL, fp8=True),
+    ),
     "columns_quarter_2of4": ("a quarter, and 2:4 weights", FeedForwardSparsity(COLUMNS_QUARTER, (1, 3))),
     "groups_quarter_2of4": ("a quarter, and 2:4 W1", FeedForwardSparsity(QUARTER, (1,))),
     "groups_eighth_2of4": ("an eighth, and 2:4 W1", FeedForwardSparsity(EIGHTH, (1,))),
@@ -81,6 +90,7 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "activations_2of4": ("2:4 activations, along tokens too", FeedForwardSparsity(Venom(1, 2, 4), (), True)),
     "weights_2of4": ("2:4 weights alone", FeedForwardSparsity(None, (1, 3))),
 }
+PEERS = "dense", "dense_float8"  # in bf16 and in fp8
 SHAPES = ("4096x16384", "2048x12288")  # d x f
 
 SMALL = (512, 2048)  # where contenders are checked before the shapes
@@ -100,10 +110,11 @@ KERNELS = (
 CUBLAS = re.compile(r"(?i)nvjet|gemm|cutlass|cublas|xmma|splitk")
 
 
-def checked(name: str, prepared: Weights, dense: dict[str, Any] | None, compiled: bool) -> dict[str, Any]:
+def checked(name: str, prepared: Weights, peers: dict[str, Any], compiled: bool) -> dict[str, Any]:
     """As `check`, and print what came of it."""
     torch._dynamo.reset()  # else the graphs of one contender count against the next one's limit
-    result = check(CONTENDERS[name][1], prepared, dense, compiled)
+    sparsity = CONTENDERS[name][1]
+    result = check(sparsity, prepared, peers.get("dense_float8" if sparsity.fp8 else "dense"), compiled)
     hidden_dim, dim = prepared.w1.shape
     numbers = ", ".join(f"{key} {error:.1e}" for key, error in result["errors"].items())
     verdict = f"FAILED: {'; '.join(result['failed'])}" if result["failed"] else "right"
@@ -337,7 +348,7 @@ def measure(names: list[str], tokens: int, weights: Weights) -> tuple[dict[str, 
 
 def implementation(name: str, dim: int, hidden_dim: int, device: torch.device) -> tuple[Family | None, str]:
     """The family that runs a contender, and why; None for dense."""
-    if name == "dense":
+    if name in PEERS:
         return None, "nothing sparse"
     return explain(CONTENDERS[name][1], Shape(dim, hidden_dim), device, torch.bfloat16)
 
@@ -406,12 +417,12 @@ def benchmark(
     prepared = prepared_weights(*SMALL, device)
     small: dict[str, dict[str, Any]] = {}
     for name in names:
-        small[name] = checked(name, prepared, small.get("dense"), compiled=True)
+        small[name] = checked(name, prepared, small, compiled=True)
     for dim, hidden_dim in shapes:
         prepared = prepared_weights(dim, hidden_dim, device)
         large: dict[str, dict[str, Any]] = {}
         for name in names:
-            large[name] = checked(name, prepared, large.get("dense"), compiled=False)
+            large[name] = checked(name, prepared, large, compiled=False)
         right = [name for name in names if not small[name]["failed"] + large[name]["failed"]]
         timed, cublas = measure(right, tokens, prepared) if "dense" in right else ({}, {})
         entries = {
@@ -479,7 +490,8 @@ def main(arguments: list[str] | None = None) -> int:
         "tokens": options.tokens,
     }
     print(json.dumps(result, indent=2))
-    names = list(dict.fromkeys(["dense", *options.contenders]))
+    peers = PEERS if any(CONTENDERS[name][1].fp8 for name in options.contenders) else PEERS[:1]
+    names = list(dict.fromkeys([*peers, *options.contenders]))
     result["contenders"] = {name: CONTENDERS[name][0] for name in names}
     result["shapes"] = []
     for shape in benchmark(names, shapes, options.tokens, options.references, device):

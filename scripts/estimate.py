@@ -147,7 +147,7 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Famil
             cost = Cost(kept_h=whole)
         else:
             cost = family.cost(args.sparsity, Shape(d, hidden, tokens))
-        ffn = tokens * width * hidden * cost.kept_h
+        ffn = width * hidden * (tokens * cost.kept_h + d * cost.kept_weights)
         work = tokens * (width * hidden * 2 * cost.gradients + on.stream * d)
         work += width * d * hidden * cost.copied_rows  # or as many rows of a gradient
         recomputed = tokens * on.stream * d

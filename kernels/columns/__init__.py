@@ -166,6 +166,12 @@ def _copied(weight: Tensor, place: Tensor, kept: int) -> Tensor:
         return (_launch_copy if weight.is_cuda else _reference_copy)(weight, place, kept)
 
 
+def add_rows(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
+    """The sum over blocks of what each has for its kept neurons, `[B, K, d]`: `[f, d]` or, transposed, `[d, f]`."""
+    with torch.cuda.device_of(parts):
+        return (_launch_add if parts.is_cuda else _reference_add)(parts, place, transposed)
+
+
 @operator("columns_keep_largest")
 def keep_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     """The `kept` largest entries in every window of a row, the first of equals, NaN above all.
@@ -243,9 +249,7 @@ def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool) -> Tens
         `[f, d]` or `[d, f]`, a block's part in the dtype of x, their sum in float32 or wider; zero where no block keeps
         a neuron.
     """
-    parts = torch.bmm(h.mT, x)
-    with torch.cuda.device_of(x):
-        return (_launch_add if x.is_cuda else _reference_add)(parts, place, transposed)
+    return add_rows(torch.bmm(h.mT, x), place, transposed)
 
 
 @register_fake(reduce_tokens)

@@ -1,0 +1,443 @@
+"""Large blocks in fp8: what casts operands, copies rows and multiplies.
+
+The tensor cores multiply fp8 twice as fast as bf16, but only operands that lie along the dimension which a product
+reduces over. x and h are reduced over d and f in one product and over tokens in another. So they are written twice, as
+they are and transposed, by the pass that casts them. The FFN has such passes anyhow: tokens are ordered, rows of
+weights are copied, y1 is squared. With `[B, V, d]` the tokens in blocks and K the neurons that each keeps:
+
+    cast             tokens in the blocks' order: x, dy
+    quantise         a weight
+    chosen_by        y1 of the tokens that each block chooses by
+    sample           (1) relu(x W1^T) at the kept neurons, and its peak
+    square           h, from relu(y1)
+    reduce_neurons   (2) h W2^T and (5) dy1 W1, in the tokens' own order
+    sample_dy1       (3) 2 sqrt(h) * (dy W2) at the kept neurons, and its peak
+    cast_both        dy1
+    reduce_tokens    (4) dy^T h and (6) dy1^T x, blocks added up
+
+The product is one Triton kernel for all blocks, `_products`: TMA loads, 256 x 128 x 128 tiles, float32 sums. Its end
+does what would be a pass of its own: relu, the gradient of the square, the peak that the next scale needs, or the
+tokens' own order. Scales: `kernels.float8`. kernels/README.md says what was measured. Source: this project.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.columns import add_rows
+from kernels.float8 import E4M3
+from kernels.operators import operator, register_fake
+
+ROWS, WIDTH = 64, 128  # the tile of a pass
+TILE_M, TILE_N, TILE_K = 256, 128, 128  # of a product
+# The ends of a product.
+ACTIVE, GRADIENT, ORDERED, PLAIN = 0, 1, 2, 3
+
+
+@triton.jit
+def _store_both(values, out, out_t, block, row, column, rows, columns):
+    """A tile of out `[B, rows, columns]` and of out_t `[B, columns, rows]`."""
+    first = block.to(tl.int64) * rows * columns
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out + first + row[:, None] * columns + column[None, :], values, mask=inside)
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(out_t + first + column[:, None] * rows + row[None, :], tl.trans(values), mask=inside)
+
+
+@triton.jit
+def _cast(x, order, inverse, out, out_t, tokens, V, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    tiles = tl.cdiv(V, ROWS)
+    block, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = block * V + row
+    exists = (row < V) & (at < tokens)
+    token = tl.load(order + at, mask=exists, other=0).to(tl.int64)
+    inside = exists[:, None] & (column < D)[None, :]
+    tile = tl.load(x + token[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    _store_both((tile * tl.load(inverse + block)).to(tl.float8e4nv), out, out_t, block, row, column, V, D)
+
+
+@triton.jit
+def _cast_both(x, inverse, out, out_t, V, K, SQUARE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    tiles = tl.cdiv(V, ROWS)
+    block, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = block.to(tl.int64) * V * K + row[:, None] * K + column[None, :]
+    tile = tl.load(x + at, mask=(row < V)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
+    if SQUARE:
+        tile = tile * tile
+    _store_both((tile * tl.load(inverse + block)).to(tl.float8e4nv), out, out_t, block, row, column, V, K)
+
+
+@triton.jit
+def _quantise(weight, inverse, out, F, D, neuron_stride, column_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    neuron = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (neuron < F)[:, None] & (column < D)[None, :]
+    at = (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
+    tile = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * tl.load(inverse)
+    tl.store(out + neuron.to(tl.int64)[:, None] * D + column[None, :], tile.to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def _copy(weight, kept, out, K, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    tiles = tl.cdiv(K, ROWS)
+    block, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    neuron = tl.load(kept + block * K + row, mask=row < K, other=0).to(tl.int64)
+    inside = (row < K)[:, None] & (column < D)[None, :]
+    tile = tl.load(weight + neuron[:, None] * D + column[None, :], mask=inside)
+    first = block.to(tl.int64) * K * D
+    if TRANSPOSED:
+        inside = (column < D)[:, None] & (row < K)[None, :]
+        tl.store(out + first + column[:, None] * K + row[None, :], tl.trans(tile), mask=inside)
+    else:
+        tl.store(out + first + row[:, None] * D + column[None, :], tile, mask=inside)
+
+
+@triton.jit
+def _products(
+    a, b, out, scale_a, scale_b, peak, h, scale_h, order, tokens, M, N, K,
+    END: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """out[b] `[M, N]` = a[b] `[M, K]` times b[b]^T, b `[N, K]`, times two scales; and what its END says."""
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    tile = tl.program_id(0)
+    block, inside = tile // (tiles_m * tiles_n), tile % (tiles_m * tiles_n)
+    m, n = inside % tiles_m * TILE_M, inside // tiles_m * TILE_N
+    total = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for k in range(0, K, TILE_K):
+        left = a.load([block, m, k]).reshape(TILE_M, TILE_K)
+        right = b.load([block, n, k]).reshape(TILE_N, TILE_K)
+        total = tl.dot(left, right.T, total)
+    total *= tl.load(scale_a + block) * tl.load(scale_b + block)
+    row, column = m + tl.arange(0, TILE_M), n + tl.arange(0, TILE_N)
+    exists = (row < M)[:, None] & (column < N)[None, :]
+    first = block.to(tl.int64) * M * N
+    at = first + row[:, None] * N + column[None, :]
+    if END == 0:  # ACTIVE
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if END == 1:  # GRADIENT, by h `[B, N, M]`
+        turned = (column < N)[:, None] & (row < M)[None, :]
+        squares = tl.load(h + first + column[:, None] * M + row[None, :], mask=turned, other=0.0)
+        total *= 2.0 * tl.sqrt(tl.trans(squares).to(tl.float32) * tl.load(scale_h + block))
+    value = total.to(out.dtype.element_ty)
+    if END < 2:  # integers order as magnitudes do, NaN above all
+        size = tl.where(exists, tl.abs(value.to(tl.float32)), 0.0)
+        tl.atomic_max(peak + block, tl.max(size.to(tl.int32, bitcast=True)))
+    if END == 2:  # ORDERED: rows go to where their tokens are
+        exists = exists & (block * M + row < tokens)[:, None]
+        token = tl.load(order + block * M + row, mask=(row < M) & (block * M + row < tokens), other=0)
+        at = token.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out + at, value, mask=exists)
+
+
+def _launch_products(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    end: int,
+    peak: Tensor | None = None,
+    h: Tensor | None = None,
+    scale_h: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    (blocks, m, k), n = a.shape, b.shape[1]
+    grid = (blocks * triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
+    # What an end does not read stands in for its pointer.
+    others = (out if each is None else each for each in (peak, h, scale_h, order))
+    _products[grid](
+        TensorDescriptor.from_tensor(a, [1, TILE_M, TILE_K]), TensorDescriptor.from_tensor(b, [1, TILE_N, TILE_K]),
+        out, scale_a, scale_b, *others, 0 if order is None else order.shape[0], m, n, k,
+        END=end, TILE_M=TILE_M, TILE_N=TILE_N, TILE_K=TILE_K, num_stages=4, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _launch_cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    (tokens, width), blocks = x.shape, inverse.shape[0]
+    out, out_t = x.new_empty(blocks, v, width, dtype=E4M3), x.new_empty(blocks, width, v, dtype=E4M3)
+    grid = blocks * triton.cdiv(v, ROWS), triton.cdiv(width, WIDTH)
+    _cast[grid](x, order, inverse, out, out_t, tokens, v, width, ROWS=ROWS, WIDTH=WIDTH)
+    return out, out_t
+
+
+def _launch_cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    blocks, v, kept = x.shape
+    out, out_t = x.new_empty(x.shape, dtype=E4M3), x.new_empty(blocks, kept, v, dtype=E4M3)
+    grid = blocks * triton.cdiv(v, ROWS), triton.cdiv(kept, WIDTH)
+    _cast_both[grid](x, inverse, out, out_t, v, kept, SQUARE=squared, ROWS=ROWS, WIDTH=WIDTH)
+    return out, out_t
+
+
+def _launch_quantise(weight: Tensor, inverse: Tensor) -> Tensor:
+    out = weight.new_empty(weight.shape, dtype=E4M3)
+    grid = triton.cdiv(weight.shape[0], ROWS), triton.cdiv(weight.shape[1], WIDTH)
+    _quantise[grid](weight, inverse, out, *weight.shape, *weight.stride(), ROWS=ROWS, WIDTH=WIDTH)
+    return out
+
+
+def _launch_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
+    (blocks, count), width = kept.shape, weight.shape[1]
+    out = weight.new_empty((blocks, width, count) if transposed else (blocks, count, width))
+    grid = blocks * triton.cdiv(count, ROWS), triton.cdiv(width, WIDTH)
+    _copy[grid](weight, kept, out, count, width, ROWS=ROWS, WIDTH=WIDTH, TRANSPOSED=transposed)
+    return out
+
+
+def _reference_products(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (a.to(wide) @ b.to(wide).mT) * (scale_a * scale_b).to(wide)[:, None, None]
+
+
+def _reference_cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    blocks = torch.zeros(inverse.shape[0] * v, x.shape[1], dtype=torch.float32)
+    blocks[: x.shape[0]] = x[order]
+    out = (blocks.view(-1, v, x.shape[1]) * inverse[:, None, None]).to(E4M3)
+    return out, out.mT.contiguous()
+
+
+def _reference_cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    out = ((x * x if squared else x) * inverse[:, None, None]).to(E4M3)
+    return out, out.mT.contiguous()
+
+
+def _reference_quantise(weight: Tensor, inverse: Tensor) -> Tensor:
+    return (weight.float() * inverse).to(E4M3).contiguous()
+
+
+def _reference_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
+    rows = weight.view(torch.uint8)[kept.long()].view(E4M3)
+    return rows.mT.contiguous() if transposed else rows
+
+
+def _copied(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
+    return (_launch_copy if weight.is_cuda else _reference_copy)(weight, kept, transposed)
+
+
+def kept_neurons(place: Tensor, kept: int) -> Tensor:
+    """The neurons that each block keeps, in their order: `[B, K]` int32, of `kernels.columns.choose`'s `[B, f]`."""
+    neurons = torch.arange(place.shape[1], dtype=torch.int32, device=place.device).expand_as(place)
+    out = torch.zeros(place.shape[0], kept + 1, dtype=torch.int32, device=place.device)  # the last: of those dropped
+    return out.scatter(1, torch.where(place < 0, kept, place).long(), neurons)[:, :kept].contiguous()
+
+
+@operator("columns_fp8_cast")
+def cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    """Tokens in blocks, as fp8.
+
+    Args:
+        x: `[T, d]`.
+        order: `[T]` int32, a permutation.
+        inverse: `[B]` float32, one over each block's scale.
+        v: tokens in a block, V.
+
+    Returns:
+        `[B, V, d]` e4m3 and the same transposed, `[B, d, V]`, the last block filled up with zeros.
+    """
+    with torch.cuda.device_of(x):
+        return (_launch_cast if x.is_cuda else _reference_cast)(x.contiguous(), order, inverse, v)
+
+
+@register_fake(cast)
+def _(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    blocks, width = inverse.shape[0], x.shape[1]
+    return x.new_empty(blocks, v, width, dtype=E4M3), x.new_empty(blocks, width, v, dtype=E4M3)
+
+
+@operator("columns_fp8_cast_both")
+def cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    """x `[B, V, K]`, or its square, over each block's scale: e4m3, and the same transposed, `[B, K, V]`."""
+    with torch.cuda.device_of(x):
+        return (_launch_cast_both if x.is_cuda else _reference_cast_both)(x, inverse, squared)
+
+
+@register_fake(cast_both)
+def _(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=E4M3)
+
+
+@operator("columns_fp8_quantise")
+def quantise(weight: Tensor, inverse: Tensor) -> Tensor:
+    """A weight `[f, d]` of any strides over its scale, as e4m3 `[f, d]`; inverse `[]` float32."""
+    with torch.cuda.device_of(weight):
+        return (_launch_quantise if weight.is_cuda else _reference_quantise)(weight, inverse)
+
+
+@register_fake(quantise)
+def _(weight: Tensor, inverse: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=E4M3)
+
+
+@operator("columns_fp8_chosen_by")
+def chosen_by(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """y1 of every so manieth token of each block, for all neurons.
+
+    Args:
+        x: `[B, V, d]` e4m3.
+        weight: `[f, d]` e4m3, W1.
+        every: of how many tokens one is taken.
+        scale: `[1]` float32, the weight's; x's are not multiplied by.
+        dtype: of the result.
+
+    Returns:
+        `[B, S, f]`, S = ceil(V / every).
+    """
+    tokens = x[:, ::every].contiguous()
+    flat, weight = tokens.view(1, -1, x.shape[2]), weight[None]
+    one = torch.ones_like(scale)
+    if not x.is_cuda:
+        return _reference_products(flat, weight, one, scale, dtype).to(dtype).view(*tokens.shape[:2], -1)
+    out = x.new_empty(1, flat.shape[1], weight.shape[1], dtype=dtype)
+    with torch.cuda.device_of(x):
+        return _launch_products(flat, weight, out, one, scale, PLAIN).view(*tokens.shape[:2], -1)
+
+
+@register_fake(chosen_by)
+def _(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], -(-x.shape[1] // every), weight.shape[0], dtype=dtype)
+
+
+@operator("columns_fp8_sample")
+def sample(
+    x: Tensor, weight: Tensor, kept: Tensor, scale_x: Tensor, scale_weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """relu(x W1^T) at the neurons that a block keeps: product (1).
+
+    Args:
+        x: `[B, V, d]` e4m3.
+        weight: `[f, d]` e4m3, W1.
+        kept: `[B, K]` int32, of `kept_neurons`. So below.
+        scale_x, scale_weight: `[B]` float32. So below, whatever they are the scales of.
+        dtype: of the result.
+
+    Returns:
+        relu(y1) `[B, V, K]`, and `[B]` float32, the largest entry of each block.
+    """
+    if not x.is_cuda:
+        active = _reference_products(x, _copied(weight, kept, False), scale_x, scale_weight, dtype).relu().to(dtype)
+        return active, active.float().amax((1, 2))
+    out = x.new_empty(*x.shape[:2], kept.shape[1], dtype=dtype)
+    peak = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+    with torch.cuda.device_of(x):
+        _launch_products(x, _copied(weight, kept, False), out, scale_x, scale_weight, ACTIVE, peak)
+    return out, peak.view(torch.float32)
+
+
+@register_fake(sample)
+def _(
+    x: Tensor, weight: Tensor, kept: Tensor, scale_x: Tensor, scale_weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:2], kept.shape[1], dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@operator("columns_fp8_sample_dy1")
+def sample_dy1(
+    dy: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    scale_dy: Tensor,
+    scale_weight: Tensor,
+    h: Tensor,
+    scale_h: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """dy1 = 2 sqrt(h) * (dy W2) at the neurons that a block keeps: product (3).
+
+    Args:
+        dy: `[B, V, d]` e4m3.
+        weight: `[f, d]` e4m3, W2^T.
+        h: `[B, K, V]` e4m3, transposed.
+
+    Returns:
+        dy1 `[B, V, K]`, and `[B]` float32, the largest magnitude in each block.
+    """
+    if not dy.is_cuda:
+        dh = _reference_products(dy, _copied(weight, kept, False), scale_dy, scale_weight, dtype)
+        dy1 = (2 * (h.mT.to(dh.dtype) * scale_h[:, None, None]).sqrt() * dh).to(dtype)
+        return dy1, dy1.abs().float().amax((1, 2))
+    out = dy.new_empty(*dy.shape[:2], kept.shape[1], dtype=dtype)
+    peak = torch.zeros(dy.shape[0], dtype=torch.int32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        rows = _copied(weight, kept, False)
+        _launch_products(dy, rows, out, scale_dy, scale_weight, GRADIENT, peak, h, scale_h)
+    return out, peak.view(torch.float32)
+
+
+@register_fake(sample_dy1)
+def _(
+    dy: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    scale_dy: Tensor,
+    scale_weight: Tensor,
+    h: Tensor,
+    scale_h: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(*dy.shape[:2], kept.shape[1], dtype=dtype), dy.new_empty(dy.shape[0], dtype=torch.float32)
+
+
+@operator("columns_fp8_reduce_neurons")
+def reduce_neurons(
+    h: Tensor, weight: Tensor, kept: Tensor, scale_h: Tensor, scale_weight: Tensor, order: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The kept columns times a weight's rows, in the tokens' own order: products (2) and (5).
+
+    Args:
+        h: `[B, V, K]` e4m3: h, or dy1.
+        weight: `[f, d]` e4m3: W2^T, or W1.
+        order: `[T]` int32: which token each row of the blocks is.
+
+    Returns:
+        `[T, d]`.
+    """
+    tokens, rows = order.shape[0], _copied(weight, kept, True)
+    if not h.is_cuda:
+        found = _reference_products(h, rows, scale_h, scale_weight, dtype).flatten(0, 1)[:tokens].to(dtype)
+        return torch.empty_like(found).index_copy_(0, order.long(), found)
+    out = h.new_empty(tokens, weight.shape[1], dtype=dtype)
+    with torch.cuda.device_of(h):
+        return _launch_products(h, rows, out, scale_h, scale_weight, ORDERED, order=order)
+
+
+@register_fake(reduce_neurons)
+def _(
+    h: Tensor, weight: Tensor, kept: Tensor, scale_h: Tensor, scale_weight: Tensor, order: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return h.new_empty(order.shape[0], weight.shape[1], dtype=dtype)
+
+
+@operator("columns_fp8_reduce_tokens")
+def reduce_tokens(
+    h: Tensor, x: Tensor, place: Tensor, scale_h: Tensor, scale_x: Tensor, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """The transposed kept columns times x, blocks added up in their order: products (6) and, transposed, (4).
+
+    Args:
+        h: `[B, K, V]` e4m3: h, or dy1, transposed.
+        x: `[B, d, V]` e4m3: dy, or x, transposed.
+        place: `[B, f]` int32, as of `kernels.columns.choose`.
+        transposed: give `[d, f]` instead of `[f, d]`.
+
+    Returns:
+        `[f, d]` or `[d, f]`: parts in `dtype`, their sum in float32 or wider.
+    """
+    if not h.is_cuda:
+        return add_rows(_reference_products(h, x, scale_h, scale_x, dtype).to(dtype), place, transposed)
+    parts = h.new_empty(*h.shape[:2], x.shape[1], dtype=dtype)
+    with torch.cuda.device_of(h):
+        return add_rows(_launch_products(h, x, parts, scale_h, scale_x, PLAIN), place, transposed)
+
+
+@register_fake(reduce_tokens)
+def _(
+    h: Tensor, x: Tensor, place: Tensor, scale_h: Tensor, scale_x: Tensor, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    neurons, width = place.shape[1], x.shape[1]
+    return x.new_empty((width, neurons) if transposed else (neurons, width), dtype=dtype)
