@@ -54,7 +54,9 @@ class Masked(Family):
         assert x is not None and h is not None
         dy, weights = _read(dy, sparsity), _weights_read(weights, sparsity)
         dh = linear(dy, weights.w2.T, weights.w2_scale, self.packed)  # (3): groups of four along d
-        dy1 = _read(2 * h.sqrt() * dh, sparsity)
+        dy1 = 2 * h.sqrt() * dh
+        if sparsity.fp8:
+            dy1 = _rounded_dy1(dy1, h, dh, _block(sparsity, len(h)))
         h_tokens, dy1_tokens = h, dy1
         if sparsity.cut_along_tokens:
             assert isinstance(sparsity.pattern, Venom)
@@ -66,11 +68,24 @@ class Masked(Family):
         return dx, dw1, dw2
 
 
+def _block(sparsity: FeedForwardSparsity, tokens: int) -> int:
+    """Tokens that share a scale in fp8: those of a block, or all."""
+    return sparsity.pattern.v if isinstance(sparsity.pattern, Pattern) else max(1, tokens)
+
+
 def _read(x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
-    """What products read of x, h or a gradient, `[T, N]`: rounded to fp8 block by block, where the sparsity says so."""
-    if not sparsity.fp8:
-        return x
-    return rounded_by_block(x, sparsity.pattern.v if isinstance(sparsity.pattern, Pattern) else max(1, len(x)))
+    """What products read of x, dy or h, `[T, N]`: rounded to fp8 block by block, where the sparsity says so."""
+    return rounded_by_block(x, _block(sparsity, len(x))) if sparsity.fp8 else x
+
+
+def _rounded_dy1(dy1: Tensor, h: Tensor, dh: Tensor, v: int) -> Tensor:
+    """dy1 `[T, f]` rounded to fp8. Its scale is that of a bound: 2 sqrt(h) times dh where a block's neurons fire."""
+    parts = []
+    for part, squares, gradient in zip(dy1.split(v), h.split(v), dh.split(v), strict=True):
+        fires = (squares != 0).any(0)
+        bound = 2 * squares.amax().sqrt() * torch.where(fires, gradient.abs().amax(0), 0).amax()
+        parts.append(rounded(part, scale_of(bound)))
+    return torch.cat(parts)
 
 
 def _weights_read(weights: Operands, sparsity: FeedForwardSparsity) -> Operands:

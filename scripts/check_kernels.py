@@ -1,7 +1,7 @@
 """Does an FFN compute what it should? Who does not pass here is not timed by `scripts/benchmark_kernels.py`.
 
     choice    With a W2 of zeros and ones y adds up the h that was kept: its sum must be that of the reference's mask
-              within 1 / 1000, which leaves room for ties that rounding decides and for no other choice.
+              within 1 / 1000 (1 / 50 in fp8): that leaves room for ties that rounding decides and for no other choice.
     values    y, dx, dW1, dW2 against float64, written out from the definition. x and W1 are small integers here, so
               that h and its sums are exact in any precision and everybody must choose alike; W2 and dy are random. The
               relative error (Frobenius) stays below 1 / 100 and below twice that of the dense FFN in bf16 + 0.001; in
@@ -39,7 +39,9 @@ TOKENS = 2048 + 77
 CLUSTER = 128  # neurons of a cluster
 OUTPUTS = ("y", "dx", "dW1", "dW2")
 ERROR, KEPT = 1e-2, 1e-3
-ERROR_FP8 = 0.2  # of a chain of three products whose operands are off by 2%
+# Of a chain of three products whose operands are off by 2%. And Hopper's fp8 tensor cores cut their sums off: y1 comes
+# out 0.2 to 0.5% too small, torchao's as ours.
+ERROR_FP8, KEPT_FP8 = 0.2, 2e-2
 DENSE_FLOAT8 = FeedForwardSparsity(fp8=True)  # torchao's float8 with tensor-wise scaling, the peer
 
 
@@ -229,6 +231,6 @@ def check(
         w2=nn.Parameter(adding(dim, hidden_dim).to(prepared.w2)), w1_scale=prepared.w1_scale.bfloat16().float()
     )
     kept = kept_share(build(sparsity, ones, compiled=False), ones, torch.randn(tokens, dim, device=device).bfloat16())
-    if not abs(kept - 1) < KEPT:
+    if not abs(kept - 1) < (KEPT_FP8 if sparsity.fp8 else KEPT):
         failed.append(f"keeps {kept:.4f} of what the reference's choice keeps")
     return {"tokens": tokens, "errors": errors, "kept": kept, "failed": failed}

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.columns import choose, fp8
 from kernels.columns.ffn import LARGE, LargeBlocks
 from kernels.family import Cost, FeedForwardSparsity, Operands, Saved, Shape, Stages, refuses_device
-from kernels.float8 import scale_of
+from kernels.float8 import LARGEST, scale_of
 from kernels.groups.pattern import Groups
 
 CAPABILITY = 9, 0  # of the copy engine (TMA) that the products read by
@@ -25,10 +25,10 @@ class LargeBlocksFp8(LargeBlocks):
         "columns_fp8_cast": (("permutation",), ("permutation",)),
         "columns_fp8_quantise": (("packing",), ()),
         "columns_fp8_chosen_by": (("selection",), ()),
-        "columns_fp8_sample": (("(1)",), ()),
-        "columns_fp8_cast_both": (("packing",), ("packing",)),
+        "columns_fp8_sample": (("(1)",), ("(3)",)),
+        "columns_fp8_cast_square": (("packing",), ()),
+        "columns_fp8_cast_gradient": ((), ("packing",)),
         "columns_fp8_reduce_neurons": (("(2)",), ("(5)",)),
-        "columns_fp8_sample_dy1": ((), ("(3)",)),
         "columns_fp8_reduce_tokens": ((), ("(4)", "(6)")),
     }
 
@@ -85,9 +85,9 @@ class LargeBlocksFp8(LargeBlocks):
         y1 = fp8.chosen_by(x_fp8, w1_fp8, pattern.sample, scale_w1[:1], x.dtype)
         place = choose(y1 * scale_x[:, None, None].to(x.dtype), pattern)
         kept = fp8.kept_neurons(place, count)
-        active, peak = fp8.sample(x_fp8, w1_fp8, kept, scale_x, scale_w1, x.dtype)  # (1)
+        y1, peak = fp8.sample(x_fp8, w1_fp8, kept, scale_x, scale_w1, True, x.dtype)  # (1)
         scale_h = scale_of(peak * peak)
-        h, h_turned = fp8.cast_both(active, 1 / scale_h, True)
+        h, h_turned = fp8.cast_square(y1, 1 / scale_h)
         y = fp8.reduce_neurons(h, w2_fp8, kept, scale_h, scale_w2, order, x.dtype)  # (2)
         scales = scale_x, scale_h, scale_w1, scale_w2
         return y, (x_turned, h_turned, w1_fp8, w2_fp8, place, kept, order, *scales)
@@ -101,11 +101,11 @@ class LargeBlocksFp8(LargeBlocks):
         dtype, v = dy.dtype, x.shape[2]
         scale_dy = _scales(dy, order, v)
         dy_fp8, dy_turned = fp8.cast(dy, order, 1 / scale_dy, v)
-        dy1, peak = fp8.sample_dy1(dy_fp8, w2, kept, scale_dy, scale_w2, h, scale_h, dtype)  # (3)
-        scale_dy1 = scale_of(peak)
-        dy1_fp8, dy1_turned = fp8.cast_both(dy1, 1 / scale_dy1, False)
+        dh, peak = fp8.sample(dy_fp8, w2, kept, scale_dy, scale_w2, False, dtype)  # (3)
+        scale_dy1 = scale_of(2 * (scale_h * LARGEST).sqrt() * peak)  # a bound: a pass over dy1 would cost more
+        dy1, dy1_turned = fp8.cast_gradient(dh, 1 / scale_dy1, h, scale_h)
         dw2 = fp8.reduce_tokens(h, dy_turned, place, scale_h, scale_dy, True, dtype)  # (4)
-        dx = fp8.reduce_neurons(dy1_fp8, w1, kept, scale_dy1, scale_w1, order, dtype)  # (5)
+        dx = fp8.reduce_neurons(dy1, w1, kept, scale_dy1, scale_w1, order, dtype)  # (5)
         dw1 = fp8.reduce_tokens(dy1_turned, x, place, scale_dy1, scale_x, False, dtype)  # (6)
         return dx, dw1, dw2
 

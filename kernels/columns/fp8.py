@@ -8,16 +8,15 @@ weights are copied, y1 is squared. With `[B, V, d]` the tokens in blocks and K t
     cast             tokens in the blocks' order: x, dy
     quantise         a weight
     chosen_by        y1 of the tokens that each block chooses by
-    sample           (1) relu(x W1^T) at the kept neurons, and its peak
-    square           h, from relu(y1)
+    sample           (1) x W1^T and (3) dy W2 at the kept neurons, and the peak of each block
+    cast_square      h, from y1
     reduce_neurons   (2) h W2^T and (5) dy1 W1, in the tokens' own order
-    sample_dy1       (3) 2 sqrt(h) * (dy W2) at the kept neurons, and its peak
-    cast_both        dy1
+    cast_gradient    dy1 = 2 sqrt(h) * dh
     reduce_tokens    (4) dy^T h and (6) dy1^T x, blocks added up
 
 The product is one Triton kernel for all blocks, `_products`: TMA loads, 256 x 128 x 128 tiles, float32 sums. Its end
-does what would be a pass of its own: relu, the gradient of the square, the peak that the next scale needs, or the
-tokens' own order. Scales: `kernels.float8`. kernels/README.md says what was measured. Source: this project.
+does what would be a pass of its own: it finds the peak that the next scale needs, or restores the tokens' own order.
+Scales: `kernels.float8`. kernels/README.md says what was measured. Source: this project.
 """
 
 import torch
@@ -33,7 +32,7 @@ from kernels.operators import operator, register_fake
 ROWS, WIDTH = 64, 128  # the tile of a pass
 TILE_M, TILE_N, TILE_K = 256, 128, 128  # of a product
 # The ends of a product.
-ACTIVE, GRADIENT, ORDERED, PLAIN = 0, 1, 2, 3
+PLAIN, PEAK, POSITIVE_PEAK, ORDERED = 0, 1, 2, 3
 
 
 @triton.jit
@@ -60,13 +59,22 @@ def _cast(x, order, inverse, out, out_t, tokens, V, D, ROWS: tl.constexpr, WIDTH
 
 
 @triton.jit
-def _cast_both(x, inverse, out, out_t, V, K, SQUARE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_kept(
+    y, h, inverse, scale_h, out, out_t, V, K, GRADIENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """h from y = y1, or dy1 from y = dh and h `[B, K, V]`."""
     tiles = tl.cdiv(V, ROWS)
     block, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    at = block.to(tl.int64) * V * K + row[:, None] * K + column[None, :]
-    tile = tl.load(x + at, mask=(row < V)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
-    if SQUARE:
+    first = block.to(tl.int64) * V * K
+    inside = (row < V)[:, None] & (column < K)[None, :]
+    tile = tl.load(y + first + row[:, None] * K + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GRADIENT:
+        inside = (column < K)[:, None] & (row < V)[None, :]
+        squares = tl.load(h + first + column[:, None] * V + row[None, :], mask=inside, other=0.0)
+        tile *= 2.0 * tl.sqrt(tl.trans(squares).to(tl.float32) * tl.load(scale_h + block))
+    else:
+        tile = tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tile = tile * tile
     _store_both((tile * tl.load(inverse + block)).to(tl.float8e4nv), out, out_t, block, row, column, V, K)
 
@@ -99,7 +107,7 @@ def _copy(weight, kept, out, K, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, TRAN
 
 @triton.jit
 def _products(
-    a, b, out, scale_a, scale_b, peak, h, scale_h, order, tokens, M, N, K,
+    a, b, out, scale_a, scale_b, peak, order, tokens, M, N, K,
     END: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """out[b] `[M, N]` = a[b] `[M, K]` times b[b]^T, b `[N, K]`, times two scales; and what its END says."""
@@ -113,21 +121,15 @@ def _products(
         right = b.load([block, n, k]).reshape(TILE_N, TILE_K)
         total = tl.dot(left, right.T, total)
     total *= tl.load(scale_a + block) * tl.load(scale_b + block)
+    value = total.to(out.dtype.element_ty)
     row, column = m + tl.arange(0, TILE_M), n + tl.arange(0, TILE_N)
     exists = (row < M)[:, None] & (column < N)[None, :]
-    first = block.to(tl.int64) * M * N
-    at = first + row[:, None] * N + column[None, :]
-    if END == 0:  # ACTIVE
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if END == 1:  # GRADIENT, by h `[B, N, M]`
-        turned = (column < N)[:, None] & (row < M)[None, :]
-        squares = tl.load(h + first + column[:, None] * M + row[None, :], mask=turned, other=0.0)
-        total *= 2.0 * tl.sqrt(tl.trans(squares).to(tl.float32) * tl.load(scale_h + block))
-    value = total.to(out.dtype.element_ty)
-    if END < 2:  # integers order as magnitudes do, NaN above all
-        size = tl.where(exists, tl.abs(value.to(tl.float32)), 0.0)
-        tl.atomic_max(peak + block, tl.max(size.to(tl.int32, bitcast=True)))
-    if END == 2:  # ORDERED: rows go to where their tokens are
+    at = block.to(tl.int64) * M * N + row[:, None] * N + column[None, :]
+    if END == 1 or END == 2:  # PEAK, POSITIVE_PEAK: integers order as magnitudes do, NaN above all
+        size = value.to(tl.float32)
+        size = tl.abs(size) if END == 1 else tl.abs(tl.maximum(size, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        tl.atomic_max(peak + block, tl.max(tl.where(exists, size, 0.0).to(tl.int32, bitcast=True)))
+    if END == 3:  # ORDERED: rows go to where their tokens are
         exists = exists & (block * M + row < tokens)[:, None]
         token = tl.load(order + block * M + row, mask=(row < M) & (block * M + row < tokens), other=0)
         at = token.to(tl.int64)[:, None] * N + column[None, :]
@@ -142,14 +144,12 @@ def _launch_products(
     scale_b: Tensor,
     end: int,
     peak: Tensor | None = None,
-    h: Tensor | None = None,
-    scale_h: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
     (blocks, m, k), n = a.shape, b.shape[1]
     grid = (blocks * triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
     # What an end does not read stands in for its pointer.
-    others = (out if each is None else each for each in (peak, h, scale_h, order))
+    others = (out if each is None else each for each in (peak, order))
     _products[grid](
         TensorDescriptor.from_tensor(a, [1, TILE_M, TILE_K]), TensorDescriptor.from_tensor(b, [1, TILE_N, TILE_K]),
         out, scale_a, scale_b, *others, 0 if order is None else order.shape[0], m, n, k,
@@ -166,11 +166,12 @@ def _launch_cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Ten
     return out, out_t
 
 
-def _launch_cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    blocks, v, kept = x.shape
-    out, out_t = x.new_empty(x.shape, dtype=E4M3), x.new_empty(blocks, kept, v, dtype=E4M3)
+def _launch_kept(y: Tensor, inverse: Tensor, h: Tensor | None, scale_h: Tensor | None) -> tuple[Tensor, Tensor]:
+    blocks, v, kept = y.shape
+    out, out_t = y.new_empty(y.shape, dtype=E4M3), y.new_empty(blocks, kept, v, dtype=E4M3)
     grid = blocks * triton.cdiv(v, ROWS), triton.cdiv(kept, WIDTH)
-    _cast_both[grid](x, inverse, out, out_t, v, kept, SQUARE=squared, ROWS=ROWS, WIDTH=WIDTH)
+    others = (y, inverse, inverse) if h is None else (h, inverse, scale_h)
+    _cast_kept[grid](y, *others, out, out_t, v, kept, GRADIENT=h is not None, ROWS=ROWS, WIDTH=WIDTH)
     return out, out_t
 
 
@@ -201,9 +202,12 @@ def _reference_cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[
     return out, out.mT.contiguous()
 
 
-def _reference_cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    out = ((x * x if squared else x) * inverse[:, None, None]).to(E4M3)
+def _reference_kept(y: Tensor, inverse: Tensor, h: Tensor | None, scale_h: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = y.float()
+    value = y.relu() ** 2
+    if h is not None and scale_h is not None:
+        value = y * 2 * (h.mT.float() * scale_h[:, None, None]).sqrt()
+    out = (value * inverse[:, None, None]).to(E4M3)
     return out, out.mT.contiguous()
 
 
@@ -250,16 +254,49 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor
     return x.new_empty(blocks, v, width, dtype=E4M3), x.new_empty(blocks, width, v, dtype=E4M3)
 
 
-@operator("columns_fp8_cast_both")
-def cast_both(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    """x `[B, V, K]`, or its square, over each block's scale: e4m3, and the same transposed, `[B, K, V]`."""
-    with torch.cuda.device_of(x):
-        return (_launch_cast_both if x.is_cuda else _reference_cast_both)(x, inverse, squared)
+@operator("columns_fp8_cast_square")
+def cast_square(y1: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """h = relu(y1)^2 as fp8.
+
+    Args:
+        y1: `[B, V, K]`.
+        inverse: `[B]` float32, one over h's scales.
+
+    Returns:
+        `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
+    """
+    with torch.cuda.device_of(y1):
+        return (_launch_kept if y1.is_cuda else _reference_kept)(y1, inverse, None, None)
 
 
-@register_fake(cast_both)
-def _(x: Tensor, inverse: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=E4M3)
+@operator("columns_fp8_cast_gradient")
+def cast_gradient(dh: Tensor, inverse: Tensor, h: Tensor, scale_h: Tensor) -> tuple[Tensor, Tensor]:
+    """dy1 = 2 sqrt(h) * dh as fp8.
+
+    Args:
+        dh: `[B, V, K]`.
+        inverse: `[B]` float32, one over dy1's scales.
+        h: `[B, K, V]` e4m3, transposed; scale_h: `[B]` float32.
+
+    Returns:
+        `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
+    """
+    with torch.cuda.device_of(dh):
+        return (_launch_kept if dh.is_cuda else _reference_kept)(dh, inverse, h, scale_h)
+
+
+def _empty_kept(y: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape, dtype=E4M3), y.new_empty(y.shape[0], y.shape[2], y.shape[1], dtype=E4M3)
+
+
+@register_fake(cast_square)
+def _(y1: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_kept(y1)
+
+
+@register_fake(cast_gradient)
+def _(dh: Tensor, inverse: Tensor, h: Tensor, scale_h: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_kept(dh)
 
 
 @operator("columns_fp8_quantise")
@@ -305,82 +342,49 @@ def _(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) 
 
 @operator("columns_fp8_sample")
 def sample(
-    x: Tensor, weight: Tensor, kept: Tensor, scale_x: Tensor, scale_weight: Tensor, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    scale_x: Tensor,
+    scale_weight: Tensor,
+    positive: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """relu(x W1^T) at the neurons that a block keeps: product (1).
+    """x times the transposed weight, at the neurons that a block keeps: products (1) and (3).
 
     Args:
-        x: `[B, V, d]` e4m3.
-        weight: `[f, d]` e4m3, W1.
+        x: `[B, V, d]` e4m3: x, or dy.
+        weight: `[f, d]` e4m3: W1, or W2^T.
         kept: `[B, K]` int32, of `kept_neurons`. So below.
         scale_x, scale_weight: `[B]` float32. So below, whatever they are the scales of.
+        positive: whether the peak is that of the positive entries.
         dtype: of the result.
 
     Returns:
-        relu(y1) `[B, V, K]`, and `[B]` float32, the largest entry of each block.
+        `[B, V, K]`, and `[B]` float32, the peak of each block: its largest magnitude, 0 where no entry counts.
     """
+    rows = _copied(weight, kept, False)
     if not x.is_cuda:
-        active = _reference_products(x, _copied(weight, kept, False), scale_x, scale_weight, dtype).relu().to(dtype)
-        return active, active.float().amax((1, 2))
+        out = _reference_products(x, rows, scale_x, scale_weight, dtype).to(dtype)
+        return out, (out.relu() if positive else out.abs()).float().amax((1, 2))
     out = x.new_empty(*x.shape[:2], kept.shape[1], dtype=dtype)
     peak = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        _launch_products(x, _copied(weight, kept, False), out, scale_x, scale_weight, ACTIVE, peak)
+        _launch_products(x, rows, out, scale_x, scale_weight, POSITIVE_PEAK if positive else PEAK, peak)
     return out, peak.view(torch.float32)
 
 
 @register_fake(sample)
 def _(
-    x: Tensor, weight: Tensor, kept: Tensor, scale_x: Tensor, scale_weight: Tensor, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    scale_x: Tensor,
+    scale_weight: Tensor,
+    positive: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:2], kept.shape[1], dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@operator("columns_fp8_sample_dy1")
-def sample_dy1(
-    dy: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    scale_dy: Tensor,
-    scale_weight: Tensor,
-    h: Tensor,
-    scale_h: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """dy1 = 2 sqrt(h) * (dy W2) at the neurons that a block keeps: product (3).
-
-    Args:
-        dy: `[B, V, d]` e4m3.
-        weight: `[f, d]` e4m3, W2^T.
-        h: `[B, K, V]` e4m3, transposed.
-
-    Returns:
-        dy1 `[B, V, K]`, and `[B]` float32, the largest magnitude in each block.
-    """
-    if not dy.is_cuda:
-        dh = _reference_products(dy, _copied(weight, kept, False), scale_dy, scale_weight, dtype)
-        dy1 = (2 * (h.mT.to(dh.dtype) * scale_h[:, None, None]).sqrt() * dh).to(dtype)
-        return dy1, dy1.abs().float().amax((1, 2))
-    out = dy.new_empty(*dy.shape[:2], kept.shape[1], dtype=dtype)
-    peak = torch.zeros(dy.shape[0], dtype=torch.int32, device=dy.device)
-    with torch.cuda.device_of(dy):
-        rows = _copied(weight, kept, False)
-        _launch_products(dy, rows, out, scale_dy, scale_weight, GRADIENT, peak, h, scale_h)
-    return out, peak.view(torch.float32)
-
-
-@register_fake(sample_dy1)
-def _(
-    dy: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    scale_dy: Tensor,
-    scale_weight: Tensor,
-    h: Tensor,
-    scale_h: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(*dy.shape[:2], kept.shape[1], dtype=dtype), dy.new_empty(dy.shape[0], dtype=torch.float32)
 
 
 @operator("columns_fp8_reduce_neurons")
