@@ -44,19 +44,20 @@ class Masked(Family):
         h = active * active
         if sparsity.pattern is not None:
             h = torch.where(sparsity.pattern.mask(h), h, 0)
+        kept = _kept(active * active, sparsity) if sparsity.fp8 else None
         h = _read(h, sparsity)
-        return h @ weights.w2.T, (x, h)  # (2)
+        return h @ weights.w2.T, (x, h, kept)  # (2)
 
     def backward(
         self, dy: Tensor, saved: Saved, weights: Operands, sparsity: FeedForwardSparsity
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, h = saved
+        x, h, kept = saved
         assert x is not None and h is not None
         dy, weights = _read(dy, sparsity), _weights_read(weights, sparsity)
         dh = linear(dy, weights.w2.T, weights.w2_scale, self.packed)  # (3): groups of four along d
         dy1 = 2 * h.sqrt() * dh
-        if sparsity.fp8:
-            dy1 = _rounded_dy1(dy1, h, dh, _block(sparsity, len(h)))
+        if kept is not None:
+            dy1 = _rounded_dy1(dy1, h, torch.where(kept, dh, 0), _block(sparsity, len(h)))
         h_tokens, dy1_tokens = h, dy1
         if sparsity.cut_along_tokens:
             assert isinstance(sparsity.pattern, Venom)
@@ -78,13 +79,21 @@ def _read(x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
     return rounded_by_block(x, _block(sparsity, len(x))) if sparsity.fp8 else x
 
 
+def _kept(h: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
+    """The entries of h that are kept, those that are zero with them; bool `[T, f]`."""
+    ones = torch.ones_like(h)
+    if not isinstance(sparsity.pattern, Pattern):
+        return ones.bool()
+    wide = torch.promote_types(h.dtype, torch.float32)
+    sums = [part[:: sparsity.pattern.sample].to(wide).sum(0) for part in h.split(sparsity.pattern.v)]
+    return sparsity.pattern.mask(ones, torch.stack(sums))
+
+
 def _rounded_dy1(dy1: Tensor, h: Tensor, dh: Tensor, v: int) -> Tensor:
-    """dy1 `[T, f]` rounded to fp8. Its scale is that of a bound: 2 sqrt(h) times dh where a block's neurons fire."""
+    """dy1 `[T, f]` rounded to fp8. A block's scale is that of a bound: 2 sqrt(h) at its largest times dh at its."""
     parts = []
     for part, squares, gradient in zip(dy1.split(v), h.split(v), dh.split(v), strict=True):
-        fires = (squares != 0).any(0)
-        bound = 2 * squares.amax().sqrt() * torch.where(fires, gradient.abs().amax(0), 0).amax()
-        parts.append(rounded(part, scale_of(bound)))
+        parts.append(rounded(part, scale_of(2 * squares.amax().sqrt() * gradient.abs().amax())))
     return torch.cat(parts)
 
 
