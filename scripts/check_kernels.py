@@ -97,9 +97,10 @@ def build(sparsity: FeedForwardSparsity, weights: Weights, compiled: bool = True
     module.centroids = weights.centroids if routed else module.centroids
     module.sparse = sparsity != FeedForwardSparsity()
     if float8:
-        from torchao.float8 import convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        convert_to_float8_training(module)
+        # Without a GPU the products are of the rounded numbers in bf16: PyTorch's fp8 ones take minutes there.
+        convert_to_float8_training(module, config=Float8LinearConfig(emulate=not weights.w1.is_cuda))
     return torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
 
 

@@ -23,6 +23,7 @@ from scripts.benchmark_kernels import CONTENDERS
 from scripts.check_kernels import DENSE_FLOAT8, check, prepared_weights, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
@@ -187,7 +188,7 @@ def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, balance,
 
 
 def test_a_compiled_graph_holds_through_it():
-    x, w1, w2, dy = operands(40, dtype=torch.float32)
+    x, w1, w2, dy = operands(40, dtype=DTYPE)
     sparsity, order = FeedForwardSparsity(Groups(16, 1, 0.25, sample=4), fp8=True), torch.randperm(40, device=DEVICE)
 
     def call(x, w1, w2):
@@ -203,7 +204,7 @@ def test_a_compiled_graph_holds_through_it():
 
 
 def test_nan_reaches_its_block_alone():
-    x, w1, w2, _ = operands(64, dtype=torch.float32)
+    x, w1, w2, _ = operands(64, dtype=DTYPE)
     x[17, 3] = torch.nan
     y = sparse_feed_forward(x, w1, w2, FeedForwardSparsity(Groups(16, 1, 0.25), fp8=True), family=LARGE_BLOCKS_FP8)
     assert y[17].isnan().all() and y[:16].isfinite().all() and y[32:].isfinite().all()
@@ -307,6 +308,19 @@ for kernel, types, constants in (
 
 def test_kernels_compile_for_hopper():
     subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_casts_refuse_what_triton_turns_wrongly():
+    x, inverse = torch.ones(16, 16, device=DEVICE), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match="read bfloat16"):
+        fp8.cast(x, torch.arange(16, device=DEVICE).int(), inverse, 16)
+    for call in (
+        lambda: fp8.cast_square(x[None], inverse),
+        lambda: fp8.cast_gradient(x[None], inverse, x[None], inverse),
+    ):
+        with pytest.raises(ValueError, match="read bfloat16"):
+            call()
 
 
 def test_largest_is_e4m3_s():

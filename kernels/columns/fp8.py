@@ -220,6 +220,12 @@ def _reference_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
     return rows.mT.contiguous() if transposed else rows
 
 
+def _check(x: Tensor) -> None:
+    """Triton 3.6 transposes a tile of fp8 numbers wrongly where it came from float32: entries are not written."""
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        raise ValueError(f"fp8 casts on a GPU read bfloat16, got {x.dtype}")
+
+
 def _copied(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
     return (_launch_copy if weight.is_cuda else _reference_copy)(weight, kept, transposed)
 
@@ -244,6 +250,7 @@ def cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Ten
     Returns:
         `[B, V, d]` e4m3 and the same transposed, `[B, d, V]`, the last block filled up with zeros.
     """
+    _check(x)
     with torch.cuda.device_of(x):
         return (_launch_cast if x.is_cuda else _reference_cast)(x.contiguous(), order, inverse, v)
 
@@ -265,6 +272,7 @@ def cast_square(y1: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
     """
+    _check(y1)
     with torch.cuda.device_of(y1):
         return (_launch_kept if y1.is_cuda else _reference_kept)(y1, inverse, None, None)
 
@@ -281,6 +289,7 @@ def cast_gradient(dh: Tensor, inverse: Tensor, h: Tensor, scale_h: Tensor) -> tu
     Returns:
         `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
     """
+    _check(dh)
     with torch.cuda.device_of(dh):
         return (_launch_kept if dh.is_cuda else _reference_kept)(dh, inverse, h, scale_h)
 
