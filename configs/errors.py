@@ -7,6 +7,9 @@ import sys
 import time
 from typing import Any
 
+STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+"""Signals at which a run saves and ends."""
+
 
 class ConfigError(Exception):
     """Input that cannot be run. The message names the key or file, the value, and what to do about it."""
@@ -26,6 +29,11 @@ def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
     return ConfigError(f"{key} = {json.dumps(value)}: {problem}; {remedy}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_with(error: ConfigError) -> None:
     """Print the error once, whatever the number of ranks, and exit with the error's status.
 
@@ -34,7 +42,7 @@ def exit_with(error: ConfigError) -> None:
     has the error, and it prints.
     """
     if int(os.environ.get("RANK", "0")) != 0:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would not end the process
         time.sleep(15)
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -18,10 +18,13 @@ To add one: docs/extending.md.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.causal import Preceding
 
 
 @runtime_checkable
@@ -63,28 +66,11 @@ class Pattern(Protocol):
         ...
 
 
-@runtime_checkable
-class ChosenBefore(Protocol):
-    """A pattern for inference alone, whose choice does not depend on the tokens that it cuts (`kernels.causal`)."""
-
-    @property
-    def pattern(self) -> Pattern: ...
-
-    @property
-    def seq_len(self) -> int: ...
-
-    def check(self, hidden_dim: int) -> None: ...
-
-    def density(self, hidden_dim: int) -> float: ...
-
-    def mask(self, h: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class FeedForwardSparsity:
     """What a sparse phase does to an FFN: the one specification that products, costs and inference read."""
 
-    pattern: Pattern | ChosenBefore | None = None
+    pattern: "Pattern | Preceding | None" = None
     """What h is cut to; None leaves it whole."""
 
     weight_products: tuple[int, ...] = ()
@@ -232,6 +218,12 @@ class Family:
         raise NotImplementedError
 
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
+        """What it executes and keeps, over the dense FFN of the same d and f.
+
+        Args:
+            sparsity: that it handles.
+            shape: d and f; the tokens of a micro-batch where copies a block are to be counted, else 0.
+        """
         raise NotImplementedError
 
     def arrange(self, x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
@@ -264,7 +256,7 @@ class Family:
         """Products (3) to (6): dx, dW1, dW2, for dy in the shape and order of y."""
         raise NotImplementedError
 
-    def infer(self, x: Tensor, weights: Operands, pattern: ChosenBefore) -> Tensor:
+    def infer(self, x: Tensor, weights: Operands, pattern: "Preceding") -> Tensor:
         """Products (1) and (2) for a choice made before, without gradients: x and y `[T, d]`, whole weights."""
         raise NotImplementedError
 

@@ -42,10 +42,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.causal import Preceding
 from kernels.clustering import permute_rows
 from kernels.columns.ffn import LARGE_BLOCKS
 from kernels.columns.ffn_fp8 import LARGE_BLOCKS_FP8
-from kernels.family import ChosenBefore, Family, FeedForwardSparsity, FromRecipe, Operands, Shape
+from kernels.family import Family, FeedForwardSparsity, FromRecipe, Operands, Shape
 from kernels.groups.ffn import TILE_GROUPS
 from kernels.masked import MASKED
 from kernels.two_four.ffn import PACKED_ACTIVATIONS, PACKED_WEIGHTS
@@ -189,7 +190,7 @@ def sparse_feed_forward(
     inverse = None if around is None else around.argsort()
     if around is not None and inverse is not None:
         x = permute_rows(x, around, inverse)
-    if isinstance(sparsity.pattern, ChosenBefore) and family is not MASKED:
+    if isinstance(sparsity.pattern, Preceding) and family is not MASKED:
         y = family.infer(x, Operands(w1, w2, w1_scale, w2_scale), sparsity.pattern)
     else:
         within = order if family.takes_order else None

@@ -15,14 +15,12 @@ from kernels.weights import linear, thresholded
 class Masked(Family):
     """All six products dense, over h and dy1 with zeros.
 
-    Args:
-        packed: products (1) and (3) read packed 2:4 weights, on the sparse tensor cores.
+    Attributes:
+        packed: whether products (1) and (3) read packed 2:4 weights, on the sparse tensor cores.
     """
 
     name = "reference"
-
-    def __init__(self, packed: bool = False) -> None:
-        self.packed = packed
+    packed = False
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
         return True

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 import kernels
-from configs.errors import ConfigError
+from configs.errors import ConfigError, first_line
 from configs.titan import Llama3StateDictAdapter
 from models.llama import LlamaArgs
 
@@ -175,10 +175,6 @@ def load_export_tokenizer(folder: str | os.PathLike) -> Any:
         return import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what it raises depends on the file that is damaged
         raise ConfigError(f"{folder}: no tokenizer can be loaded ({first_line(error)}): export it anew") from error
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def import_transformers() -> ModuleType:

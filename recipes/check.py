@@ -12,7 +12,7 @@ import torch
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
 from configs.titan import device_type
-from kernels import Groups
+from kernels import Groups, Venom
 from kernels.columns.ffn import LARGE
 from kernels.columns.ffn_fp8 import ALIGNED
 from kernels.feed_forward import recipe_patterns
@@ -44,6 +44,7 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     spans = resolve_phases(config.schedule.phases, config.training.steps)
     args = model_args(config)
     _check_schedule(config)
+    _check_pattern_name(config.activations.pattern)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
     _check_parallelism(config, args, world)
@@ -119,8 +120,6 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         if args.dim % 4:
             raise ConfigError(f"model.dim = {args.dim} is not divisible by 4, as weights.pattern = 2:4 needs")
     _check_activation_keys(activations)
-    if activations.pattern == "groups" and activations.keep == 0:
-        raise ConfigError("activations.keep = 0.0 keeps nothing: give a share above 0, such as 0.25")
     pattern = activation_pattern(activations)
     if pattern is not None:
         try:
@@ -133,13 +132,11 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
             "(training.local_batch_size x training.seq_len): lower v or raise those"
         )
-    if activations.cut_along_tokens:
-        window = 4 if activations.pattern == "2:4" else activations.m
-        if tokens % window:
-            raise ConfigError(
-                f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {window}: "
-                "change training.local_batch_size or training.seq_len"
-            )
+    if activations.cut_along_tokens and isinstance(pattern, Venom) and tokens % pattern.m:
+        raise ConfigError(
+            f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {pattern.m}: "
+            "change training.local_batch_size or training.seq_len"
+        )
     if router.enable:
         if args.hidden_dim % router.cluster_size:
             raise ConfigError(
@@ -178,13 +175,17 @@ def _check_fp8(config: JobConfig, args: LlamaArgs) -> None:
             )
 
 
-def _check_activation_keys(activations: Activations) -> None:
-    """Refuse an unknown pattern, and a key that the pattern does not read but that has been set."""
-    name, patterns = activations.pattern, recipe_patterns()
+def _check_pattern_name(name: str) -> None:
+    patterns = recipe_patterns()
     if name != "none" and name not in patterns:
         close = difflib.get_close_matches(name, patterns, n=1)
         hint = f'did you mean "{close[0]}"?' if close else f"there are none, {', '.join(sorted(patterns))}"
         raise ConfigError(f'activations.pattern = "{name}" is unknown: {hint}')
+
+
+def _check_activation_keys(activations: Activations) -> None:
+    """Refuse a key that the pattern does not read but that has been set."""
+    name, patterns = activations.pattern, recipe_patterns()
     if name == "none":
         return
     reads = {"pattern", *patterns[name].keys, *patterns[name].options}

@@ -35,7 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, first_line
 from configs.titan import AsyncMode, CheckpointHooks
 
 MANIFEST = "manifest.json"
@@ -84,8 +84,8 @@ class SafeCheckpointManager(CheckpointHooks):
                 _on_rank0(lambda: self._commit(checkpoint_id))
         except (OSError, CheckpointException) as error:
             if dist.get_rank() == 0:
-                logger.error("saving %s failed: %s", checkpoint_id, first_line(error))
-            raise self._save_error(first_line(error)) from error
+                logger.error("saving %s failed: %s", checkpoint_id, what_failed(error))
+            raise self._save_error(what_failed(error)) from error
         if "optimizer" in state_dict:
             self._resumable = checkpoint_id
         if isinstance(saved, AsyncSaveResponse):
@@ -129,7 +129,7 @@ class SafeCheckpointManager(CheckpointHooks):
         except (torch.OutOfMemoryError, dist.DistError):
             raise
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            reason, cause = first_line(error), error
+            reason, cause = what_failed(error), error
         finally:
             self.folder = folder
         reason = _first_of_all_ranks(reason)
@@ -171,7 +171,7 @@ class SafeCheckpointManager(CheckpointHooks):
             return
         error = self.save_future.exception()
         self.save_future = None
-        reason = _first_of_all_ranks(first_line(error) if error else None)
+        reason = _first_of_all_ranks(what_failed(error) if error else None)
         if reason:
             self._resumable = ""
             raise self._save_error(reason) from error
@@ -227,7 +227,7 @@ class SafeCheckpointManager(CheckpointHooks):
                     self._commit(checkpoint_id)
             except BaseException as error:  # runs in DCP's thread, where nobody else would see it
                 if is_rank0:
-                    logger.error("saving %s failed: %s", checkpoint_id, first_line(error))
+                    logger.error("saving %s failed: %s", checkpoint_id, what_failed(error))
                 committed.set_exception(error)
             else:
                 committed.set_result(None)
@@ -391,7 +391,7 @@ def find_fault(folder: str) -> str | None:
     except FileNotFoundError:
         return INCOMPLETE
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {first_line(error)}"
+        return f"{MANIFEST} cannot be read: {what_failed(error)}"
     try:
         for name, (size, _) in expected.items():  # the cheap look first
             path = os.path.join(folder, name)
@@ -457,9 +457,9 @@ def _first_of_all_ranks(reason: str | None) -> str | None:
     return next((r for r in reasons if r), None)
 
 
-def first_line(error: BaseException) -> str:
-    """What went wrong, on one line; of a torch.distributed.checkpoint failure the first rank's."""
+def what_failed(error: BaseException) -> str:
+    """An error's type and first line; of a torch.distributed.checkpoint failure those of the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"

@@ -24,7 +24,6 @@ from between two micro-batches and across the end of an epoch.
 import io
 import logging
 import os
-import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -35,15 +34,14 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from configs.errors import ConfigError, refuse
+from configs.errors import STOPPING, ConfigError, refuse
+from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
 from recipes.mixture import Corpus, load_corpus
 from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
-
-STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP  # signals at which a run saves and ends
 
 
 def num_rows(config: JobConfig, dp_world_size: int) -> int:
@@ -305,18 +303,13 @@ class Loader(ParallelAwareDataloader):
         for value in state_dict.values():
             if isinstance(value, bytes):
                 try:
-                    _PlainUnpickler(io.BytesIO(value)).load()
+                    PlainUnpickler(io.BytesIO(value)).load()
                 except Exception as error:  # a damaged pickle may raise anything
                     raise ConfigError(
                         f"the checkpoint's state of the data loader cannot be read ({error}): it is damaged, or not of "
                         "this program; resume from another checkpoint"
                     ) from error
         super().load_state_dict(state_dict)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def build_dataloader(

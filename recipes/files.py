@@ -30,6 +30,8 @@ import pyarrow.parquet
 from filelock import FileLock
 from tqdm import tqdm
 
+from configs.errors import first_line
+
 Kind: TypeAlias = Literal["text", "json", "parquet"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -417,8 +419,3 @@ def _documents(file: str, kind: Kind, column: str, report: Report) -> Iterator[s
     report.file_bytes += os.path.getsize(file)
     report.documents[kind] += read
     report.bytes[kind] += size
-
-
-def first_line(error: BaseException) -> str:
-    """An error in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,7 +25,7 @@ from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP
 from models.llama import Llama, LlamaArgs
 from recipes.check import model_args
-from recipes.checkpoint import POINTER, SPARSITY, find_fault, first_line
+from recipes.checkpoint import POINTER, SPARSITY, find_fault, what_failed
 from recipes.schedule import resolve_phases
 from recipes.sparsity import Sparsity, feed_forward_sparsity
 from recipes.tokenizer import check_same_tokenizer
@@ -128,7 +128,7 @@ class Checkpoint:
     def _another(self, error: BaseException) -> ConfigError:
         return ConfigError(
             f"{self.folder} does not hold the model that {self.run / 'run.json'} describes "
-            f"({first_line(error)}): give the run's own run.json back to it"
+            f"({what_failed(error)}): give the run's own run.json back to it"
         )
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from configs.errors import ConfigError, refuse
+from configs.errors import ConfigError, first_line, refuse
 from configs.schema import Source
 from recipes.files import (
     ColumnError,
@@ -31,7 +31,6 @@ from recipes.files import (
     Report,
     choose_kinds,
     find_files,
-    first_line,
     kind_of,
     load_documents,
 )
@@ -180,7 +179,7 @@ def _find_files(key: str, source: Source, report: Report) -> tuple[str, list[str
     remedy = "give an existing file, folder or glob"
     if not source.path:
         raise refuse(key, source.path, f'a source of type "{source.type}" needs a path', remedy)
-    path = os.path.expanduser(source.path)
+    path = source.path
     try:
         root, files = find_files(path, report)
     except OSError as error:
@@ -238,7 +237,7 @@ def _load_files(key: str, source: Source, files: list[str], report: Report) -> T
 
 def _load_tokens(key: str, source: Source, report: Report) -> TokenStore:
     """The documents of a folder that scripts.make_tokens wrote."""
-    path = os.path.expanduser(source.path)
+    path = source.path
     if not os.path.isdir(path):
         problem = "no such folder" if source.path else 'a source of type "tokens" needs a path'
         raise refuse(key, source.path, problem, "give a folder that python -m scripts.make_tokens wrote")

@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.errors import ConfigError, refuse
+from configs.errors import ConfigError, first_line, refuse
 from configs.schema import JobConfig
 from configs.titan import TokenizerHooks
 from recipes.mixture import load_corpus
@@ -44,9 +44,7 @@ logger = logging.getLogger("sparsetitan")
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 PIECE = 1 << 20  # characters that are encoded at once: a document of 39 MB as one piece takes 4 GB
-WORD = (
-    1024  # characters of one class in a row that the BPE is trained on; the time grows with the square of their number
-)
+WORD = 1024  # characters of one class in a row that the BPE is trained on: its time grows with their square
 LONG_WORD = re.compile(rf"\w{{{WORD}}}|\s{{{WORD}}}|[^\w\s]{{{WORD}}}")
 # Before a space that ends a word, no tokenizer's rule joins the two sides.
 WORD_END = re.compile(r"[^\W_](?= \w)")
@@ -213,16 +211,12 @@ def _check_folder(path: str) -> None:
     try:
         tokenizer = DocumentTokenizer(path)
     except Exception as error:  # the tokenizers library raises nothing more special
-        problem = f"no tokenizer can be loaded from it ({_first_line(error)})"
+        problem = f"no tokenizer can be loaded from it ({first_line(error)})"
         raise refuse("tokenizer.path", path, problem, remedy) from error
     if tokenizer.eos_id is None:
         logger.warning("the tokenizer in %s names no eos_token: documents will run into each other", path)
     if not tokenizer.keeps_every_text():
         logger.warning("the tokenizer in %s does not keep every text: decoding gives back another", path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cache_name(config: JobConfig) -> str:
@@ -332,7 +326,7 @@ def load_tokenizer(folder: str | os.PathLike) -> DocumentTokenizer:
         return DocumentTokenizer(str(folder))
     except Exception as error:  # as in _check_folder
         remedy = "give the folder its own tokenizer.json back"
-        raise ConfigError(f"{folder}: no tokenizer can be loaded ({_first_line(error)}): {remedy}") from error
+        raise ConfigError(f"{folder}: no tokenizer can be loaded ({first_line(error)}): {remedy}") from error
 
 
 def _is_byte_level(spec: Any) -> bool:

@@ -29,13 +29,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import configs.titan as titan
-from configs.errors import ConfigError
+from configs.errors import STOPPING, ConfigError
 from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import SPARSITY, SafeCheckpointManager
-from recipes.data import STOPPING, build_dataloader
+from recipes.data import build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
 from recipes.restore import check_initial_model, copy_tokenizer
@@ -273,7 +273,9 @@ class SparseTrainer(titan.Trainer):
             os.kill(os.getpid(), number)
         if not self.received:
             again = "; Ctrl-C again ends it at once, unsaved" if number == signal.SIGINT else ""
-            logger.info(f"{signal.Signals(number).name}: the run saves and ends after this step{again}")
+            if os.environ.get("RANK", "0") == "0":  # written, not logged: the signal may come while something is
+                line = f"{signal.Signals(number).name}: the run saves and ends after this step{again}\n"
+                os.write(sys.stderr.fileno(), line.encode())
         self.received.add(number)
         self.interrupted = True
 

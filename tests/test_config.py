@@ -204,6 +204,11 @@ def test_decay_starts_with_the_tail():
     assert config.lr_scheduler.decay_ratio == pytest.approx(0.01)
 
 
+def test_an_unknown_pattern_is_refused_without_a_sparse_phase_too():
+    with pytest.raises(ConfigError, match=r'activations.pattern = "venon" is unknown: did you mean "venom"'):
+        check("--config configs/debug.toml --recipe recipes/dense.toml --activations.pattern venon")
+
+
 def test_short_runs_leave_out_phases_of_no_step():
     _, _, spans = check(f"{DEBUG} --training.steps 2")
     assert [(span.mode, span.stop) for span in spans] == [("sparse", 2)]

@@ -57,6 +57,18 @@ def test_another_run_is_refused_and_nothing_is_lost(stopped, train, tmp_path, ke
     assert {name: (run / name).read_bytes() for name in kept} == kept
 
 
+def test_a_run_of_a_release_that_counted_bytes_otherwise_goes_on(stopped, train, tmp_path):
+    run = stopped(train, tmp_path / "run")
+    about = json.loads((run / "run.json").read_text())
+    about["corpus"]["file_bytes"] += 1
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"data.sources: file_bytes"):
+        train(run)
+    del about["corpus"]["files_not_read"]
+    (run / "run.json").write_text(json.dumps(about))
+    assert max(train(run)) == 12
+
+
 def test_a_finished_run_with_another_recipe_is_not_called_complete(train, tmp_path):
     train(tmp_path, "--training.steps", "9")
     with pytest.raises(ConfigError, match=r"but the run in .* has .*: give the run's own value"):

@@ -218,15 +218,17 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
     changes += ["--training.dataloader.prefetch_factor", "2"]
     words = merge(tiny, ["--job.dump_folder", str(folder), *changes])
     command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)  # type: ignore[call-overload]
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and torchrun do: the process that reads the data gets it too
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     stopped = max(rows(folder))
     assert stopped < LAST_STEP and f"stopped by a signal after step {stopped}" in output, output
+    assert output.count(f"{signal.Signals(number).name}: the run saves and ends after this step") == 1, output
     assert (folder / "checkpoint" / "latest").read_text() == f"step-{stopped}"
     assert losses(train(folder, *changes)) == losses(uninterrupted(train, "venom_2of16"))
 

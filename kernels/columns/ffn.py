@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.causal import Preceding
 from kernels.columns import choose, in_blocks, reduce_neurons, reduce_tokens, sample
 from kernels.family import (
-    ChosenBefore,
     Cost,
     Family,
     FeedForwardSparsity,
@@ -45,7 +45,7 @@ class LargeBlocks(Family):
     ) -> str:
         if refusal := refuses_device(device, dtype):
             return refusal
-        if isinstance(sparsity.pattern, ChosenBefore) and sparsity.weight_products:
+        if isinstance(sparsity.pattern, Preceding) and sparsity.weight_products:
             return "a choice made from the block before needs whole weights"
         pattern = groups_of(sparsity)
         assert pattern is not None
@@ -54,7 +54,7 @@ class LargeBlocks(Family):
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
         pattern = groups_of(sparsity)
         assert pattern is not None
-        kept = "what the block before keeps" if isinstance(sparsity.pattern, ChosenBefore) else "the neurons they keep"
+        kept = "what the block before keeps" if isinstance(sparsity.pattern, Preceding) else "the neurons they keep"
         return f"blocks of {pattern.v} tokens as dense FFNs of {kept}, cuBLAS"
 
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
@@ -104,7 +104,7 @@ class LargeBlocks(Family):
         dw1 = reduce_tokens(dy1, x, place, False)  # (6)
         return dx, dw1, dw2
 
-    def infer(self, x: Tensor, weights: Operands, pattern: ChosenBefore) -> Tensor:
+    def infer(self, x: Tensor, weights: Operands, pattern: Preceding) -> Tensor:
         w1, w2, _, _ = weights
         choice, width = pattern.pattern, x.shape[1]
         assert isinstance(choice, Groups)

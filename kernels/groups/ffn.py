@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels import hopper
+from kernels.causal import Preceding
 from kernels.family import (
-    ChosenBefore,
     Cost,
     Family,
     FeedForwardSparsity,
@@ -26,7 +26,7 @@ from kernels.weights import linear, refuses_packed, thresholded
 
 def groups_of(sparsity: FeedForwardSparsity) -> Groups | None:
     """The column groups that a sparsity keeps, or that a block before chooses; None: another pattern."""
-    pattern = sparsity.pattern.pattern if isinstance(sparsity.pattern, ChosenBefore) else sparsity.pattern
+    pattern = sparsity.pattern.pattern if isinstance(sparsity.pattern, Preceding) else sparsity.pattern
     return pattern if isinstance(pattern, Groups) else None
 
 
@@ -53,7 +53,7 @@ class TileGroups(Family):
             return refusal
         if sparsity.weight_products and (refusal := refuses_packed(shape, here)):
             return refusal
-        if isinstance(sparsity.pattern, ChosenBefore) and sparsity.weight_products:
+        if isinstance(sparsity.pattern, Preceding) and sparsity.weight_products:
             return "a choice made from the block before needs whole weights"
         pattern = groups_of(sparsity)
         assert pattern is not None
@@ -62,7 +62,7 @@ class TileGroups(Family):
         return ""
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
-        if isinstance(sparsity.pattern, ChosenBefore):
+        if isinstance(sparsity.pattern, Preceding):
             return "column groups chosen by the block before"
         if not here or not hopper.missing(device):
             return "column groups, CUDA C++ for Hopper"
@@ -101,7 +101,7 @@ class TileGroups(Family):
         dw1 = reduce_tokens(dy1, lists, x, w1.shape[0], False)  # (6)
         return dx, dw1, dw2
 
-    def infer(self, x: Tensor, weights: Operands, pattern: ChosenBefore) -> Tensor:
+    def infer(self, x: Tensor, weights: Operands, pattern: Preceding) -> Tensor:
         w1, w2, _, _ = weights
         assert isinstance(pattern.pattern, Groups)
         kept, parts = pattern.pattern.kept_groups(w1.shape[0]), []

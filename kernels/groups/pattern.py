@@ -116,7 +116,7 @@ class Groups:
         if not 0 <= self.balance <= 1:
             raise ValueError(f"balance = {self.balance}: the power of a group's mean is in [0, 1]")
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep = {self.keep}: the share of groups to keep is in (0, 1]")
+            raise ValueError(f"keep = {self.keep}: the share of groups to keep is above 0 and at most 1")
         if self.window:
             if self.window < 0 or self.window % self.g or hidden_dim % self.window:
                 raise ValueError(

@@ -40,6 +40,7 @@ class PackedWeights(Masked):
     """2:4 weights alone: the reference, with products (1) and (3) on the sparse tensor cores."""
 
     name = "two_four"
+    packed = True
     operators: ClassVar[Mapping[str, Stages]] = {"two_four_pack": (("packing",), ("packing",))}
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
@@ -134,5 +135,5 @@ class PackedActivations(Family):
         return dx, dw1, dw2
 
 
-PACKED_WEIGHTS = PackedWeights(packed=True)
+PACKED_WEIGHTS = PackedWeights()
 PACKED_ACTIVATIONS = PackedActivations()
