@@ -301,7 +301,7 @@ class Loader(ParallelAwareDataloader):
             ConfigError: the state is damaged, or names a function or a class.
         """
         for value in state_dict.values():
-            if isinstance(value, bytes):
+            if not isinstance(value, int):  # the number of ranks; what is pickled need not be `bytes`
                 try:
                     PlainUnpickler(io.BytesIO(value)).load()
                 except Exception as error:  # a damaged pickle may raise anything
