@@ -350,7 +350,7 @@ class SafeCheckpointManager(CheckpointHooks):
         """Make `latest` name this step; -1 removes it."""
         path = os.path.join(self.folder, POINTER)
         if step >= 0:
-            _write_atomically(path, f"step-{step}")
+            write_atomically(path, f"step-{step}")
         elif os.path.exists(path):
             os.remove(path)
 
@@ -375,7 +375,7 @@ def write_manifest(folder: str) -> None:
         name: {"size": os.path.getsize(os.path.join(folder, name)), "crc32": crc32}
         for name, crc32 in zip(names, sums, strict=True)
     }
-    _write_atomically(os.path.join(folder, MANIFEST), json.dumps({"files": files}, indent=1))
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps({"files": files}, indent=1))
 
 
 def find_fault(folder: str) -> str | None:
@@ -422,7 +422,7 @@ def _crc32_of_file(path: str) -> int:
     return crc32
 
 
-def _write_atomically(path: str, text: str) -> None:
+def write_atomically(path: str, text: str) -> None:
     """Replace a file such that a crash, also of the machine, leaves the old text or the new one."""
     with open(f"{path}.tmp", "w") as file:
         file.write(text)

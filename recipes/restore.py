@@ -205,10 +205,12 @@ def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None
     os.makedirs(target, exist_ok=True)
     if os.path.samefile(source, target):
         return
-    for name in TOKENIZER_FILES:
+    for name in names:  # a copy that fails leaves the file that was there
+        unfinished = Path(target) / f".{name}.unfinished"
+        shutil.copyfile(Path(source) / name, unfinished)
+        os.replace(unfinished, Path(target) / name)
+    for name in set(TOKENIZER_FILES) - set(names):
         (Path(target) / name).unlink(missing_ok=True)  # of another tokenizer
-    for name in names:
-        shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def model_facts(args: LlamaArgs) -> dict[str, Any]:

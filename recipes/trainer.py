@@ -34,7 +34,7 @@ from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
-from recipes.checkpoint import SPARSITY, SafeCheckpointManager
+from recipes.checkpoint import SPARSITY, SafeCheckpointManager, write_atomically
 from recipes.data import build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
@@ -310,9 +310,15 @@ class SparseTrainer(titan.Trainer):
             "commit": commit(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        copy_tokenizer(config.model.hf_assets_path, Path(config.job.dump_folder) / "tokenizer")
-        file = Path(config.job.dump_folder) / "run.json"
-        file.write_text(json.dumps(run, indent=2) + "\n")
+        folder = Path(config.job.dump_folder)
+        try:  # a resume needs both files of the run so far, so they are replaced as a whole
+            copy_tokenizer(config.model.hf_assets_path, folder / "tokenizer")
+            write_atomically(str(folder / "run.json"), json.dumps(run, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f'job.dump_folder = "{folder}" cannot be written ({error.strerror}): free space or make it writable, '
+                "then run the same command again"
+            ) from error
         logger.info(
             f"{config.model.name} {config.model.flavor}: {parameters / 1e6:.1f} M parameters, "
             f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import resource
 import shutil
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import recipes.trainer
 from configs.errors import ConfigError
 from configs.safe_load import _Pickle
 from recipes.restore import find_checkpoint
@@ -120,6 +122,32 @@ def test_what_a_step_between_logged_ones_spoils_is_not_saved_by_a_signal(train, 
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_full_disk_leaves_what_the_next_resume_reads(stopped, train, tmp_path, monkeypatch):
+    run, describe = stopped(train, tmp_path / "run"), SparseTrainer._describe_run
+    before = {name: (run / name).read_bytes() for name in ("run.json", "tokenizer/tokenizer.json")}
+    (run / "tokenizer" / "vocab.json").write_text("{}")
+
+    def on_a_full_disk(self, *arguments) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            describe(self, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    for fits in ((), ("copy_tokenizer",)):
+        with monkeypatch.context() as patch:
+            patch.setattr(SparseTrainer, "_describe_run", on_a_full_disk)
+            for name in fits:
+                patch.setattr(recipes.trainer, name, lambda *_: None)
+            with pytest.raises(ConfigError, match=r"job.dump_folder = .* cannot be written \(File too large\)"):
+                train(run)
+        assert {name: (run / name).read_bytes() for name in before} == before
+    train(run)
+    assert not (run / "tokenizer" / "vocab.json").exists()
+    assert not [file for file in (run / "tokenizer").iterdir() if file.name.startswith(".")]
 
 
 class Payload:
