@@ -55,14 +55,27 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(files.values()))
 
 
-def import_weights(weights: dict[str, Tensor], args: LlamaArgs, folder: Path) -> dict[str, Tensor]:
+def import_weights(weights: dict[str, Tensor], args: LlamaArgs, folder: Path, tied: bool) -> dict[str, Tensor]:
     """The parameters as the trainer names and orders them, float32.
 
     Rows of the embedding and of the head past the vocabulary stand for no token (they fill it up to a round number) and
     are left out.
+
+    Args:
+        weights: all of the folder's, by their names there.
+        args: of the model.
+        folder: for messages.
+        tied: whether config.json says that the head is the embedding, which then learns by itself from here on.
+
+    Raises:
+        ConfigError: weights that are not the model's, all of them and no others.
     """
     if HEAD not in weights and EMBEDDING in weights:
-        weights[HEAD] = weights[EMBEDDING]  # tied; from here on each learns by itself
+        if not tied:
+            raise ConfigError(
+                f"{folder}: {HEAD} is missing, and config.json does not set tie_word_embeddings: fetch the folder again"
+            )
+        weights[HEAD] = weights[EMBEDDING]
     adapter = StateDictAdapter(args)
     known = {name.format(layer) for name in adapter.from_hf_map for layer in range(args.n_layers)}
     unknown = sorted(weights.keys() - known)
@@ -101,7 +114,7 @@ def main() -> None:
     if vocab_size < args.vocab_size:
         print(f"leaving out {args.vocab_size - vocab_size} rows of the embedding that stand for no token")
     args.vocab_size = vocab_size
-    state = import_weights(weights, args, folder)
+    state = import_weights(weights, args, folder, bool(values.get("tie_word_embeddings")))
 
     dtypes = {value.dtype for value in weights.values()}
     dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"

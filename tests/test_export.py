@@ -298,6 +298,13 @@ def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, sc
     with torch.no_grad():
         assert (ours(IDS) - model(IDS).logits[..., :384]).abs().max() < 1e-4
 
+    # Of a model whose head is its own, a head that is missing has been lost.
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    with pytest.raises(ConfigError, match=r"lm_head.weight is missing, and config.json does not set tie_word_emb"):
+        script(import_hf, tmp_path / "hf", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
 
 def test_generation_from_a_checkpoint_and_from_its_export(train, trained, script, tmp_path, capsys):
     run = trained(train)
