@@ -38,6 +38,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FORMAT = 2  # of the cached Arrow files: what an older program has read must not be taken for what this one reads
 BATCH_BYTES = 16 << 20  # of text that are held at once
+DOCUMENT_BYTES = 15 << 27  # 1.875 GiB; Arrow's strings of a batch have less than 2 GiB together
 # A byte order mark says which encoding it is; UTF-32's begins with UTF-16's.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -402,9 +403,12 @@ def _documents(file: str, kind: Kind, column: str, report: Report) -> Iterator[s
                         report.note("hold halves of surrogate pairs, which were replaced by U+FFFD", file)
                     mended = True
                     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                size += len(whole)
+                length = len(whole)
             else:
-                size += len(text)
+                length = len(text)
+            if length > DOCUMENT_BYTES:
+                raise ValueError(f"a document of {length:,} bytes, of at most {DOCUMENT_BYTES:,}: split it")
+            size += length
             read += 1
             yield text
     except UnreadableError as error:

@@ -199,5 +199,8 @@ def write_shard(folder: Path, name: str, documents: Iterable[tuple[int, list[int
 def write_json(file: Path, values: Any) -> None:
     """Write a file that is there as a whole or not at all."""
     unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    with open(unfinished, "w") as stream:
+        stream.write(json.dumps(values, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(unfinished, file)

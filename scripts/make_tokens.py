@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configs.errors import ConfigError, exit_with, refuse
@@ -102,7 +103,7 @@ def _streamed_work(index: int, source: Source, folder: Path) -> Iterator[Work]:
     """The shards of a streamed source, beginning with the first that is missing."""
     number = skipped = 0
     while (file := folder / f"{number:05}.json").is_file():
-        skipped += json.loads(file.read_text())["documents"]
+        skipped += _read_json(file, "documents")["documents"]
         number += 1
     texts: list[str] = []
     size = 0
@@ -116,11 +117,27 @@ def _streamed_work(index: int, source: Source, folder: Path) -> Iterator[Work]:
         yield f"{number:05}", texts
 
 
+def _read_json(file: Path, *keys: str) -> dict[str, Any]:
+    """An object that this script wrote, with the given keys among its own.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), int) for key in keys):
+            raise ValueError("entries are missing")
+    except ValueError as error:
+        again = "remove its folder" if file.name == "plan.json" else "remove it"
+        raise ConfigError(f"{file} is damaged ({error}): {again} and run the same command again") from None
+    return values
+
+
 def _make_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Begin a folder, or see that it was begun with the same plan."""
     file = folder / "plan.json"
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = _read_json(file)
         if different := [key for key in plan if found.get(key) != plan[key]]:
             raise ConfigError(
                 f"{folder} was begun with another {different[0]}: name another folder, or remove it to begin anew"
@@ -199,7 +216,7 @@ def _make(index: int, source: Source, config: JobConfig, out: Path, tokenizer: P
         "bos": _Worker.tokenizer.bos_id,
         "eos": _Worker.tokenizer.eos_id,
         "source": source.path or source.type,
-        "shards": [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))],
+        "shards": [_read_json(file, "documents", "tokens") for file in sorted(folder.glob("[0-9]*.json"))],
     }
     for key in ("documents", "tokens"):
         manifest[key] = sum(shard[key] for shard in manifest["shards"])
@@ -245,11 +262,15 @@ def main(arguments: list[str]) -> None:
     if not (tokenizer / "tokenizer.json").is_file():
         raise refuse("tokenizer.path", str(tokenizer), "it has no tokenizer.json", "save it as such with transformers")
     try:
-        made = [
-            (source, _make(index, source, config, options.out, tokenizer, options.workers))
-            for index, source in enumerate(config.data.sources)
-            if source.weight > 0
-        ]
+        options.out.mkdir(parents=True, exist_ok=True)
+        with FileLock(options.out / ".lock", timeout=0):  # two would write the same files
+            made = [
+                (source, _make(index, source, config, options.out, tokenizer, options.workers))
+                for index, source in enumerate(config.data.sources)
+                if source.weight > 0
+            ]
+    except Timeout:
+        raise ConfigError(f"{options.out} is being written by another process: wait for it to end") from None
     except KeyboardInterrupt:
         raise ConfigError("interrupted: the same command goes on with the shards that are missing") from None
     except BrokenProcessPool:

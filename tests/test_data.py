@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
 from configs.titan import HuggingFaceTokenizer
-from recipes import data, mixture, tokenizer
+from recipes import data, files, mixture, tokenizer
 from recipes.sources import is_held_out
 
 
@@ -310,6 +310,20 @@ def test_damaged_compression_and_unreadable_files_are_named(tmp_path, monkeypatc
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(ConfigError, match=r"001.txt: Permission denied\); repair it, or leave it out"):
         mixture.load_corpus(make_config(Source(path=str(write_one(tmp_path / "locked" / "001.txt")))))
+
+
+def test_a_document_too_long_for_arrow_is_named(tmp_path, monkeypatch):
+    assert files.DOCUMENT_BYTES + 4 * files.BATCH_BYTES < 2**31 - 1  # of a batch; 4 bytes a character at most
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", 100)
+    file = write_one(tmp_path / "texts" / "long.txt")
+    for text, accepted in (("é" * 50, True), ("é" * 51, False), ("e" * 101, False)):
+        file.write_text(text)
+        mixture._load_corpus.cache_clear()
+        if accepted:
+            assert mixture.load_corpus(make_config(Source(path=str(file)), share=0.0)).documents.text(0) == text
+        else:
+            with pytest.raises(ConfigError, match=r"long.txt: a document of 10\d bytes, of at most 100: split it"):
+                mixture.load_corpus(make_config(Source(path=str(file))))
 
 
 def write_one(file: Path) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RANK_NAMES, ROOT, losses, merge
+from filelock import FileLock
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
@@ -355,6 +356,27 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path, token_sources, command, m
     ):
         with pytest.raises(ConfigError, match=message):
             make_tokens.main(words)
+
+
+def test_a_second_process_and_damaged_notes_are_refused(tmp_path, token_sources, command):
+    folder = Path(token_sources[0].path)
+    with FileLock(folder.parent / ".lock"), pytest.raises(ConfigError, match="tokens is being written by another"):
+        make_tokens.main(command)
+    for kind in ("tokens", "ends", "hashes"):
+        assert (folder / f"00001.{kind}.npy").exists()
+    (folder / "manifest.json").unlink()
+    for name, remedy in (("plan.json", "remove its folder"), ("00001.json", "remove it")):
+        kept = (folder / name).read_text()
+        for content in ("", '{"for', "[]", "{}"):
+            if (name, content) == ("plan.json", "{}"):
+                continue  # of another plan
+            (folder / name).write_text(content)
+            with pytest.raises(ConfigError, match=rf"{name} is damaged \(.*: {remedy} and run the same command again"):
+                make_tokens.main(command)
+        (folder / name).write_text(kept)
+    (folder / "00001.json").unlink()
+    make_tokens.main(command)
+    make_tokens.main([str(folder.parent), "--verify"])
 
 
 def test_the_commands_of_the_page_on_data(tmp_path):
