@@ -18,6 +18,7 @@ import lzma
 import os
 import stat
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +48,10 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+# What reading a damaged file raises, whatever compresses it.
+DAMAGES = (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, zlib.error, pa.ArrowException)
 
 
 class UnreadableError(Exception):
@@ -205,7 +210,7 @@ def read_text(file: str) -> str:
 
     Raises:
         UnreadableError: the file is binary or in an encoding that it does not name.
-        OSError: it cannot be read, or its compression is broken.
+        OSError: it cannot be read. Broken compression raises others of `DAMAGES` as well.
     """
     with _open(file) as stream:
         return _decode(stream.read())
@@ -416,7 +421,7 @@ def _documents(file: str, kind: Kind, column: str, report: Report) -> Iterator[s
         return
     except ColumnError:
         raise
-    except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, pa.ArrowException) as error:
+    except DAMAGES as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DamagedError(f"{printable(file)}: {reason}") from error
     report.files[kind] += 1

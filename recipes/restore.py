@@ -61,10 +61,10 @@ class Checkpoint:
     def tokenizer(self) -> Path:
         return self.run / "tokenizer"
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Products in what the run computed in; the weights stay float32."""
-        dtype = TORCH_DTYPE_MAP[self.config.training.mixed_precision_param]
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    def autocast(self, device: torch.device, dtype: str | None = None) -> torch.autocast:
+        """Products in a dtype, None: what the run computed in; the weights stay float32."""
+        wanted = TORCH_DTYPE_MAP[dtype or self.config.training.mixed_precision_param]
+        return torch.autocast(device.type, wanted, enabled=wanted != torch.float32)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters by name, float32 on the CPU.

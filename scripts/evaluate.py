@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, exit_with, first_line
 from models.feed_forward import inference_modes
-from recipes.files import UnreadableError, read_text
+from recipes.files import DAMAGES, UnreadableError, read_text
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.trained import choose_device, find_model, load_model
@@ -106,8 +106,8 @@ class Text:
 def _read(file: str) -> str:
     try:
         return read_text(file)
-    except (OSError, UnreadableError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (UnreadableError, *DAMAGES) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ConfigError(f"--text {file} cannot be read ({reason}): name a text file in UTF-8") from None
 
 
@@ -238,10 +238,18 @@ def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> d
     return scores
 
 
-def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> dict[str, dict[str, float]]:
+def score_patterns(
+    checkpoint: Checkpoint, text: Text, device: torch.device, dtype: str | None
+) -> dict[str, dict[str, float]]:
     """The checkpoint's scores on a text, dense and in every inference mode.
 
     With them the share of h's energy that is kept, and the tokens a second of a prompt of one micro-batch.
+
+    Args:
+        checkpoint: of a run with activation sparsity.
+        text: that is scored.
+        device: where the model runs.
+        dtype: of products, "float32" or "bfloat16"; None: what the run computed in.
 
     Raises:
         ConfigError: a run without activation sparsity.
@@ -253,7 +261,7 @@ def score_patterns(checkpoint: Checkpoint, text: Text, device: torch.device) -> 
     model, sparsity = checkpoint.model(device, text.batches(length, batch_size)[0][0])
 
     def logits(ids: Tensor) -> Tensor:
-        with checkpoint.autocast(device):
+        with checkpoint.autocast(device, dtype):
             return model(ids.to(device))
 
     scores = {}
@@ -342,7 +350,7 @@ def main() -> None:
     if options.pattern and text is not None:
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"--pattern: {source} is an export, which has no pattern: name the run's checkpoint")
-        scores |= score_patterns(source, text, device)
+        scores |= score_patterns(source, text, device, options.dtype)
     if not options.pattern or options.quantize or options.tasks:
         packages += ["transformers"]
         model, tokenizer = load_model(source, options.dtype, device)

@@ -1,5 +1,6 @@
 """Evaluation of a tiny run: scores of a text, quantised weights, sparse inference, and a task without a network."""
 
+import gzip
 import json
 import math
 import sys
@@ -186,6 +187,9 @@ def test_scores_of_every_inference_mode(run, text, evaluated, folders, train):
     kept = {name: score["energy_kept"] for name, score in scores.items()}
     assert kept["token"] > max(kept["sparse"], kept["preceding"])
 
+    rounded = evaluated(run, "--text", *text, "--pattern", "--dtype", "bfloat16")["scores"]
+    assert all(rounded[name]["loss"] != score["loss"] for name, score in {"dense": dense, **scores}.items())
+
     with pytest.raises(ConfigError, match="cuts no activations"):
         evaluated(folders(train, "weights_2of4"), "--text", *text, "--pattern")
 
@@ -260,11 +264,16 @@ def test_the_local_task_runs_in_the_harness(run, text, evaluated, monkeypatch):
 def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    packed = gzip.compress(bytes(range(32, 127)) * 9)
+    (tmp_path / "short.gz").write_bytes(packed[:40])
+    (tmp_path / "spoilt.gz").write_bytes(packed[:20] + b"\xff" * 40 + packed[60:])
     for words, message in (
         (("--quantize", "int8"), "--quantize needs a text"),
         (("--tasks", "local"), "--tasks local needs a text"),
         (("--text", str(tmp_path / "none.txt")), "none.txt cannot be read"),
         (("--text", str(tmp_path / "binary")), "binary cannot be read"),
+        (("--text", str(tmp_path / "short.gz")), r"short.gz cannot be read \(Compressed file ended"),
+        (("--text", str(tmp_path / "spoilt.gz")), r"spoilt.gz cannot be read \(Error -3"),
         (("--text", str(tmp_path / "empty.txt")), "empty.txt is empty"),
         (("--text", *text, "--limit", "0"), "--limit 0 is out of bounds"),
     ):
