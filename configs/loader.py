@@ -52,6 +52,8 @@ def load_config(args: list[str]) -> tuple[JobConfig, bool]:
         raise SystemExit(0)
     options = _split(args)
     check = "check" in options and _convert(options.pop("check"), bool, "--check", "the command line")
+    if not isinstance(check, bool):
+        raise ConfigError(f"--check {check}: give no value, or true or false")
     if "config" not in options:
         raise ConfigError("--config is missing: name a job, such as --config configs/debug.toml")
     path = options.pop("config")

@@ -68,7 +68,7 @@ def store(folder: Path, results: Path, more: dict[str, Any] | None = None) -> No
     lines = thin_lines(read_lines(folder / "metrics.jsonl"))
     try:
         about = thin_about(json.loads((folder / "run.json").read_bytes()))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'run.json'}: not the run.json of a run ({error}); give a run's folder") from None
     results.mkdir(parents=True, exist_ok=True)
     (results / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

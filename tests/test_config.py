@@ -30,6 +30,7 @@ BAD = [
     (f"{DEBUG} --recipe recipes/venom.toml", ["recipes/venom.toml", "recipes/venom_2of16.toml"]),
     (f"{DEBUG} --recipe", ["recipe", "recipes/dense.toml"]),
     (f"{DEBUG} stray", ["stray", "--section.key value"]),
+    (f"{DEBUG} --check stray", ["--check stray", "give no value"]),
     (f"{DEBUG} --training.steps 5 --training.steps 6", ["training.steps", "twice"]),
     (f"{DEBUG} --training.step 5", ["training.step", "did you mean training.steps?"]),
     (f"{DEBUG} --trainin.steps 5", ["trainin.steps", "did you mean training.steps?"]),

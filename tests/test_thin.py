@@ -84,6 +84,11 @@ def test_refusals(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="a run's own folder, not stored results"):
         thin.main([str(tmp_path)])
+    (tmp_path / "run" / "checkpoint").rmdir()
+    for content in ("", "[]", "{}", '{"config": []}'):
+        (tmp_path / "run" / "run.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"run\.json: not the run\.json of a run"):
+            thin.main([str(tmp_path)])
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
