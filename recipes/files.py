@@ -7,7 +7,6 @@ Nothing is passed over without a word. A file that holds no text, since it is bi
 with its reason and the first one is named; a damaged file is an error. Files are read, never executed or unpickled.
 """
 
-import bz2
 import codecs
 import glob
 import gzip
@@ -37,7 +36,7 @@ Kind: TypeAlias = Literal["text", "json", "parquet"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-FORMAT = 2  # of the cached Arrow files: what an older program has read must not be taken for what this one reads
+FORMAT = 3  # of the cached Arrow files: what an older program has read must not be taken for what this one reads
 BATCH_BYTES = 16 << 20  # of text that are held at once
 DOCUMENT_BYTES = 15 << 27  # 1.875 GiB; Arrow's strings of a batch have less than 2 GiB together
 # A byte order mark says which encoding it is; UTF-32's begins with UTF-16's.
@@ -194,14 +193,15 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 def _open(file: str) -> Any:
     """A binary stream of what a file holds, decompressed."""
     suffix = os.path.splitext(file.lower())[1]
+    if suffix in COMPRESSED and not os.path.getsize(file):  # which gzip and pyarrow take for an empty text
+        raise EOFError("an empty file, which no compression writes")
     if suffix == ".gz":
         return gzip.open(file)
-    if suffix == ".bz2":
-        return bz2.open(file)
     if suffix == ".xz":
         return lzma.open(file)
-    if suffix == ".zst":
-        return pa.input_stream(file, compression="zstd")
+    if suffix in (".bz2", ".zst"):
+        # Not Python's bz2, which takes a stream of several that is damaged where it begins for the end of the file.
+        return pa.input_stream(file, compression="bz2" if suffix == ".bz2" else "zstd")
     return open(file, "rb")
 
 
