@@ -149,7 +149,7 @@ class Activations:
 
     cut_along_tokens: bool = False
     """
-    2:4, venom: cut the operands of the weight gradients along the tokens as well, as the papers do for speed. Off:
+    2:4: cut the operands of the weight gradients along the tokens as well, as arXiv 2503.16672 does for speed. Off:
     exact gradients.
     """
 

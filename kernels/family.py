@@ -77,7 +77,7 @@ class FeedForwardSparsity:
     """Products that read a 2:4 weight: 1 (W1, and with it product (5)), 3 (W2 for the gradient of h)."""
 
     cut_along_tokens: bool = False
-    """Products (4) and (6) read operands that are cut along the tokens as well."""
+    """Products (4) and (6) read operands that are cut along the tokens as well; for 2:4 activations."""
 
     clusters: int = 0
     """Clusters that the router sorts tokens by; 0: no router."""

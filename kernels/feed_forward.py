@@ -20,9 +20,8 @@ approximate them, for speed:
 
     w2_scale         (3) reads the 2:4 W2' while (2) reads the dense W2: the mask of (2) leaves the tensor core no room
                      for a second sparse operand (arXiv 2602.06183).
-    cut_along_tokens (4) and (6) reduce over tokens, so a pattern that is sparse along f does not speed them
-                     up. With this option h and dy1 are cut a second time, along the tokens, for these two (arXiv
-                     2503.16672, 2602.06183).
+    cut_along_tokens (4) and (6) reduce over tokens, so 2:4 activations, sparse along f, do not speed them up. With
+                     this option h and dy1 are cut a second time, along the tokens, for these two (arXiv 2503.16672).
 
 The six products are written once a family (`kernels.family`), in its `ffn.py`:
 
@@ -51,7 +50,7 @@ from kernels.groups.ffn import TILE_GROUPS
 from kernels.masked import MASKED
 from kernels.two_four.ffn import PACKED_ACTIVATIONS, PACKED_WEIGHTS
 from kernels.venom.ffn import COMPACT_VENOM
-from kernels.venom.pattern import Venom
+from kernels.venom.pattern import COLUMNS, Venom
 from kernels.weights import thresholded
 
 FAMILIES: list[Family] = [
@@ -163,8 +162,8 @@ def sparse_feed_forward(
         x: `[T, d]`, floating point.
         w1: `[f, d]`, same dtype.
         w2: `[d, f]`, same dtype.
-        sparsity: what h is cut to, which products read a 2:4 weight, whether h is cut along the tokens as well (Venom
-            and 2:4 only).
+        sparsity: what h is cut to, which products read a 2:4 weight, whether h is cut along the tokens as well (2:4
+            only).
         w1_scale: `[]`, beta of W1, where product (1) reads beta * S(W1), and with it (5).
         w2_scale: `[]`, beta of W2 along d, where product (3) reads beta * S(W2).
         order: `[T]` int64, a permutation: the tokens in the order in which neighbours share a block. None: as they are.
@@ -212,7 +211,7 @@ def _check(
     if w2_scale is not None and width % 4:
         raise ValueError(f"w2_scale needs a model width d divisible by 4, got {width}")
     if sparsity.cut_along_tokens:
-        if not isinstance(sparsity.pattern, Venom):
-            raise ValueError("cut_along_tokens needs a Venom pattern")
-        if tokens % sparsity.pattern.m:
-            raise ValueError(f"cut_along_tokens needs tokens divisible by m = {sparsity.pattern.m}, got {tokens}")
+        if not isinstance(sparsity.pattern, Venom) or (sparsity.pattern.n, sparsity.pattern.m) != (2, COLUMNS):
+            raise ValueError(f"cut_along_tokens needs 2:4 activations, not {sparsity.pattern}")
+        if tokens % COLUMNS:
+            raise ValueError(f"cut_along_tokens needs tokens divisible by {COLUMNS}, got {tokens}")

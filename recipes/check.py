@@ -12,10 +12,11 @@ import torch
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
 from configs.titan import device_type
-from kernels import Groups, Venom
+from kernels import Groups
 from kernels.columns.ffn import LARGE
 from kernels.columns.ffn_fp8 import ALIGNED
 from kernels.feed_forward import recipe_patterns
+from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
@@ -132,9 +133,9 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
             "(training.local_batch_size x training.seq_len): lower v or raise those"
         )
-    if activations.cut_along_tokens and isinstance(pattern, Venom) and tokens % pattern.m:
+    if activations.cut_along_tokens and tokens % COLUMNS:
         raise ConfigError(
-            f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {pattern.m}: "
+            f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {COLUMNS}: "
             "change training.local_batch_size or training.seq_len"
         )
     if router.enable:

@@ -70,7 +70,6 @@ def _torchtitan(model: str, about: str) -> Contender:
 
 
 FIRST_2OF4 = {"weights.pattern": "2:4", "weights.products": "[1]"}
-TOKENS = {"activations.cut_along_tokens": "true"}
 # torchtitan's converter scales each tensor by its own maximum, in every step, unless a recipe of torchao's is named.
 FLOAT8_TENSORWISE = {"model.converters": '["quantize.linear.float8"]'}
 FLOAT8_FFN = FLOAT8_TENSORWISE | {"quantize.linear.float8.filter_fqns": '["attention", "output"]'}
@@ -86,9 +85,7 @@ CONTENDERS = {
     "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
     "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too"),
     "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons"),
-    "venom_4of16_tokens": _recipe("venom_4of16", "4 of 16 neurons, cut along tokens too", TOKENS),
     "venom_2of16": _recipe("venom_2of16", "2 of 16, 2:4 W1"),
-    "venom_2of16_tokens": _recipe("venom_2of16", "2 of 16, 2:4 W1, cut along tokens too", TOKENS),
     "groups_quarter": _recipe("groups_quarter", "a quarter of the groups"),
     "groups_eighth": _recipe("groups_eighth", "an eighth of the groups"),
     "columns_half": _recipe("columns_half", "half of the neurons, blocks of 1024"),

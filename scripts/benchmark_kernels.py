@@ -84,9 +84,7 @@ CONTENDERS: dict[str, tuple[str, FeedForwardSparsity]] = {
     "groups_quarter_2of4": ("a quarter, and 2:4 W1", FeedForwardSparsity(QUARTER, (1,))),
     "groups_eighth_2of4": ("an eighth, and 2:4 W1", FeedForwardSparsity(EIGHTH, (1,))),
     "venom_4of16": ("4 of 16 neurons", FeedForwardSparsity(FOUR)),
-    "venom_4of16_tokens": ("4 of 16, cut along tokens too", FeedForwardSparsity(FOUR, (), True)),
     "venom_2of16": ("2 of 16 neurons, 2:4 W1", FeedForwardSparsity(TWO, (1,))),
-    "venom_2of16_tokens": ("the same, cut along tokens too", FeedForwardSparsity(TWO, (1,), True)),
     "activations_2of4": ("2:4 activations, along tokens too", FeedForwardSparsity(Venom(1, 2, 4), (), True)),
     "weights_2of4": ("2:4 weights alone", FeedForwardSparsity(None, (1, 3))),
 }

@@ -198,9 +198,8 @@ def check(
         errors: relative error of each output. kept: `kept_share`. failed: in words, what is not right; empty if all is.
     """
     (hidden_dim, dim), device = prepared.w1.shape, prepared.w1.device
-    # A second cut needs whole windows of m tokens, torchao's float8 sixteens.
-    window = sparsity.pattern.m if sparsity.cut_along_tokens and isinstance(sparsity.pattern, Venom) else 1
-    window = 16 if sparsity == DENSE_FLOAT8 else window
+    # A second cut needs fours of tokens, torchao's float8 sixteens.
+    window = 16 if sparsity == DENSE_FLOAT8 else 4 if sparsity.cut_along_tokens else 1
     tokens = TOKENS - TOKENS % window
     x, weights = planted_inputs(dim, hidden_dim, tokens, device)
     dy = torch.randn(tokens, dim, device=device).bfloat16()

@@ -73,8 +73,12 @@ BAD = [
         ["activations.cut_along_tokens", "groups", "false"],
     ),
     (
-        f"{DEBUG} --activations.cut_along_tokens true --training.seq_len 250 --training.local_batch_size 1",
-        ["activations.cut_along_tokens", "250", "16"],
+        f"{DEBUG} --recipe recipes/activations_2of4.toml --training.seq_len 250 --training.local_batch_size 1",
+        ["activations.cut_along_tokens", "250", "4"],
+    ),
+    (
+        f"{DEBUG} --activations.cut_along_tokens true",
+        ["activations.cut_along_tokens", 'pattern = "venom"', "false"],
     ),
     (f"{DEBUG} --model.name llama_swiglu", ["llama_swiglu", "recipes/dense.toml"]),
     (f"{DEBUG} --model.flavor 16m", ["model.flavor", "16m", "160m"]),

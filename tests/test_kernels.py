@@ -105,8 +105,6 @@ def brute_mask(h, pattern):
 
 def brute_token_mask(h, pattern):
     tokens, neurons = h.shape
-    if pattern.m > 4:
-        return brute_venom(h.T, pattern.v, pattern.n, pattern.m).T
     value, mask = h.double().tolist(), torch.zeros(h.shape, dtype=torch.bool)
     firing = [sum(value[t][j] != 0 for t in range(tokens)) for j in range(neurons)]
     whole = largest(firing, round(0.05 * neurons))
@@ -231,7 +229,7 @@ def test_balance_lets_a_weak_neuron_have_its_turn():
 
 
 @KINDS
-@pytest.mark.parametrize("pattern", [Venom(1, 2, 4), Venom(7, 2, 4), Venom(3, 4, 4), Venom(3, 2, 8), Venom(16, 4, 16)])
+@pytest.mark.parametrize("pattern", [Venom(1, 2, 4), Venom(7, 2, 4)])
 def test_token_mask_is_brute_force(kind, pattern):
     for seed, hidden in enumerate([16, 48, 80]):  # 5% of them: one, two, four neurons stay whole
         h = activations(kind, 2 * pattern.m, hidden, torch.float64, seed)
@@ -363,7 +361,7 @@ def test_w2_scale_changes_product_3_alone(pattern):
     assert not torch.allclose(actual[1], plain[1]) and not torch.allclose(actual[2], plain[2])
 
 
-@pytest.mark.parametrize("pattern", [Venom(1, 2, 4), Venom(3, 4, 4), Venom(3, 2, 8), Venom(64, 2, 8), Venom(4, 2, 20)])
+@pytest.mark.parametrize("pattern", [Venom(1, 2, 4), Venom(7, 2, 4)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_cut_along_tokens_changes_products_4_and_6_alone(pattern, scaled):
     inputs = ffn_inputs(4, tokens=2 * pattern.m)
@@ -379,8 +377,7 @@ def test_cut_along_tokens_changes_products_4_and_6_alone(pattern, scaled):
     close(actual, six_products(inputs, mask, w1_used, w2_back, second))
     uncut = run(sparse_feed_forward, inputs, pattern, **options)
     assert torch.equal(actual[0], uncut[0]) and torch.equal(actual[1], uncut[1])
-    if pattern.n == 2:
-        assert not torch.allclose(actual[2], uncut[2]) and not torch.allclose(actual[3], uncut[3])
+    assert not torch.allclose(actual[2], uncut[2]) and not torch.allclose(actual[3], uncut[3])
 
 
 def test_backward_keeps_one_tensor_of_the_hidden_shape():
@@ -451,7 +448,7 @@ def compiled_equals_eager(backend, pattern, **options):
 @pytest.mark.parametrize("pattern", [None, Venom(3, 2, 4), Venom(3, 2, 8), Groups(3, 4, 0.4)])
 def test_compiles_without_a_graph_break(pattern):
     scales = {"w1_scale": torch.tensor(1.5), "w2_scale": torch.tensor(1.5)}
-    compiled_equals_eager("aot_eager", pattern, **scales, cut_along_tokens=isinstance(pattern, Venom))
+    compiled_equals_eager("aot_eager", pattern, **scales, cut_along_tokens=pattern == Venom(3, 2, 4))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
@@ -465,12 +462,11 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights(patte
     x, w1, w2, dy = ffn_inputs(7, tokens=16, dtype=torch.float32, device=device)
     scales = {"w1_scale": torch.tensor(1.5, device=device), "w2_scale": torch.tensor(1.5, device=device)}
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = sparse_feed_forward(x, w1, w2, pattern, **scales, cut_along_tokens=isinstance(pattern, Venom))
+        y = sparse_feed_forward(x, w1, w2, pattern, **scales)
     grads = torch.autograd.grad(y, (x, w1, w2), dy.bfloat16())
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
     low = tuple(t.detach().bfloat16().requires_grad_() for t in (x, w1, w2))
-    options = {**scales, "cut_along_tokens": isinstance(pattern, Venom)}
-    expected = run(sparse_feed_forward, (*low, dy.bfloat16()), pattern, **options)
+    expected = run(sparse_feed_forward, (*low, dy.bfloat16()), pattern, **scales)
     for a, e in zip((y, *grads), expected, strict=True):
         assert torch.equal(a, e.to(a.dtype))
 
@@ -512,11 +508,8 @@ class EveryOther:
         (Groups(64, 128, 0.25), (), False, 192, 512, torch.bfloat16, "reference"),
         (Groups(128, 128, 0.25), (), False, 96, 512, torch.bfloat16, "reference"),
         (Groups(128, 128, 0.25), (), False, 192, 512, torch.float32, "reference"),
-        (Venom(128, 2, 16), (1,), True, 192, 512, torch.bfloat16, "venom"),
+        (Venom(128, 2, 16), (1,), False, 192, 512, torch.bfloat16, "venom"),
         (Venom(16, 4, 4), (), False, 100, 512, torch.bfloat16, "venom"),
-        (Venom(16, 4, 4), (), True, 192, 512, torch.bfloat16, "reference"),
-        (Venom(64, 4, 48), (), True, 192, 192, torch.bfloat16, "reference"),
-        (Venom(128, 4, 16), (), True, 192, 192, torch.bfloat16, "reference"),
         (Venom(512, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
         (Venom(64, 4, 512), (), False, 192, 512, torch.bfloat16, "reference"),
         (Venom(96, 4, 16), (), False, 192, 512, torch.bfloat16, "reference"),
@@ -598,10 +591,10 @@ def test_impossible_patterns_are_refused(pattern, message):
 @pytest.mark.parametrize(
     "pattern, message",
     [
-        (None, "needs a Venom"),
-        (Groups(4, 4, 0.5), "needs a Venom"),
-        (Venom(4, 2, 8), "m = 8, got 10"),
-        (Venom(1, 2, 4), "m = 4, got 10"),
+        (None, "needs 2:4 activations, not None"),
+        (Groups(4, 4, 0.5), "needs 2:4 activations"),
+        (Venom(4, 2, 8), "needs 2:4 activations"),
+        (Venom(1, 2, 4), "divisible by 4, got 10"),
     ],
     ids=str,
 )

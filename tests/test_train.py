@@ -178,9 +178,8 @@ def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, cap
         ("groups_quarter", ("--activations.v", "128"), TILE_GROUPS),
         ("columns_quarter", (), LARGE_BLOCKS),
         ("venom_2of16", (), COMPACT_VENOM),
-        ("venom_4of16", ("--activations.cut_along_tokens", "true"), COMPACT_VENOM),
     ],
-    ids=["groups", "columns", "venom", "venom_tokens"],
+    ids=["groups", "columns", "venom"],
 )
 def test_the_kernels_operators_train_as_the_reference(train, tmp_path, recipe, words, family):
     """Their CPU path in float32: the same products, sorted and compacted, through the whole trainer."""

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from kernels import Venom, venom
-from kernels.venom import compact, expand, products, reference, select, tile_width, token_mask, venom_mask
+from kernels.venom import compact, expand, products, reference, select, tile_width, venom_mask
 from kernels.venom.ffn import COMPACT_VENOM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ def squares(y1):
 KINDS = pytest.mark.parametrize("kind", ["floats", "ties", "sparse", "zeros"])
 
 
-# ---- the first cut
+# ---- the cut
 
 
 @KINDS
@@ -111,45 +111,6 @@ def test_select_columns_keeps_what_is_not_finite(value, n):
     assert torch.equal(columns, expected_columns)
     assert_close(tiles, expected, rtol=0, atol=0, equal_nan=True)
     assert (~tiles.isfinite()).sum() == 3
-
-
-# ---- the second cut
-
-
-@KINDS
-@pytest.mark.parametrize(
-    "tokens, hidden, v, m",
-    [
-        (32, 64, 16, 16),
-        (48, 96, 32, 8),  # a last block of tokens with half the windows
-        (40, 64, 16, 8),
-        (16, 512, 64, 16),  # fewer tokens than a block, two tiles of columns
-        (256, 32, 16, 8),  # a whole tile of kept tokens
-    ],
-)
-def test_cut_tokens_is_token_mask(kind, tokens, hidden, v, m):
-    for n in (2, 4):
-        y1 = pre_activations(kind, tokens, hidden)
-        h_tiles, columns = reference.select_columns(y1, v, n, m)
-        h = expand(h_tiles, columns, tokens, hidden)
-        dy1_tiles = torch.where(h_tiles != 0, normal(*h_tiles.shape), 0)
-        dy1 = expand(dy1_tiles, columns, tokens, hidden)
-        args = h_tiles, dy1_tiles, columns, tokens, hidden, n, m
-        h_cut, dy1_cut, ids = cut = select.cut_tokens(*args)
-        mask = token_mask(h, Venom(v, n, m))
-        for tiles, dense in ((h_cut, h), (dy1_cut, dy1)):
-            assert torch.equal(expand(tiles.transpose(1, 2), ids, hidden, tokens).T, torch.where(mask, dense, 0))
-        for actual, expected in zip(cut, reference.cut_tokens(*args), strict=True):
-            assert actual.dtype == expected.dtype and torch.equal(actual, expected)
-
-
-def test_cut_tokens_keeps_nan():
-    h_tiles, columns = reference.select_columns(pre_activations("floats", 32, 64), 16, 2, 16)
-    h_tiles[0, 3, 5] = torch.nan
-    args = h_tiles, h_tiles, columns, 32, 64, 2, 16
-    for actual, expected in zip(select.cut_tokens(*args), reference.cut_tokens(*args), strict=True):
-        assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-        assert actual.isnan().sum() == (1 if actual.is_floating_point() else 0)
 
 
 # ---- products
@@ -197,15 +158,6 @@ def test_sample_dy1(tokens, hidden, d, v, m):
     assert torch.equal(dy1_tiles == 0, tiles == 0)
 
 
-@SHAPES
-def test_reduce_tokens(tokens, hidden, d, v, m):
-    hidden = -(-hidden // v) * v
-    tiles, columns, _, x, _ = operands(tokens, hidden, d, v, 4, m)
-    token_tiles, _, ids = reference.cut_tokens(tiles, tiles, columns, tokens, hidden, 4, m)
-    h_tokens = expand(token_tiles.transpose(1, 2), ids, hidden, tokens).double()
-    close(products.reduce_tokens(token_tiles, ids, x, hidden), h_tokens @ x.double())
-
-
 def test_products_show_nan():
     tiles, columns, _, dy, weight = operands(32, 64, 32, 16, 4, 16)
     weight[columns[0, 0].long(), 7] = torch.nan
@@ -231,17 +183,14 @@ def operator_arguments():
     tokens, hidden, d, v, n, m = 48, 96, 40, 32, 2, 8
     y1, dy, weight = normal(tokens, hidden), normal(tokens, d), normal(hidden, d)
     tiles, columns = reference.select_columns(y1, v, n, m)
-    token_tiles, _, ids = reference.cut_tokens(tiles, tiles, columns, tokens, hidden, n, m)
     return {
         "select_columns": (y1, v, n, m),
-        "cut_tokens": (tiles, tiles, columns, tokens, hidden, n, m),
         "reduce_neurons": (tiles, columns, weight, tokens, torch.randperm(tokens).to(DEVICE)),
         "sample_dy1": (dy, weight, tiles, columns),
-        "reduce_tokens": (token_tiles, ids, dy, hidden),
     }
 
 
-@pytest.mark.parametrize("name", ["select_columns", "cut_tokens", "reduce_neurons", "sample_dy1", "reduce_tokens"])
+@pytest.mark.parametrize("name", ["select_columns", "reduce_neurons", "sample_dy1"])
 def test_operators(name):
     operator = getattr(venom, name)
     args = operator_arguments()[name]
@@ -254,9 +203,8 @@ def test_operators(name):
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("n", [2, 4])
-def test_operators_compose_to_the_feed_forward(n, cut, scaled, ordered):
+def test_operators_compose_to_the_feed_forward(n, scaled, ordered):
     """Against the masked reference, in float64 on the CPU: outputs and all gradients."""
     rand, pattern = torch.Generator().manual_seed(0), Venom(16, n, 8)
     inputs = [torch.randn(*s, generator=rand, dtype=torch.float64) for s in ((72, 24), (64, 24), (24, 64))]
@@ -264,9 +212,9 @@ def test_operators_compose_to_the_feed_forward(n, cut, scaled, ordered):
     dy = torch.randn(72, 24, generator=rand, dtype=torch.float64)
     order = torch.randperm(72, generator=rand) if ordered else None
     scales = [torch.tensor(1.3, dtype=torch.float64)] * 2 if scaled else [None, None]
-    expected = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order=order)
+    expected = sparse_feed_forward(x, w1, w2, pattern, *scales, order=order)
     # On the CPU nothing is packed; the rest is what runs on a GPU.
-    actual = sparse_feed_forward(x, w1, w2, pattern, *scales, cut, order=order, family=COMPACT_VENOM)
+    actual = sparse_feed_forward(x, w1, w2, pattern, *scales, order=order, family=COMPACT_VENOM)
     assert_close(actual, expected)
     grads = [torch.autograd.grad(y, (x, w1, w2), dy) for y in (actual, expected)]
     for a, e in zip(*grads, strict=True):
@@ -288,21 +236,6 @@ def test_select_columns_refuses(name, args, message):
         getattr(venom, name)(normal(32, hidden), *pattern)
 
 
-@pytest.mark.parametrize(
-    "tokens, hidden, v, m, message",
-    [
-        (40, 64, 16, 16, "m = 16 does not divide the tokens"),
-        (36, 72, 16, 12, "m = 12 does not divide v"),
-        (32, 72, 16, 8, "v = 16 does not divide"),
-        (32, 64, 16, 4, "m = 4"),
-    ],
-)
-def test_cut_tokens_refuses(tokens, hidden, v, m, message):
-    tiles, columns = venom.select_columns(normal(tokens, hidden), v, 4, m)
-    with pytest.raises(ValueError, match=message):
-        venom.cut_tokens(tiles, tiles, columns, tokens, hidden, 4, m)
-
-
 COMPILE = """
 import sys
 import triton
@@ -311,7 +244,7 @@ from kernels.venom import products, select
 
 def build(kernel, arch, constants, num_warps=4, num_stages=3):
     names = kernel.arg_names
-    types = dict.fromkeys(("columns", "index", "token_ids"), "*i32")
+    types = dict.fromkeys(("columns", "index"), "*i32")
     types |= dict.fromkeys(("tokens", "hidden_dim", "rows"), "i32")
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
     source = triton.compiler.ASTSource(
@@ -326,15 +259,13 @@ def build(kernel, arch, constants, num_warps=4, num_stages=3):
 for arch in (80, 90):
     for n in (2, 4):
         build(select._select_columns, arch, dict(V=64, N=n, M=16, PADDED_M=16, WINDOWS=8, WIDTH=128))
-        build(select._cut_tokens, arch, dict(V=64, N=n, M=16, WIDTH=128))
     for v in (64, 128):
         tile = products._tile(v)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        built = [build(products._sample_dy1, arch, dict(KEPT=512, D=512, V=v, WIDTH=128, **tile), **options)]
-        for transposed in (False, True):
-            constants = dict(KEPT=512, D=512, V=v, WIDTH=128, TRANSPOSED=transposed, order=None, **tile)
-            built.append(build(products._gather_reduce, arch, constants, **options))
-        for kernel in built:
+        constants = dict(KEPT=512, D=512, V=v, WIDTH=128, **tile)
+        sampled = build(products._sample_dy1, arch, constants, **options)
+        reduced = build(products._gather_reduce, arch, constants | dict(order=None), **options)
+        for kernel in (sampled, reduced):
             assert "cp.async" in kernel.asm["ptx"], "loads are not pipelined"
             assert ("wgmma" if arch == 90 else "mma.sync") in kernel.asm["ptx"]
             assert kernel.metadata.shared <= 163 * 1024, kernel.metadata.shared  # an A100's

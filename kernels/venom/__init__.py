@@ -4,19 +4,17 @@
     columns [P, W]      int32         which neurons they are
 
 B = ceil(T/V) blocks keep C = 4f/M columns each, ascending; W is the largest power of two up to 128 that divides C;
-the last block is filled up with zeros. Along the tokens it is the same with h^T for h, a tile a kept token a row:
-`token_tiles [Q, W, V]`, `token_ids [Q, W]`, Q = f/V * K/W, K = 4T/M.
+the last block is filled up with zeros.
 
-With these, the products of `kernels.feed_forward` that read h or dy1 are dense ones, over a share 4/M of the
-multiplications:
+With these, the products of `kernels.feed_forward` that reduce over f or sample it are dense ones, over a share 4/M of
+the multiplications:
 
     tiles, columns         = select_columns(y1)                         h = relu(y1)^2, cut
     y                      = reduce_neurons(tiles, columns, W2^T)       (2)
     dy1_tiles              = sample_dy1(dy, W2^T, tiles, columns)   (3)
-    h_token_tiles, ...     = cut_tokens(tiles, dy1_tiles, columns)      the second cut
-    dW2^T                  = reduce_tokens(h_token_tiles, ids, dy)      (4)
     dx                     = reduce_neurons(dy1_tiles, columns, W1)     (5)
-    dW1                    = reduce_tokens(dy1_token_tiles, ids, x)     (6)
+
+(4) and (6) reduce over the tokens: they are dense products of h and dy1, expanded.
 
 `reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
 All functions here are custom operators of PyTorch, so torch.compile passes through them; gradients are the caller's.
@@ -33,11 +31,9 @@ from kernels.venom.reference import compact, expand, tile_width
 __all__ = [
     "Venom",
     "compact",
-    "cut_tokens",
     "densest_neurons",
     "expand",
     "reduce_neurons",
-    "reduce_tokens",
     "sample_dy1",
     "select_columns",
     "tile_width",
@@ -50,18 +46,6 @@ def _check_selection(y1: Tensor, v: int, n: int, m: int) -> None:
     Venom(v, n, m).check(y1.shape[1])
     if v < 16 or v & (v - 1):
         raise ValueError(f"v = {v}: tiles need a power of two, at least 16")
-
-
-def _check_cut(v: int, tokens: int, hidden_dim: int, n: int, m: int) -> None:
-    Venom(v, n, m).check(hidden_dim)
-    if m == COLUMNS:
-        raise ValueError(f"m = {m}: the second cut needs windows of more than {COLUMNS} tokens")
-    if v % m:
-        raise ValueError(f"m = {m} does not divide v = {v}: the second cut needs whole windows in a block")
-    if tokens % m:
-        raise ValueError(f"m = {m} does not divide the tokens, {tokens}")
-    if hidden_dim % v:
-        raise ValueError(f"v = {v} does not divide the FFN's hidden_dim = {hidden_dim}")
 
 
 def _check_bf16(**operands: Tensor) -> None:
@@ -102,46 +86,6 @@ def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     width = tile_width(kept)
     count = (y1.shape[0] + v - 1) // v * (kept // width)
     return y1.new_empty(count, v, width), y1.new_empty(count, width, dtype=torch.int32)
-
-
-@operator("venom_cut_tokens")
-def cut_tokens(
-    h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The second cut, along the tokens, of h and of dy1 under h's pattern: what products (4) and (6) read.
-
-    Which entries stay is `token_mask`'s choice on the h that the tiles hold; of dy1 the same ones stay.
-
-    Args:
-        h_tiles, columns: compact h, as `select_columns` returns it.
-        dy1_tiles: compact dy1, shape and dtype of h_tiles.
-        tokens: T, a multiple of m.
-        hidden_dim: f, a multiple of V.
-        n: entries that a neuron keeps of its block's four tokens, 2 or 4.
-        m: tokens in a window, more than 4, a divisor of V; neurons in a window of h_tiles.
-
-    Returns:
-        h_token_tiles and dy1_token_tiles `[Q, W, V]`, and token_ids `[Q, W]` int32.
-
-    Raises:
-        ValueError: sizes outside these bounds, or tiles that are not bfloat16 on a GPU.
-    """
-    _check_cut(h_tiles.shape[1], tokens, hidden_dim, n, m)
-    _check_bf16(h_tiles=h_tiles, dy1_tiles=dy1_tiles)
-    with torch.cuda.device_of(h_tiles):
-        cut = select if h_tiles.is_cuda else reference
-        return cut.cut_tokens(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m)
-
-
-@register_fake(cut_tokens)
-def _(h_tiles, dy1_tiles, columns, tokens, hidden_dim, n, m):
-    v = h_tiles.shape[1]
-    _check_cut(v, tokens, hidden_dim, n, m)
-    kept = COLUMNS * tokens // m
-    width = tile_width(kept)
-    count = hidden_dim // v * (kept // width)
-    token_tiles = h_tiles.new_empty(count, width, v)
-    return token_tiles, torch.empty_like(token_tiles), columns.new_empty(count, width)
 
 
 @operator("venom_reduce_neurons")
@@ -196,28 +140,3 @@ def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor
 @register_fake(sample_dy1)
 def _(dy, weight_rows, h_tiles, columns):
     return torch.empty_like(h_tiles)
-
-
-@operator("venom_reduce_tokens")
-def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
-    """Products (4) and (6): h^T or dy1^T, cut along the tokens, times dy or x.
-
-    Args:
-        token_tiles, token_ids: as `cut_tokens` returns them.
-        x: `[T, d]`, the tiles' dtype: dy for (4), x for (6).
-        hidden_dim: f.
-
-    Returns:
-        `[f, d]`, in x's dtype, a row a neuron: dW2^T or dW1.
-
-    Raises:
-        ValueError: operands that are not bfloat16 on a GPU.
-    """
-    _check_bf16(token_tiles=token_tiles, x=x)
-    with torch.cuda.device_of(x):
-        return (products if x.is_cuda else reference).reduce_tokens(token_tiles, token_ids, x, hidden_dim)
-
-
-@register_fake(reduce_tokens)
-def _(token_tiles, token_ids, x, hidden_dim):
-    return x.new_empty(hidden_dim, x.shape[1])

@@ -17,7 +17,7 @@ from kernels.family import (
     Stages,
     refuses_device,
 )
-from kernels.venom import cut_tokens, expand, reduce_neurons, reduce_tokens, sample_dy1, select_columns
+from kernels.venom import expand, reduce_neurons, sample_dy1, select_columns
 from kernels.venom.pattern import COLUMNS, Venom
 from kernels.weights import linear, refuses_packed, thresholded
 
@@ -29,10 +29,8 @@ class CompactVenom(Family):
         "venom_select_columns": (("selection",), ()),
         "venom_reduce_neurons": (("(2)",), ("(5)",)),
         "venom_sample_dy1": ((), ("(3)",)),
-        "venom_cut_tokens": ((), ("selection",)),
-        "venom_reduce_tokens": ((), ("(4)", "(6)")),
     }
-    patterns: ClassVar[Mapping[str, FromRecipe]] = {"venom": FromRecipe(("v", "n", "m"), Venom, ("cut_along_tokens",))}
+    patterns: ClassVar[Mapping[str, FromRecipe]] = {"venom": FromRecipe(("v", "n", "m"), Venom)}
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
         pattern = sparsity.pattern
@@ -49,12 +47,6 @@ class CompactVenom(Family):
         assert isinstance(pattern, Venom)
         if pattern.m > 256 or not 16 <= pattern.v <= 256 or pattern.v & (pattern.v - 1):
             return f"tiles need v a power of two from 16 to 256 and m up to 256, not {pattern.v}, {pattern.m}"
-        if sparsity.cut_along_tokens and (
-            pattern.m == COLUMNS or pattern.v % pattern.m or shape.hidden_dim % pattern.v
-        ):
-            return (
-                f"the second cut needs m = {pattern.m} above {COLUMNS} to divide v = {pattern.v}, and v the hidden_dim"
-            )
         return ""
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
@@ -64,12 +56,10 @@ class CompactVenom(Family):
         pattern = sparsity.pattern
         assert isinstance(pattern, Venom)
         gathered = COLUMNS / pattern.m  # whatever n
-        along_tokens = gathered if sparsity.cut_along_tokens else 1.0
         return Cost(
-            (1.0, gathered, gathered, along_tokens, gathered, along_tokens),
+            (1.0, gathered, gathered, 1.0, gathered, 1.0),
             halved=tuple(n for n in sparsity.weight_products if n == 1),
-            kept_h=gathered,
-            gradients=gathered if sparsity.cut_along_tokens else 1.0,  # (4) and (6) read h and dy1 expanded
+            kept_h=gathered,  # (4) and (6) read h and dy1 expanded
         )
 
     def forward(
@@ -89,19 +79,13 @@ class CompactVenom(Family):
     ) -> tuple[Tensor, Tensor, Tensor]:
         w1, w2, w1_scale, w2_scale = weights
         x, tiles, columns, order = saved
-        pattern = sparsity.pattern
-        assert x is not None and tiles is not None and columns is not None and isinstance(pattern, Venom)
+        assert x is not None and tiles is not None and columns is not None
         tokens, hidden_dim = x.shape[0], w1.shape[0]
         dy = dy if order is None else dy.index_select(0, order)
         dy1 = sample_dy1(dy, thresholded(w2.T.contiguous(), w2_scale), tiles, columns)  # (3)
         dx = reduce_neurons(dy1, columns, thresholded(w1, w1_scale), tokens, order)  # (5)
-        if sparsity.cut_along_tokens:
-            h_cut, dy1_cut, ids = cut_tokens(tiles, dy1, columns, tokens, hidden_dim, pattern.n, pattern.m)
-            dw2 = reduce_tokens(h_cut, ids, dy, hidden_dim).T.contiguous()  # (4)
-            dw1 = reduce_tokens(dy1_cut, ids, x, hidden_dim)  # (6)
-        else:
-            dw2 = dy.T @ expand(tiles, columns, tokens, hidden_dim)  # (4)
-            dw1 = expand(dy1, columns, tokens, hidden_dim).T @ x  # (6)
+        dw2 = dy.T @ expand(tiles, columns, tokens, hidden_dim)  # (4)
+        dw1 = expand(dy1, columns, tokens, hidden_dim).T @ x  # (6)
         return dx, dw1, dw2
 
 

@@ -7,8 +7,8 @@ over f gathers 4f/M columns once for V rows (dense tiles, any hardware), and for
 
 With V = 1 and M = 4 every column is a chosen one, and V:2:4 is plain 2:4 sparsity a token.
 
-Products (4) and (6) reduce over the tokens instead, where this pattern saves nothing; `token_mask` cuts h a second
-time for them.
+Products (4) and (6) reduce over the tokens instead, where this pattern saves nothing; `token_mask` cuts 2:4 activations
+a second time for them.
 
 Source: VENOM, Castro et al., SC 2023; on activations: arXiv 2602.06183.
 """
@@ -113,20 +113,18 @@ def densest_neurons(h: Tensor) -> Tensor:
 
 
 def token_mask(h: Tensor, pattern: Venom) -> Tensor:
-    """The second cut, along the tokens: which entries of h products (4) and (6) read.
+    """The second cut of 2:4 activations, along the tokens: which entries of h products (4) and (6) read.
 
-    For V:N:M with M > 4 it is the same pattern on h^T: blocks of V neurons by M tokens. For 2:4 (M = 4) a neuron
-    keeps two of every four tokens; the four are T/4 apart, since neighbouring tokens fire the same neurons, and the
-    5% of the neurons that fire most often are left whole.
+    A neuron keeps two of every four tokens; the four are T/4 apart, since neighbouring tokens fire the same neurons,
+    and the 5% of the neurons that fire most often are left whole (arXiv 2503.16672).
 
     Args:
-        h: `[T, f]`, non-negative, T a multiple of the pattern's m.
+        h: `[T, f]`, non-negative, T a multiple of 4.
+        pattern: whose m is 4.
 
     Returns:
         bool mask `[T, f]`.
     """
-    if pattern.m > COLUMNS:
-        return venom_mask(h.T, pattern.v, pattern.n, pattern.m).T
     tokens, neurons = h.shape
     strided = h.view(COLUMNS, tokens // COLUMNS, neurons).permute(2, 1, 0).reshape(neurons, tokens)
     mask = venom_mask(strided, 1, pattern.n, COLUMNS).view(neurons, tokens // COLUMNS, COLUMNS)

@@ -1,15 +1,13 @@
-"""Products (2) to (6) over the compact form, in Triton: dense tiles against gathered rows.
+"""Products (2), (3) and (5) over the compact form, in Triton: dense tiles against gathered rows.
 
 Because V rows share their columns, a block's product is an ordinary matrix product whose second operand is
 picked row by row, and with the weights stored a row a neuron a picked row is a contiguous run of memory:
 
     reduce_neurons  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
-    reduce_tokens   dW[block]     = sum over kept tokens t:   token_tile[t, :] x[t, :]               (4) (6)
     sample_dy1  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
 
-The first two are one kernel: left operands differ only in which of their axes is contiguous. Everything is
-addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are bf16, sums
-float32, outputs are rounded once.
+Everything is addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are
+bf16, sums float32, outputs are rounded once.
 
 A picked row is read again by every block of tokens that keeps it. Programs therefore run slab by slab: GROUP slabs of
 the second operand, narrow enough for the L2 cache, against all blocks before the next slabs.
@@ -56,7 +54,6 @@ def _gather_reduce(
     D: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -71,10 +68,7 @@ def _gather_reduce(
     picked = tl.load(index + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < KEPT, other=0)
     for start in range(0, KEPT, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if TRANSPOSED:
-            place = k[None, :] * V + row[:, None]
-        else:
-            place = (k // WIDTH * (V * WIDTH) + k % WIDTH)[None, :] + row[:, None] * WIDTH
+        place = (k // WIDTH * (V * WIDTH) + k % WIDTH)[None, :] + row[:, None] * WIDTH
         left = tl.load(tiles + place, mask=(k < KEPT)[None, :], other=0)
         right = tl.load(
             source + picked.to(tl.int64)[:, None] * D + n[None, :],
@@ -95,38 +89,27 @@ def _gather_reduce(
     )
 
 
-def _launch_gather_reduce(
-    tiles: Tensor, index: Tensor, source: Tensor, order: Tensor | None, rows: int, v: int, transposed: bool
-) -> Tensor:
-    source = source.contiguous()
-    d = source.shape[1]
-    blocks, tile = triton.cdiv(rows, v), _tile(v)
-    out = torch.empty(rows, d, dtype=source.dtype, device=source.device)
-    _gather_reduce[(blocks * triton.cdiv(d, tile["BLOCK_N"]),)](
-        out,
-        tiles,
-        index,
-        source,
-        order,
-        rows,
-        index.numel() // blocks,
-        d,
-        v,
-        index.shape[1],
-        transposed,
-        **tile,
-    )
-    return out
-
-
 def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
-    return _launch_gather_reduce(tiles, columns, weight_rows, order, tokens, tiles.shape[1], False)
-
-
-def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
-    return _launch_gather_reduce(token_tiles, token_ids, x, None, hidden_dim, token_tiles.shape[2], True)
+    weight_rows = weight_rows.contiguous()
+    v, d = tiles.shape[1], weight_rows.shape[1]
+    blocks, tile = triton.cdiv(tokens, v), _tile(v)
+    out = torch.empty(tokens, d, dtype=weight_rows.dtype, device=weight_rows.device)
+    _gather_reduce[(blocks * triton.cdiv(d, tile["BLOCK_N"]),)](
+        out,
+        tiles,
+        columns,
+        weight_rows,
+        order,
+        tokens,
+        columns.numel() // blocks,
+        d,
+        v,
+        columns.shape[1],
+        **tile,
+    )
+    return out
 
 
 @triton.jit

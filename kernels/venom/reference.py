@@ -57,19 +57,6 @@ def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     return tiles, columns.view(-1, tiles.shape[2])
 
 
-def cut_tokens(
-    h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    v = h_tiles.shape[1]
-    h = expand(h_tiles, columns, tokens, hidden_dim)
-    dy1 = expand(dy1_tiles, columns, tokens, hidden_dim)
-    mask, kept = _select(h.T, v, n, m)
-    h_token_tiles, dy1_token_tiles = (
-        compact(torch.where(mask, value.T, 0), kept, v).transpose(1, 2).contiguous() for value in (h, dy1)
-    )
-    return h_token_tiles, dy1_token_tiles, kept.view(-1, h_token_tiles.shape[1])
-
-
 def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
@@ -81,7 +68,3 @@ def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor
     v = h_tiles.shape[1]
     blocks = -(-dy.shape[0] // v)
     return 2 * h_tiles.sqrt() * compact(dy @ weight_rows.T, columns.view(blocks, -1), v)
-
-
-def reduce_tokens(token_tiles: Tensor, token_ids: Tensor, x: Tensor, hidden_dim: int) -> Tensor:
-    return expand(token_tiles.transpose(1, 2), token_ids, hidden_dim, x.shape[0]) @ x

@@ -6,13 +6,6 @@ a training step, is read once, and h, of the same size, is never written.
 
     y1 [T, f]  ->  tiles [B * C/W, V, W],  columns [B * C/W, W]        C = 4f/M kept columns, W of them a tile
 
-The second cut, along the tokens, is the same on h^T: blocks of V neurons, windows of M tokens. A window of neurons has
-exactly four columns in the compact form, hence a block of V neurons is 4V/M neighbouring columns there, and the
-sums over it are plain row sums. Neurons go back to their places among the V, so products over tokens need no second
-index:
-
-    tiles [B * C/W, V, W]  ->  token tiles [f/V * K/W', W', V],  tokens [f/V * K/W', W']   K = 4T/M kept tokens
-
 Source: the pattern is VENOM's, Castro et al., SC 2023; the one-pass selection is this project's.
 """
 
@@ -26,7 +19,6 @@ from kernels.venom.reference import tile_width
 
 SELECT_ELEMENTS = 8192  # entries of y1 that a program holds
 SELECT_WARPS = 4
-CUT_WARPS = 4
 
 
 @triton.jit
@@ -138,96 +130,3 @@ def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
         y1, tiles, columns, tokens, hidden_dim, v, n, m, padded_m, chunk, width, num_warps=SELECT_WARPS
     )
     return tiles, columns
-
-
-@triton.jit
-def _cut_tokens(
-    h_tiles,
-    dy1_tiles,
-    columns,
-    h_token_tiles,
-    dy1_token_tiles,
-    token_ids,
-    tokens,
-    hidden_dim,
-    V: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    # One program: a block of V tokens and one of V neurons, so WINDOWS windows of tokens by as many of neurons.
-    WINDOWS: tl.constexpr = V // M
-    neuron_block = tl.program_id(0).to(tl.int64)
-    token_block = tl.program_id(1).to(tl.int64)
-    kept = hidden_dim // M * 4
-    first = neuron_block * WINDOWS * 4
-    row = tl.arange(0, V)
-    column = first + tl.arange(0, WINDOWS * 4)
-    tile = token_block * kept * V  # a block's tiles follow one another
-    place = column // WIDTH * (V * WIDTH) + column % WIDTH
-    h = tl.load(h_tiles + tile + row[:, None] * WIDTH + place[None, :]).to(tl.float32)
-    rank = _four_largest(tl.reshape(tl.sum(h, 1), (WINDOWS, M)))
-
-    window = tl.arange(0, WINDOWS)
-    m = tl.arange(0, M)
-    token = window[:, None] * M + m[None, :]
-    t0, t1, t2, t3 = _pick(token, rank, 0), _pick(token, rank, 1), _pick(token, rank, 2), _pick(token, rank, 3)
-    kept_token = tl.reshape(_interleave(t0, t1, t2, t3), (WINDOWS, 4))
-    # Windows of neurons first, so that a warp writes neighbouring ones of a token.
-    h_cut = tl.zeros((WINDOWS, WINDOWS, 4, M), tl.bfloat16)
-    dy1_cut = tl.zeros((WINDOWS, WINDOWS, 4, M), tl.bfloat16)
-    for i in tl.static_range(4):  # column i of every window of neurons
-        column = first + window * 4 + i
-        place = tile + column // WIDTH * (V * WIDTH) + column % WIDTH
-        a = tl.load(h_tiles + place[:, None] + t0[None, :] * WIDTH).to(tl.float32)
-        b = tl.load(h_tiles + place[:, None] + t1[None, :] * WIDTH).to(tl.float32)
-        c = tl.load(h_tiles + place[:, None] + t2[None, :] * WIDTH).to(tl.float32)
-        d = tl.load(h_tiles + place[:, None] + t3[None, :] * WIDTH).to(tl.float32)
-        if N == 2:
-            a, b, c, d = _two_largest(a, b, c, d)
-        h = tl.reshape(_interleave(a, b, c, d), (WINDOWS, WINDOWS, 4))
-        dy1 = tl.load(dy1_tiles + place[:, None, None] + kept_token[None, :, :] * WIDTH)
-        neuron = tl.load(columns + token_block * kept + column) - neuron_block * V - window * M
-        here = (neuron[:, None] == m[None, :])[:, None, None, :]
-        h_cut = tl.where(here, h.to(tl.bfloat16)[:, :, :, None], h_cut)
-        dy1_cut = tl.where(here, dy1[:, :, :, None], dy1_cut)
-    dy1_cut = tl.where(h_cut != 0, dy1_cut, tl.zeros_like(dy1_cut))
-
-    kept_tokens = tokens // M * 4
-    slot = (token_block * WINDOWS + window[:, None]) * 4 + tl.arange(0, 4)[None, :]
-    inside = slot < kept_tokens  # the last block of tokens may have fewer windows
-    slot += neuron_block * kept_tokens
-    tl.store(token_ids + slot, (token_block * V + kept_token).to(tl.int32), mask=inside)
-    # A block's token tiles follow one another, so kept token `slot` is a row of V neurons at slot * V.
-    out = slot[None, :, :, None] * V + token[:, None, None, :]
-    tl.store(h_token_tiles + out, h_cut, mask=inside[None, :, :, None])
-    tl.store(dy1_token_tiles + out, dy1_cut, mask=inside[None, :, :, None])
-
-
-def cut_tokens(
-    h_tiles: Tensor, dy1_tiles: Tensor, columns: Tensor, tokens: int, hidden_dim: int, n: int, m: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    v, width = h_tiles.shape[1:]
-    kept = COLUMNS * tokens // m
-    token_width = tile_width(kept)
-    count = hidden_dim // v * kept // token_width
-    h_token_tiles, dy1_token_tiles = (
-        torch.empty(count, token_width, v, dtype=torch.bfloat16, device=h_tiles.device) for _ in range(2)
-    )
-    token_ids = torch.empty(count, token_width, dtype=torch.int32, device=h_tiles.device)
-    _cut_tokens[hidden_dim // v, triton.cdiv(tokens, v)](
-        h_tiles,
-        dy1_tiles,
-        columns,
-        h_token_tiles,
-        dy1_token_tiles,
-        token_ids,
-        tokens,
-        hidden_dim,
-        v,
-        n,
-        m,
-        width,
-        num_warps=CUT_WARPS,
-    )
-    return h_token_tiles, dy1_token_tiles, token_ids
