@@ -4,6 +4,10 @@ A run's phases flip `sparse`; nothing else about the module changes, so a model 
 model with the same parameters. What a sparse phase needs beyond the parameters is three buffers, filled when it starts
 (`recipes/sparsity.py`): the two scales of the 2:4 weights and the router's centroids.
 
+Under tensor parallelism a rank has the neurons of its shard: rows of W1, columns of W2. Every rank reads all tokens, in
+one order, since the router's centroids are on all ranks; the pattern chooses among the neurons of the shard, so that
+each rank does the same share of the work; and the outputs of the shards are summed where the dense FFN sums them.
+
 In evaluation mode the module also counts how its activations fit the pattern. Validation runs on graphs of
 its own, so the counting costs a training step nothing.
 """
@@ -14,6 +18,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from configs.titan import trunc_normal_
 from kernels import FeedForwardSparsity, Pattern, Preceding, hidden_activations, route_tokens, sparse_feed_forward
@@ -106,14 +111,32 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sparse:
-            return self._sparse_forward(x.flatten(0, -2)).view_as(x)
+            return self._sharded_forward(x) if isinstance(x, DTensor) else self._sparse_forward(x)
         active = F.relu(self.w1(x))
         h = active * active  # not square(): CUDA autocast computes powers in float32
         if not self.training:
             self._count(h)
         return self.w2(h)
 
+    def _sharded_forward(self, x: DTensor) -> Tensor:
+        """The sparse FFN under tensor parallelism.
+
+        Args:
+            x: `[B, S, dim]`, replicated over the ranks.
+
+        Returns:
+            This rank's part of the sequences, `[B, S / ranks, dim]`, as the plan's row-wise W2 gives it.
+        """
+        # Each rank has its own neurons' part of y and, in the backward pass, of the gradient of x.
+        y = self._sparse_forward(x.to_local(grad_placements=[Partial()]))
+        return DTensor.from_local(y, x.device_mesh, [Partial()]).redistribute(placements=[Shard(1)]).to_local()
+
     def _sparse_forward(self, x: Tensor) -> Tensor:
+        """The FFN of `x [..., dim]` with this rank's neurons."""
+        w1, w2 = (_local(linear.weight) for linear in (self.w1, self.w2))
+        return self._sparse_tokens(x.flatten(0, -2), w1, w2).view_as(x)
+
+    def _sparse_tokens(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         """The FFN of the tokens `x [T, dim]`, sorted by cluster for as long as a block of them shares a pattern."""
         w1_scale = self.w1_scale if 1 in self.sparsity.weight_products else None
         w2_scale = self.w2_scale if 3 in self.sparsity.weight_products else None
@@ -123,21 +146,21 @@ class FeedForward(nn.Module):
             if not self.training:
                 self.routed.add_(F.one_hot(clusters, self.sparsity.clusters).sum(0))
             if self.sparsity.by_cluster:
-                return self._forward_by_cluster(x, clusters)
+                return self._forward_by_cluster(x, w1, w2, clusters)
         if not self.training:
-            self._count(hidden_activations(x if order is None else x[order], self.w1.weight, w1_scale))
-        return sparse_feed_forward(x, self.w1.weight, self.w2.weight, self.sparsity, w1_scale, w2_scale, order)
+            self._count(hidden_activations(x if order is None else x[order], w1, w1_scale))
+        return sparse_feed_forward(x, w1, w2, self.sparsity, w1_scale, w2_scale, order)
 
-    def _forward_by_cluster(self, x: Tensor, clusters: Tensor) -> Tensor:
+    def _forward_by_cluster(self, x: Tensor, w1: Tensor, w2: Tensor, clusters: Tensor) -> Tensor:
         """What h is cut to depends on a token's cluster and the weights alone: causal, and known before product (1)."""
         pattern = self.sparsity.pattern
         assert isinstance(pattern, Pattern)
-        centroids = hidden_activations(self.centroids.to(x.dtype), self.w1.weight).float()
-        h = hidden_activations(x, self.w1.weight)
+        centroids = hidden_activations(self.centroids.to(x.dtype), w1).float()
+        h = hidden_activations(x, w1)
         mask = pattern.mask(h, centroids[clusters])
         if not self.training:
             self._count(h, mask)
-        return torch.where(mask, h, 0) @ self.w2.weight.T
+        return torch.where(mask, h, 0) @ w2.T
 
     def _count(self, h: Tensor, mask: Tensor | None = None) -> None:
         energy = h.float() ** 2
@@ -147,3 +170,7 @@ class FeedForward(nn.Module):
         counts = torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
         # Not +=, which also assigns to the module: under activation checkpointing the compiler refuses that.
         self.activity.add_(counts)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight

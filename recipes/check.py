@@ -121,12 +121,21 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         if args.dim % 4:
             raise ConfigError(f"model.dim = {args.dim} is not divisible by 4, as weights.pattern = 2:4 needs")
     _check_activation_keys(activations)
+    tensor = config.parallelism.tensor_parallel_degree
+    if args.hidden_dim % tensor:
+        raise ConfigError(
+            f"model.hidden_dim = {args.hidden_dim} is not divisible by parallelism.tensor_parallel_degree = {tensor}: "
+            "change one of them"
+        )
+    neurons = args.hidden_dim // tensor  # among which a rank's pattern chooses
+    of = f" / parallelism.tensor_parallel_degree = {args.hidden_dim} / {tensor} = {neurons}" if tensor > 1 else ""
     pattern = activation_pattern(activations)
     if pattern is not None:
         try:
-            pattern.check(args.hidden_dim)
+            pattern.check(neurons)
         except ValueError as error:
-            raise ConfigError(f"activations.{error}; change it or what it has to fit") from None
+            why = f" (model.hidden_dim{of})" if of else ""
+            raise ConfigError(f"activations.{error}{why}; change it or what it has to fit") from None
     tokens = config.training.local_batch_size * config.training.seq_len
     if pattern is not None and pattern.v > tokens:
         raise ConfigError(
@@ -139,10 +148,10 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "change training.local_batch_size or training.seq_len"
         )
     if router.enable:
-        if args.hidden_dim % router.cluster_size:
+        if neurons % router.cluster_size:
             raise ConfigError(
-                f"router.cluster_size = {router.cluster_size} does not divide model.hidden_dim = {args.hidden_dim}: "
-                "change one of them"
+                f"router.cluster_size = {router.cluster_size} does not divide model.hidden_dim"
+                f"{of or f' = {neurons}'}: change one of them"
             )
         if activations.pattern == "none":
             raise ConfigError("router.enable = true has no meaning with activations.pattern = none: set it to false")
@@ -152,11 +161,11 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "sparse phase: lower it, or use --recipe recipes/dense.toml"
         )
     if config.precision.ffn == "fp8":
-        _check_fp8(config, args)
+        _check_fp8(config, args.dim, neurons)
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
 
 
-def _check_fp8(config: JobConfig, args: LlamaArgs) -> None:
+def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
     activations, pattern = config.activations, activation_pattern(config.activations)
     if not isinstance(pattern, Groups) or pattern.v < LARGE:
         raise ConfigError(
@@ -168,8 +177,8 @@ def _check_fp8(config: JobConfig, args: LlamaArgs) -> None:
             f'precision.ffn = "fp8" reads whole weights, but weights.pattern = "{config.weights.pattern}": '
             "set one of them to its default"
         )
-    kept = pattern.kept_groups(args.hidden_dim) * pattern.g
-    for name, value in (("activations.v", pattern.v), ("model.dim", args.dim), ("the kept neurons", kept)):
+    kept = pattern.kept_groups(neurons) * pattern.g
+    for name, value in (("activations.v", pattern.v), ("model.dim", dim), ("the kept neurons", kept)):
         if value % ALIGNED:
             raise ConfigError(
                 f'precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use "model"'
@@ -209,10 +218,10 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
                 f"parallelism.{name} = {degree} is not supported: set it to 1, shard with data_parallel_shard_degree"
             )
     sparse = any(phase.mode == "sparse" for phase in config.schedule.phases)
-    if tensor > 1 and sparse:
+    if parallelism.enable_async_tensor_parallel and tensor > 1 and sparse:
         raise ConfigError(
-            f"parallelism.tensor_parallel_degree = {tensor} works with dense phases only, but {config.recipe} has "
-            "a sparse one: use data_parallel_shard_degree"
+            f"parallelism.enable_async_tensor_parallel = true works with dense phases only, but {config.recipe} has "
+            "a sparse one: set it to false"
         )
     if shard == 0 or world % (replicate * tensor) or (shard > 0 and replicate * shard * tensor != world):
         raise ConfigError(

@@ -8,6 +8,9 @@ Preparation reads nothing but the weights, the step, the seed and the step's fir
 the switch prepares at its resume what it would have prepared, and one killed after it finds scales, centroids and the
 neurons' order in the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or,
 spread, every C-th).
+
+Under tensor parallelism neurons are clustered inside a rank's shard, so that none moves to another rank; every rank has
+the centroids of all shards. The run is that of one process whose pattern chooses inside each shard.
 """
 
 import ast
@@ -28,6 +31,7 @@ from torch.optim import Optimizer
 
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
+from configs.titan import titan_config
 from kernels import (
     Family,
     FeedForwardSparsity,
@@ -126,8 +130,18 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
     )
 
 
+def computes_in(training: titan_config.Training, tensor_parallel: int, shards: bool) -> str:
+    """The dtype of products: tensor parallelism alone has neither FSDP's mixed precision nor autocast."""
+    return training.dtype if tensor_parallel > 1 and not shards else training.mixed_precision_param
+
+
 def sparse_family(
-    args: LlamaArgs, spans: Sequence[Span], device: torch.device, dtype: torch.dtype, here: bool = True
+    args: LlamaArgs,
+    spans: Sequence[Span],
+    device: torch.device,
+    dtype: torch.dtype,
+    here: bool = True,
+    tensor_parallel: int = 1,
 ) -> tuple[Family | None, str]:
     """What computes the FFNs in sparse phases, and why; None where there is no sparse phase.
 
@@ -135,22 +149,27 @@ def sparse_family(
         args: of the model, with its sparsity.
         spans: the run's phases.
         device, dtype, here: as in `kernels.choose`; FSDP and, on one GPU, autocast compute in the dtype.
+        tensor_parallel: ranks that share a layer.
     """
     if all(span.mode == "dense" for span in spans):
         return None, "no sparse phase"
-    return explain(args.sparsity, Shape(args.dim, args.hidden_dim), device, dtype, here)
+    return explain(args.sparsity, Shape(args.dim, args.hidden_dim // tensor_parallel), device, dtype, here)
 
 
 def flops_per_token(
-    dense: float, args: LlamaArgs, feed_forwards: Iterable[FeedForward], family: Family | None
+    dense: float,
+    args: LlamaArgs,
+    feed_forwards: Iterable[FeedForward],
+    family: Family | None,
+    tensor_parallel: int = 1,
 ) -> dict[str, float]:
     """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes."""
     ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards if not ffn.always_dense)
-    shape = Shape(args.dim, args.hidden_dim)
+    shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
     executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
     return {
         "dense": dense,
-        "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(args.hidden_dim)),
+        "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(shape.hidden_dim)),
         "sparse_executed": dense - ffn * (1 - executed),
     }
 
@@ -190,6 +209,7 @@ class Sparsity(Stateful):
         self.feed_forwards = list(feed_forwards.values())
         self.optimizers = optimizers
         self.spans = spans
+        self.shards = config.parallelism.tensor_parallel_degree
         self.phase = "dense"
         # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
         self.prepared: dict[str, Any] = {}
@@ -270,12 +290,15 @@ class Sparsity(Stateful):
         inputs: list[Tensor] = []
 
         def keep(_, arguments: tuple[Tensor]) -> None:
-            x = arguments[0].flatten(0, -2)
-            x = x[:: -(-x.shape[0] * ranks // SAMPLE)].float().contiguous()
+            x = arguments[0]
+            replicas = self.shards if isinstance(x, DTensor) else 1
+            x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
+            x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))].float().contiguous()
             if ranks > 1:
                 parts = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(parts, x)
-                x = torch.cat(parts)
+                # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
+                x = torch.cat(parts[::replicas])
             inputs.append(x)
 
         hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
@@ -291,42 +314,53 @@ class Sparsity(Stateful):
     def _cluster(self, step: int, inputs: Sequence[Tensor]) -> None:
         """Cluster the neurons of every layer that is to be sparse, by its inputs or, without, by its weights.
 
-        Ranks take layers in turn.
+        Under tensor parallelism every shard of a layer is clustered by itself. Ranks take shards of layers in turn.
         """
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
         # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
-        weights: dict[int, Tensor] = {}
+        weights: dict[tuple[int, int], Tensor] = {}
         for turn, (index, feed_forward) in enumerate(layers):
-            weight = _full(feed_forward.w1.weight)
-            if turn % ranks == rank:
-                weights[index] = weight
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+            for shard, weight in enumerate(_full(feed_forward.w1.weight).chunk(self.shards)):
+                if (turn * self.shards + shard) % ranks == rank:
+                    weights[index, shard] = weight.clone() if self.shards > 1 else weight  # not all shards' memory
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         while weights:
-            part = {index: weights.pop(index) for index in list(weights)[:TOGETHER]}
+            part = {key: weights.pop(key) for key in list(weights)[:TOGETHER]}
             found |= zip(part, self._clusters(inputs, part, step), strict=True)
         for turn, (index, feed_forward) in enumerate(layers):
-            centroids, neurons = feed_forward.centroids, feed_forward.w1.weight.shape[0]
-            order = torch.empty(neurons, dtype=torch.int64, device=centroids.device)
-            order, centroids = found.get(index, (order, centroids))
-            if ranks > 1:
-                dist.broadcast(order, src=turn % ranks)
-                dist.broadcast(centroids, src=turn % ranks)
-            feed_forward.centroids.copy_(centroids)
+            neurons = feed_forward.w1.weight.shape[0] // self.shards
+            device, orders = feed_forward.centroids.device, []
+            for shard, centroids in enumerate(feed_forward.centroids.chunk(self.shards)):
+                order = torch.empty(neurons, dtype=torch.int64, device=device)
+                order, own = found.get((index, shard), (order, centroids))
+                if ranks > 1:
+                    source = (turn * self.shards + shard) % ranks
+                    dist.broadcast(order, src=source)
+                    dist.broadcast(own, src=source)
+                centroids.copy_(own)
+                orders.append(order + shard * neurons)
+            order = torch.cat(orders)
             for weight, dim in ((feed_forward.w1.weight, 0), (feed_forward.w2.weight, 1)):
                 _reorder(weight, order, dim)
                 for moment in self._moments(weight):
                     _reorder(moment, order, dim)
 
     def _clusters(
-        self, inputs: Sequence[Tensor], weights: dict[int, Tensor], step: int
+        self, inputs: Sequence[Tensor], weights: dict[tuple[int, int], Tensor], step: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each layer the neurons in the order that its pattern wants, and the centroids of its clusters."""
+        """The neurons of each shard of a layer in the order that the pattern wants, and the centroids of its clusters.
+
+        Args:
+            inputs: of the layers, `[T, d]`; empty: neurons are clustered by their weights.
+            weights: rows of W1 `[f / shards, d]`, by layer and shard.
+            step: from 1.
+        """
         size = self.config.router.cluster_size
-        seeds = [((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31 for layer in weights]
+        seeds = [((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31 for layer, _ in weights]
         weight = torch.stack(list(weights.values()))
         if inputs:
-            x = torch.stack([inputs[layer] for layer in weights])
+            x = torch.stack([inputs[layer] for layer, _ in weights])
             orders, centroids = activation_clusters(x, weight, size, seed=seeds)
         else:
             orders, centroids = balanced_clusters(weight, size, seed=seeds)
@@ -456,7 +490,8 @@ def _holds_whole_groups(weight: Tensor) -> bool:
     if not isinstance(weight, DTensor):
         return True
     sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)
-    shards = math.prod(size for size, placement in sizes if placement.is_shard())
+    # Under tensor parallelism the columns are sharded as well.
+    shards = math.prod(size for size, placement in sizes if placement.is_shard(0))
     return -(-weight.shape[0] // shards) % 4 == 0
 
 

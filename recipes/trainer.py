@@ -41,7 +41,7 @@ from recipes.mixture import load_corpus
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span
-from recipes.sparsity import Sparsity, flops_per_token, sparse_family
+from recipes.sparsity import Sparsity, computes_in, flops_per_token, sparse_family
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator, reshard
 
@@ -114,11 +114,12 @@ class SparseTrainer(titan.Trainer):
         batches = _Batches(self.batch_generator(self.dataloader))
         batches.peek()
         self.metrics_processor.start(self.step)
-        dtype = titan.TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-        device = torch.device(titan.device_type)
-        family, reason = sparse_family(self.model_args, self.sparsity.spans, device, dtype)
+        device, tensor = torch.device(titan.device_type), self.parallel_dims.tp
+        dtype = titan.TORCH_DTYPE_MAP[computes_in(config.training, tensor, self.parallel_dims.fsdp_enabled)]
+        spans = self.sparsity.spans
+        family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
-        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, family)
+        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, family, tensor)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         if dist.get_rank() == 0:
             self._describe_run("dense" if family is None else family.name, reason, flops)
@@ -388,6 +389,10 @@ def set_up_process(config: JobConfig) -> None:
 
 def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
     model = titan.parallelize_llama(model, parallel_dims, job_config)
+    if parallel_dims.tp_enabled:
+        # It gives the result of a collective that is under way. As the input of a compiled block that would get a
+        # gradient of another kind than it was given (torch 2.13: a Tensor where autograd expects a DTensor).
+        model.get_submodule("tok_embeddings").register_forward_hook(lambda module, inputs, output: output.clone())
     if titan.device_type == "cpu":
         # gloo has no pre-multiplied sum, which FSDP2 reduces gradients with by default.
         for module in model.modules():

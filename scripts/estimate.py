@@ -54,7 +54,7 @@ from configs.titan import TORCH_DTYPE_MAP
 from kernels import MASKED, Cost, Family, Shape
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
-from recipes.sparsity import flops_per_token, sparse_family
+from recipes.sparsity import computes_in, flops_per_token, sparse_family
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
 
@@ -93,8 +93,7 @@ def layout(config: JobConfig, gpus: int) -> Layout:
     shard = gpus // (tensor * parallelism.data_parallel_replicate_degree)
     micro, batch = training.local_batch_size, training.global_batch_size
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
-    # Tensor parallelism alone has neither FSDP's mixed precision nor autocast.
-    compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize if shard > 1 or tensor == 1 else state
+    compute = TORCH_DTYPE_MAP[computes_in(training, tensor, shard > 1)].itemsize
     return Layout(
         gpus=gpus,
         shard=shard,
@@ -241,10 +240,10 @@ def estimate(arguments: list[str]) -> str:
     on = layout(config, gpus)
     with torch.device("meta"):
         model = Llama(args)
-    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-    family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False)
+    dtype = TORCH_DTYPE_MAP[computes_in(config.training, on.tensor, on.shard > 1)]
+    family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, model.feed_forwards().values(), family)
+    flops = flops_per_token(dense, args, model.feed_forwards().values(), family, on.tensor)
     mode = config.activation_checkpoint.mode
 
     lines = [

@@ -154,6 +154,13 @@ def train(tiny):
     return run
 
 
+@pytest.fixture
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
 def sparse_feed_forward(x, w1, w2, pattern=None, w1_scale=None, w2_scale=None, cut_along_tokens=False, **more):
     """`kernels.sparse_feed_forward` with the specification that follows from a pattern and the given scales."""
     products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)

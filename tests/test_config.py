@@ -102,7 +102,19 @@ BAD = [
     (f"{DEBUG} --schedule.dense_layers 4", ["schedule.dense_layers = 4", "4 layers", "recipes/dense.toml"]),
     (f"{DEBUG} --activations.pattern none --weights.pattern none --router.enable false", ["sparse phase", "set one"]),
     (f"{DEBUG} --parallelism.data_parallel_shard_degree 4", ["data_parallel_shard_degree = 4", "1 process", "-1"]),
-    (f"{DEBUG} --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2", "dense phases only"]),
+    (f"{DEBUG} --parallelism.tensor_parallel_degree 5", ["model.hidden_dim = 768", "tensor_parallel_degree = 5"]),
+    (
+        f"{DEBUG} --parallelism.tensor_parallel_degree 2 --activations.m 256",
+        ["activations.m = 256", "tensor_parallel_degree = 768 / 2 = 384"],
+    ),
+    (
+        f"{DEBUG} --parallelism.tensor_parallel_degree 2 --router.cluster_size 256",
+        ["router.cluster_size = 256", "tensor_parallel_degree = 768 / 2 = 384"],
+    ),
+    (
+        f"{DEBUG} --parallelism.tensor_parallel_degree 2 --parallelism.enable_async_tensor_parallel",
+        ["enable_async_tensor_parallel", "dense phases only"],
+    ),
     (f"{DEBUG} --parallelism.pipeline_parallel_degree 2", ["pipeline_parallel_degree = 2", "set it to 1"]),
     (f"{DEBUG} --training.global_batch_size 12", ["global_batch_size = 12", "local_batch_size = 8"]),
     (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
