@@ -38,6 +38,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FORMAT = 3  # of the cached Arrow files: what an older program has read must not be taken for what this one reads
 BATCH_BYTES = 16 << 20  # of text that are held at once
+CHUNK_BYTES = 1 << 20  # of a compressed file that are read at once
 DOCUMENT_BYTES = 15 << 27  # 1.875 GiB; Arrow's strings of a batch have less than 2 GiB together
 # A byte order mark says which encoding it is; UTF-32's begins with UTF-16's.
 MARKS = (
@@ -197,12 +198,43 @@ def _open(file: str) -> Any:
         raise EOFError("an empty file, which no compression writes")
     if suffix == ".gz":
         return gzip.open(file)
+    # Python's lzma and bz2 take a stream of several that is damaged where it begins for the end of the file.
     if suffix == ".xz":
-        return lzma.open(file)
+        return io.BufferedReader(_Xz(file), CHUNK_BYTES)
     if suffix in (".bz2", ".zst"):
-        # Not Python's bz2, which takes a stream of several that is damaged where it begins for the end of the file.
         return pa.input_stream(file, compression="bz2" if suffix == ".bz2" else "zstd")
     return open(file, "rb")
+
+
+class _Xz(io.RawIOBase):
+    """What an .xz file holds, in all of its streams and the zeros between them."""
+
+    def __init__(self, file: str) -> None:
+        self._file = open(file, "rb")  # noqa: SIM115, closed with this
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed and (more := self._file.read(CHUNK_BYTES)):
+                    packed = more.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            elif self._stream.needs_input and not (packed := self._file.read(CHUNK_BYTES)):
+                raise EOFError("the file ends before its last stream does")
+            if chunk := self._stream.decompress(packed, len(buffer)):
+                buffer[: len(chunk)] = chunk
+                return len(chunk)
 
 
 def read_text(file: str) -> str:

@@ -300,13 +300,15 @@ def test_damaged_compression_and_unreadable_files_are_named(tmp_path, monkeypatc
         kept = file.read_bytes()
         # A part that is all ones: an invalid block, which zlib has an error of its own for.
         contents = [b"", kept[: len(kept) // 2], b"\0" * 64, kept[:50] + b"\xff" * 40 + kept[90:]]
-        if suffix != ".xz":  # whose reader stops where a second stream should begin and does not
-            contents.append(kept + b"no header" + kept[9:])
+        contents.append(kept + b"no header" + kept[9:])  # a second stream that is damaged where it begins
         for content in contents:
             file.write_bytes(content)
             mixture._load_corpus.cache_clear()
             with pytest.raises(ConfigError, match=rf"a file cannot be read \(.*a.jsonl{suffix}: .*; repair it"):
                 mixture.load_corpus(make_config(Source(path=str(folder))))
+        file.write_bytes(kept + (b"\0" * 8 if suffix == ".xz" else b"") + kept)
+        with files._open(str(file)) as stream:
+            assert stream.read() == whole + whole
 
     def refuse(file, *args, **options):
         raise PermissionError(13, "Permission denied", str(file))
