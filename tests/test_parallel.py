@@ -6,6 +6,7 @@ half already.
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_four_ranks_shard_groups_by_fsdp_and_by_tensor(tiny, inside_halves, tmp_
 
 PATTERNS = {
     "groups": (FeedForwardSparsity(Groups(16, 8, 0.5), clusters=4), Groups(16, 8, 0.5, window=32)),
-    "venom": (FeedForwardSparsity(Venom(16, 2, 8), (1, 3), cut_along_tokens=True, clusters=4), Venom(16, 2, 8)),
+    "venom": (FeedForwardSparsity(Venom(16, 2, 8), (1, 3), clusters=4), Venom(16, 2, 8)),
     "2:4": (FeedForwardSparsity(Venom(1, 2, 4), (1,)), Venom(1, 2, 4)),
     "weights": (FeedForwardSparsity(None, (1, 3)), None),
 }
@@ -147,7 +148,7 @@ def _check_gradients(rank: int, port: str, failures) -> None:
         for name, (sparsity, whole) in PATTERNS.items():
             generator = torch.Generator().manual_seed(1)
             x, dy = (torch.randn(2, 32, 16, generator=generator) for _ in range(2))
-            one = _feed_forward(FeedForwardSparsity(whole, *_rest(sparsity)))
+            one = _feed_forward(replace(sparsity, pattern=whole))
             expected_x = x.clone().requires_grad_()
             expected = one(expected_x)
             expected.backward(dy)
@@ -176,10 +177,6 @@ def _check_gradients(rank: int, port: str, failures) -> None:
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _rest(sparsity: FeedForwardSparsity) -> tuple:
-    return sparsity.weight_products, sparsity.cut_along_tokens, sparsity.clusters
 
 
 def test_gradients_of_a_sharded_ffn_are_those_of_a_pattern_that_chooses_inside_halves(free_port):
