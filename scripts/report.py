@@ -10,6 +10,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- batches: FOLDER -->  a row for each run in the folder: whether its micro-batch fits, and how fast it trains
     <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated on a text: evaluations.jsonl
                               of scripts/evaluate.py, which is copied there from the run's folder
+    <!-- headline: FILE -->   a row for each recipe: what it gains and costs, from both kinds of results
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
@@ -23,8 +24,12 @@ import sys
 from configs.repository import ROOT
 from scripts.tables import TABLES
 
-PAGES = ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/**/README.md"))
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = [
+    page
+    for page in (ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+    if BLOCK.search(page.read_text())
+]
 
 
 def fill(text: str) -> str:

@@ -465,7 +465,44 @@ def parts_table(file: Path) -> str:
     return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
 
 
+def headline_table(file: Path) -> str:
+    """What recipes gain and cost, a row each: speeds of steps and whole runs, loss, and both together.
+
+    Args:
+        file: headline.json. study: a folder of runs; nats_an_e_fold: of loss, by how much dense falls with e times the
+            tokens; rows: recipe, run of the study, and steps, by size the folder of a training.json and the contender.
+    """
+    told, root = json.loads(file.read_text()), file.parent.parent
+    groups, baseline = load_groups(root / told["study"])
+    assert baseline is not None
+    peers = baseline_losses(groups, baseline)
+    rows = []
+    for entry in told["rows"]:
+        steps, whole = [], []
+        loss = mean(run.last("val_loss") for run, _ in groups[entry["run"]]) - peers[entry["run"]]
+        for size, (folder, name) in entry["steps"].items():
+            contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
+            float8 = min(each["ms"]["dense"] for other, each in contenders.items() if "float8" in other)
+            sparse = contenders[name]["ms"]["sparse"]
+            steps.append(f"{size} {contenders['dense']['ms']['dense'] / sparse:.2f}x, {float8 / sparse:.2f}x")
+            bf16 = contenders[name]["whole"]
+            sooner = math.exp(-loss / told["nats_an_e_fold"])
+            rival = contenders["dense"]["ms"]["dense"] / float8
+            whole.append((size, bf16, bf16 * sooner, bf16 * sooner / rival))
+        rows.append(
+            {
+                "recipe": f"[`{entry['recipe']}`](recipes/{entry['recipe']}.toml)",
+                "its sparse step": "; ".join(steps),
+                "whole run": "; ".join(f"{size} {speed:.2f}x" for size, speed, _, _ in whole),
+                "loss at equal tokens": f"+{100 * loss / peers[entry['run']]:.1f}%",
+                "same loss sooner": "; ".join(f"{size} {speed:.2f}x, {rival:.2f}x" for size, _, speed, rival in whole),
+            }
+        )
+    return _table(rows, False, lambda _: "")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "headline": headline_table,
     "runs": runs_table,
     "batches": batches_table,
     "probes": probes_table,
