@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from scripts import tables
 from scripts.report import BLOCK, PAGES, fill
 from scripts.runs import Run
 from scripts.tables import _jumps
@@ -71,6 +72,28 @@ def test_jumps_at_switches_are_over_the_dense_run_and_what_was_there_before():
     assert _jumps([run_of(sparse, phases, seed=1)], base) == "-"
     assert _jumps([run_of(sparse, phases)], [run_of({50: 4.0, 51: 4.0}, [["dense", 1, 51]])]) == "+1.0%, -"
     assert _jumps([run_of(dense, [["dense", 1, 100]])], base) == "-"
+
+
+def test_headline_table(tmp_path, monkeypatch):
+    def of(loss, phases):
+        lines = [{"step": 10, "loss": loss, "val_loss": loss}]
+        return [(Run("name", "model", "recipe", Path(), lines), {"config": {"debug": {"seed": 0}}, "phases": phases})]
+
+    groups = {"dense": of(4.0, [["dense", 1, 10]]), "quarter": of(4.1, [["dense", 1, 1], ["sparse", 2, 10]])}
+    monkeypatch.setattr(tables, "load_groups", lambda folder: (groups, "dense"))
+    contenders = {
+        "dense": {"ms": {"dense": 240.0}},
+        "float8_tensorwise": {"ms": {"dense": 220.0}},
+        "quarter_float8": {"ms": {"dense": 200.0, "sparse": 150.0}, "whole": 1.5},
+    }
+    (tmp_path / "docs" / "steps").mkdir(parents=True)
+    (tmp_path / "docs" / "steps" / "training.json").write_text(json.dumps({"contenders": contenders}))
+    row = {"recipe": "columns_quarter", "run": "quarter", "steps": {"1B": ["docs/steps", "quarter_float8"]}}
+    headline = {"study": "docs/study", "nats_an_e_fold": 0.2, "rows": [row]}
+    (tmp_path / "docs" / "headline.json").write_text(json.dumps(headline))
+    table = tables.headline_table(tmp_path / "docs" / "headline.json")
+    # Over the faster of the two float8 steps; e^-0.5 of 1.5 is 0.91, and 0.76 over a rival that is 1.2x.
+    assert "| 1B 1.60x, 1.33x | 1B 1.50x | +2.5% | 1B 0.91x, 0.76x |" in table
 
 
 def entry(**more):
