@@ -241,6 +241,16 @@ class Metrics(titan_config.Metrics):
 
 
 @dataclass
+class Training(titan_config.Training):
+    skip_bad_batches: int = _in(0, 0)
+    """
+    Batches whose loss or gradient is not finite that a run may skip: weights and moments stay as they were, the step
+    and its learning rate count as taken. One more ends the run, as the first one does with 0. Costs one
+    synchronisation of host and device a step.
+    """
+
+
+@dataclass
 class Comm(titan_config.Comm):
     train_timeout_seconds: int = 600
     """Timeout of collectives after the first step; the first step of a new phase and the first validation compile."""
@@ -287,6 +297,7 @@ class JobConfig(titan_config.JobConfig):
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     comm: Comm = field(default_factory=Comm)
+    training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
 
 

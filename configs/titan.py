@@ -9,10 +9,12 @@ them with the reason for each; `lacking()` says which of them another release do
 and call the public names that the classes `*Hooks` give them.
 """
 
+import contextlib
 import inspect
 import os
 import resource
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -126,6 +128,7 @@ __all__ = [
     "torchtitan",
     "trunc_normal_",
     "use_train_spec",
+    "watch_gradient_norms",
 ]
 
 
@@ -136,6 +139,7 @@ PRIVATE: list[tuple[Any, str, str]] = [
     (CheckpointManager, "_async_wait", "overridden: a save has ended when it is committed, and may have failed"),
     (CheckpointManager, "_purge_stale_checkpoints", "overridden: torchtitan counts checkpoints that are incomplete"),
     (HuggingFaceTokenizer, "_load_tokenizer_from_path", "overridden: truncation, padding and dropout are taken out"),
+    (dist_utils, "clip_grad_norm_", "watched: the norm of the gradient is known before the optimizer's step, and kept"),
     (_train_spec, "_extra_train_specs", "a name can be registered once, and a process may train several jobs"),
     (torchtitan.train, "CheckpointManager", "replaced: the Trainer constructs this class, TrainSpec names no other"),
     (torchtitan.tools.utils, "_get_available_device_type", "replaced while torchtitan is imported without a GPU"),
@@ -188,6 +192,22 @@ class TokenizerHooks(HuggingFaceTokenizer):
 
     def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
         return self.load_tokenizer(tokenizer_path)
+
+
+@contextlib.contextmanager
+def watch_gradient_norms() -> Iterator[list[torch.Tensor]]:
+    """Collect the norms that torchtitan's training step clips by, before its optimizer's step."""
+    original, norms = dist_utils.clip_grad_norm_, []
+
+    def clip(*args, **kwargs) -> torch.Tensor:
+        norms.append(original(*args, **kwargs))
+        return norms[-1]
+
+    dist_utils.clip_grad_norm_ = clip  # type: ignore[assignment]
+    try:
+        yield norms
+    finally:
+        dist_utils.clip_grad_norm_ = original
 
 
 def use_train_spec(name: str, spec: TrainSpec, checkpoint_manager: type[CheckpointManager]) -> None:

@@ -41,6 +41,7 @@ from configs.titan import AsyncMode, CheckpointHooks
 MANIFEST = "manifest.json"
 POINTER = "latest"
 SPARSITY = "sparsity"  # what the patterns of the FFNs keep, `recipes.sparsity.Sparsity`
+BAD_BATCHES = "bad_batches"  # how many batches were skipped, `recipes.trainer.BadBatches`
 CHUNK_BYTES = 4 << 20
 INCOMPLETE = f"no {MANIFEST}: the run ended before it was saved entirely"
 
@@ -106,6 +107,10 @@ class SafeCheckpointManager(CheckpointHooks):
                 state_dict[SPARSITY] = sparsity
             elif table and dist.get_rank() == 0:  # else the rest of it is nothing yet, of whatever pattern it is
                 logger.info("the checkpoint's FFNs have another router: a sparse phase prepares them anew")
+        if BAD_BATCHES in state_dict and not from_hf:
+            entries = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+            if not any(name.startswith(BAD_BATCHES) for name in entries):  # of a release that counted none
+                state_dict = {key: value for key, value in state_dict.items() if key != BAD_BATCHES}
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()

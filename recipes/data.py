@@ -106,6 +106,7 @@ class Row:
         infinite: bool = True,
     ) -> None:
         self.documents, self.epoch = documents, 0
+        self._is_counted = False  # whether `epoch` counts the one that will be read next: a resumed one is counted
         self._tokenizer, self._length, self._infinite = tokenizer, seq_len + 1, infinite
         self._next = 0  # of the local documents
         self._left = np.zeros(0, np.int32)
@@ -136,8 +137,8 @@ class Row:
 
     def _read_epoch(self) -> Iterator[np.ndarray]:
         """The tokens of the documents that are left in this epoch, a document at a time."""
-        self.epoch += 1
-        found = False
+        self.epoch += not self._is_counted
+        self._is_counted = found = False
         if isinstance(self.documents, Documents):
             while self._next < len(self.documents):
                 found = True
@@ -172,7 +173,7 @@ class Row:
         Raises:
             ConfigError: the tokens that were left over are not there: the documents are others.
         """
-        self.epoch = max(state["epoch"] - 1, 0)  # it counts again when it starts to read
+        self.epoch, self._is_counted = state["epoch"], state["epoch"] > 0
         if isinstance(self.documents, Documents):
             self._next = state["sample_idx"]
             # A checkpoint of an older release has the tokens, the last ones of the document before as well.

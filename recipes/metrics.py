@@ -6,6 +6,7 @@ run goes on as the run that it was there.
 Columns (a row has those that apply):
 
     step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
+    skipped_batches   so far, with training.skip_bad_batches; a skipped one has null where a number is not finite
     tokens_per_second (all ranks), step_seconds
     peak_memory_gib   most that the process held of the GPU's memory so far: what a GPU must have
     peak_active_gib   most that tensors held since the row before: what the phase needs
@@ -51,6 +52,8 @@ class Metrics(MetricsProcessor):
         wandb = job_config.metrics.enable_wandb and self.writes
         if wandb:
             _name_wandb_run(job_config)
+        # Before a writer opens one of its own.
+        self._events = list((Path(job_config.job.dump_folder) / job_config.metrics.save_tb_folder).rglob("*tfevents*"))
         super().__init__(job_config, parallel_dims, tag)
         if wandb and not _wandb_runs():
             raise ConfigError(
@@ -75,11 +78,15 @@ class Metrics(MetricsProcessor):
 
     def start(self, step: int) -> None:
         """
-        Begin after `step`, resumed or 0: rows of steps that will be run again are dropped, an earlier run's file is
-        set aside.
+        Begin after `step`, resumed or 0: rows and TensorBoard's points of steps that will be run again are dropped,
+        those of an earlier run are set aside.
         """
         self.time_last_log = time.perf_counter()
-        if not self.writes or not self.file.exists():
+        if not self.writes:
+            return
+        for events in self._events:
+            _set_aside(events) if step == 0 else _keep_events(events, step)
+        if not self.file.exists():
             return
         if step == 0:
             number = 1
@@ -186,6 +193,29 @@ def _wandb_runs() -> bool:
     import wandb
 
     return wandb.run is not None
+
+
+def _set_aside(events: Path) -> None:
+    """Rename a file of TensorBoard's events so that TensorBoard does not find it: it is of an earlier run."""
+    os.replace(events, events.with_name(events.name.replace("tfevents", "earlier-run")))
+
+
+def _keep_events(events: Path, last_step: int) -> None:
+    """Drop the events of later steps from a file of TensorBoard's, and a last one that was cut off by a kill."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = list(RawEventFileLoader(str(events)).Load())
+    kept = [record for record in records if Event.FromString(record).step <= last_step]
+    if len(kept) == len(records):
+        return
+    temporary = events.with_name("rewritten.tmp")
+    with temporary.open("wb") as file:
+        writer = RecordWriter(file)
+        for record in kept:
+            writer.write(record)
+    os.replace(temporary, events)
 
 
 def _step_of(line: str) -> float:

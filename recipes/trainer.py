@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -34,7 +36,7 @@ from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
-from recipes.checkpoint import SPARSITY, SafeCheckpointManager, write_atomically
+from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, write_atomically
 from recipes.data import build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
@@ -66,6 +68,19 @@ class _Batches:
         return self._next[0]
 
 
+class BadBatches(Stateful):
+    """How many batches a run has skipped because their loss or gradient was not finite; part of its checkpoints."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped = state_dict["skipped"]
+
+
 class SparseTrainer(titan.Trainer):
     """Trains one job through its phases.
 
@@ -84,6 +99,7 @@ class SparseTrainer(titan.Trainer):
         self.lock = _lock(config)
         self.interrupted = False
         self.received: set[int] = set()
+        self.skips = False  # whether the step at hand left its batch out
         for line in load_corpus(config).summary():
             logger.info(line)
         config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
@@ -92,11 +108,22 @@ class SparseTrainer(titan.Trainer):
         check_initial_model(config, args)
         titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
         super().__init__(config)
-        self.signals = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        # A rank that has stopped is noticed as soon as in any other collective; gloo's own timeout is half an hour.
+        timeout = timedelta(seconds=max(config.comm.init_timeout_seconds, config.comm.train_timeout_seconds))
+        several = dist.get_world_size() > 1
+        self.signals = dist.new_group(backend="gloo", timeout=timeout) if several else None
         (model,) = self.model_parts
         self.sparsity = Sparsity(config, model.feed_forwards(), list(self.optimizers), spans)
         if self.sparsity.feed_forwards and self.checkpointer.enable:
             self.checkpointer.states[SPARSITY] = self.sparsity
+        self.bad_batches = BadBatches()
+        if self.checkpointer.enable:
+            self.checkpointer.states[BAD_BATCHES] = self.bad_batches
+        self._about: dict[str, Any] = {}  # run.json
+        if config.training.skip_bad_batches:
+            self._losses: list[torch.Tensor] = []
+            self._norms: list[torch.Tensor] = []
+            self._take_step, self.optimizers.step = self.optimizers.step, self._step_unless_bad
 
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
@@ -213,12 +240,56 @@ class SparseTrainer(titan.Trainer):
         if not metrics.should_log(self.step):
             return
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics.row[name]):
+            if not math.isfinite(metrics.row[name]) and not self.skips:
                 raise self._diverged(f"the {name.replace('grad_norm', 'norm of the gradient')} is {metrics.row[name]}")
-        extra = self._validate() if validates else {}
+        extra: dict[str, float] = self._validate() if validates else {}
+        if config.training.skip_bad_batches:
+            extra["skipped_batches"] = self.bad_batches.skipped
         if masks is not None:
             extra |= self.sparsity.flip_rate(masks)
         metrics.finish(self.sparsity.phase, extra)
+
+    def train_step(self, data_iterator) -> None:
+        """torchtitan's training step; with training.skip_bad_batches the optimizer takes no step of a bad batch."""
+        if not self.job_config.training.skip_bad_batches:
+            super().train_step(data_iterator)
+            return
+        self._losses = []
+        with titan.watch_gradient_norms() as self._norms:
+            super().train_step(data_iterator)
+
+    def forward_backward_step(self, **kwargs) -> torch.Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        if self.job_config.training.skip_bad_batches:
+            self._losses.append(loss.detach())
+        return loss
+
+    def _step_unless_bad(self, *args, **kwargs) -> None:
+        """The optimizer's step, unless the loss or the gradient of any rank is not finite; all ranks decide alike.
+
+        Raises:
+            ConfigError: on all ranks, when training.skip_bad_batches have been skipped before.
+        """
+        seen = [each.full_tensor() if isinstance(each, DTensor) else each for each in (*self._losses, *self._norms)]
+        bad = (~torch.stack([torch.isfinite(each).all().to(self.device) for each in seen]).all()).int()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        self.skips = bool(bad)
+        if not self.skips:
+            self._take_step(*args, **kwargs)
+            return
+        limit = self.job_config.training.skip_bad_batches
+        if self.bad_batches.skipped == limit:
+            raise self._diverged(
+                f"the loss or the gradient is not finite, and training.skip_bad_batches = {limit} batches were skipped"
+            )
+        self.bad_batches.skipped += 1
+        logger.warning(
+            f"step {self.step}: the loss or the gradient is not finite: the batch is skipped "
+            f"({self.bad_batches.skipped} of at most {limit})"
+        )
+        if dist.get_rank() == 0:
+            self._write_about()
 
     def _saves(self) -> bool:
         """Whether a checkpoint is due after this step."""
@@ -288,6 +359,12 @@ class SparseTrainer(titan.Trainer):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(flag)
 
+    def _write_about(self) -> None:
+        """Write run.json, with how many batches were skipped so far."""
+        self._about["skipped_batches"] = self.bad_batches.skipped
+        file = Path(self.job_config.job.dump_folder) / "run.json"
+        write_atomically(str(file), json.dumps(self._about, indent=2) + "\n")
+
     def _describe_run(self, family: str, reason: str, flops: dict[str, float]) -> None:
         """Say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
@@ -314,7 +391,8 @@ class SparseTrainer(titan.Trainer):
         folder = Path(config.job.dump_folder)
         try:  # a resume needs both files of the run so far, so they are replaced as a whole
             copy_tokenizer(config.model.hf_assets_path, folder / "tokenizer")
-            write_atomically(str(folder / "run.json"), json.dumps(run, indent=2) + "\n")
+            self._about = run
+            self._write_about()
         except OSError as error:
             raise ConfigError(
                 f'job.dump_folder = "{folder}" cannot be written ({error.strerror}): free space or make it writable, '

@@ -503,7 +503,8 @@ def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
     def streams():
         return data.RowStreams(mixture.load_corpus(config), Characters(), 16, range(4), 4)
 
-    expected = list(islice(streams(), 120))
+    straight = streams()
+    expected = list(islice(straight, 120))
     state, found = streams().state_dict(), []
     for _ in range(0, 120, 3):
         rows = streams()
@@ -511,6 +512,7 @@ def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
         assert rows.state_dict() == state
         found += list(islice(rows, 3))
         state = rows.state_dict()
+    assert [row["epoch"] for row in state["rows"]] == [row["epoch"] for row in straight.state_dict()["rows"]]
     for (one, _), (other, _) in zip(expected, found, strict=True):
         assert torch.equal(one["input"], other["input"])
 

@@ -150,6 +150,30 @@ def test_a_full_disk_leaves_what_the_next_resume_reads(stopped, train, tmp_path,
     assert not [file for file in (run / "tokenizer").iterdir() if file.name.startswith(".")]
 
 
+def test_tensorboard_has_every_step_once(train, tmp_path):
+    """As metrics.jsonl has, also after a resume from an older checkpoint; an earlier run's points are set aside."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    def steps():
+        files = sorted((tmp_path / "tb").rglob("*tfevents*"))
+        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+        return sorted(event.step for event in events for value in event.summary.value if value.tag == "loss")
+
+    words = "--metrics.enable_tensorboard", "true", "--metrics.log_freq", "1"
+    train(tmp_path, *words, stop_after=6)
+    assert steps() == list(range(1, 7))
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    (file,) = (tmp_path / "tb").rglob("*tfevents*")
+    file.write_bytes(file.read_bytes()[:-5])  # as a kill may leave it
+    train(tmp_path, *words)
+    assert steps() == list(range(1, 13))
+    shutil.rmtree(tmp_path / "checkpoint")
+    train(tmp_path, *words, "--training.steps", "9")
+    assert steps() == list(range(1, 10))
+    assert len(list((tmp_path / "tb").rglob("*earlier-run*"))) == 2
+
+
 class Payload:
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,0 +1,67 @@
+"""Batches whose loss or gradient is not finite: never saved, and skipped where the configuration allows it."""
+
+import json
+import math
+
+import pytest
+from conftest import losses, rows
+
+from configs.errors import ConfigError
+from configs.titan import Trainer, dist_utils
+from recipes.trainer import SparseTrainer
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """`poison(what, *steps)` lets the loss or the gradient of these steps be bad, whenever they are run."""
+    original = Trainer.forward_backward_step
+
+    def use(what: str, *steps: int) -> None:
+        def step(self, **kwargs):
+            loss = original(self, **kwargs)
+            if self.step in steps:
+                if what == "loss":
+                    return loss * math.inf
+                next(self.model_parts[0].parameters()).grad.view(-1)[3] = {"nan": math.nan, "inf": math.inf}[what]
+            return loss
+
+        monkeypatch.setattr(Trainer, "forward_backward_step", step)
+
+    return use
+
+
+@pytest.mark.parametrize("what", ["loss", "nan", "inf"])
+def test_bad_batches_are_skipped_and_counted_and_a_resume_is_exact(train, tmp_path, poison, what):
+    poison(what, 3, 6)
+    words = "--training.skip_bad_batches", "2"
+    straight = train(tmp_path / "straight", *words)
+    assert sorted(straight) == list(range(1, 13))
+    assert [straight[step]["skipped_batches"] for step in range(1, 13)] == [0, 0, 1, 1, 1, *[2] * 7]
+    bad = "loss" if what == "loss" else "grad_norm"
+    assert [step for step in straight if straight[step][bad] is None] == [3, 6]
+    assert all(math.isfinite(straight[step]["loss"]) for step in straight if step not in (3, 6))
+    for stop in (3, 6):
+        train(tmp_path / "stopped", *words, stop_after=stop)
+    assert losses(train(tmp_path / "stopped", *words)) == losses(straight)
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["skipped_batches"] == 2
+    assert [row["lr"] for row in straight.values()] == [row["lr"] for row in rows(tmp_path / "stopped").values()]
+
+
+def test_one_bad_batch_too_many_ends_the_run_before_it_is_taken(train, tmp_path, poison):
+    poison("nan", 2, 6)
+    said = r"not finite, and training.skip_bad_batches = 1 batches were skipped at step 6: .* checkpoint is .*step-4"
+    with pytest.raises(ConfigError, match=said):
+        train(tmp_path, "--training.skip_bad_batches", "1", "--metrics.log_freq", "100", "--validation.freq", "100")
+    assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
+
+
+def test_skipping_costs_nothing_where_it_is_off_and_changes_no_loss(train, tmp_path, monkeypatch):
+    clip = dist_utils.clip_grad_norm_
+    watched = []
+    monkeypatch.setattr(SparseTrainer, "_step_unless_bad", lambda *_: watched.append(1))
+    off = train(tmp_path / "off", "--training.steps", "9")
+    assert not watched and dist_utils.clip_grad_norm_ is clip
+    monkeypatch.undo()
+    on = train(tmp_path / "on", "--training.steps", "9", "--training.skip_bad_batches", "5")
+    assert losses(on) == losses(off)
+    assert "skipped_batches" not in off[9] and on[9]["skipped_batches"] == 0
