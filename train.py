@@ -25,15 +25,16 @@ from configs.loader import load_config, resolved
 from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.data import check_data
+from recipes.summary import summary
 from recipes.trainer import SparseTrainer
 
 
 def main(args: list[str]) -> None:
-    config, only_check = load_config(args)
+    config, check = load_config(args)
     model_args, spans = check_config(config)
-    if only_check:
+    if check:
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(resolved(config), indent=2))
+            print(json.dumps(resolved(config), indent=2) if check == "json" else summary(config, model_args, spans))
         return
     check_data(config)
     trainer = None

@@ -27,21 +27,22 @@ USAGE = """usage: torchrun --nproc_per_node=GPUS train.py --config FILE [--recip
 
   --config FILE         the job, such as configs/debug.toml
   --recipe FILE         what is sparse and when, such as recipes/venom_2of16.toml, instead of the job's own
-  --check               only check, and print the resolved configuration as JSON
+                        of both a name is enough: --config 160m --recipe columns_half
+  --check               only check, and say what would run; --check json prints the resolved configuration as JSON
   --section.key value   any key below; a list or table as TOML: --schedule.phases '[{mode = "dense"}]'
 
 python train.py ... runs the same as one process.
 """
 
 
-def load_config(args: list[str]) -> tuple[JobConfig, bool]:
+def load_config(args: list[str]) -> tuple[JobConfig, str]:
     """Read the configuration that a command line names.
 
     Args:
         args: the command line without the program's name.
 
     Returns:
-        The configuration, types and bounds checked, and whether only a check was asked for.
+        The configuration, types and bounds checked, and what `--check` asks for: "text", "json", or "" without it.
 
     Raises:
         ConfigError: an unknown key, a wrong type, a value out of bounds, an unreadable file.
@@ -51,20 +52,20 @@ def load_config(args: list[str]) -> tuple[JobConfig, bool]:
         print(USAGE + "\n" + "\n".join(_describe(JobConfig)))
         raise SystemExit(0)
     options = _split(args)
-    check = "check" in options and _convert(options.pop("check"), bool, "--check", "the command line")
-    if not isinstance(check, bool):
-        raise ConfigError(f"--check {check}: give no value, or true or false")
+    check = (options.pop("check") or "text") if "check" in options else ""
+    if check not in ("", "text", "json"):
+        raise ConfigError(f"--check {check}: give no value, or json")
     if "config" not in options:
         raise ConfigError("--config is missing: name a job, such as --config configs/debug.toml")
-    path = options.pop("config")
+    path = _named(options.pop("config") or "", "configs")
 
-    config = _read_toml(path or "", "--config")
+    config = _read_toml(path, "--config")
     for section in set(config) & set(RECIPE_SECTIONS):
         raise ConfigError(f"{path}: [{section}] belongs in a recipe: move it to the file that recipe = names")
     _check(JobConfig, config, "", str(path))
 
-    recipe_path = options.get("recipe", config.get("recipe", JobConfig.recipe))
-    recipe = _read_toml(recipe_path or "", "recipe")
+    recipe_path = _named(options.get("recipe", config.get("recipe", JobConfig.recipe)) or "", "recipes")
+    recipe = _read_toml(recipe_path, "recipe")
     for section in set(recipe) - set(RECIPE_SECTIONS):
         known = section in {field.name for field in dataclasses.fields(JobConfig)}
         raise ConfigError(
@@ -79,7 +80,7 @@ def load_config(args: list[str]) -> tuple[JobConfig, bool]:
         _put(overrides, key, _convert(text, _type_of(key), key, "the command line"))
     _check(JobConfig, overrides, "", "the command line")
 
-    values = _merge(_merge(config, recipe), overrides)
+    values = _merge(_merge(config, recipe), overrides) | {"recipe": recipe_path}
     if "lr_scheduler.decay_ratio" in options and values.get("schedule", {}).get("decay_with_tail"):
         raise ConfigError(
             f"--lr_scheduler.decay_ratio {options['lr_scheduler.decay_ratio']} goes against decay_with_tail = true of "
@@ -133,6 +134,21 @@ def _split(args: list[str]) -> dict[str, str | None]:
         else:
             raise ConfigError(f"{arg!r} on the command line belongs to no option: write --section.key value")
     return options
+
+
+def _named(path: str, folder: str) -> str:
+    """The file that a path or the name of one of the repository's files stands for: debug for configs/debug.toml.
+
+    Raises:
+        ConfigError: a name that is none of theirs, nor a file.
+    """
+    if Path(path).exists() or not re.fullmatch(r"\w+", path):
+        return path
+    names = sorted(file.stem for file in (ROOT / folder).glob("*.toml"))
+    if path not in names:
+        key = "recipe" if folder == "recipes" else "--config"
+        raise ConfigError(f'{key} = "{path}" is unknown{_nearest(path, names)}; there are {", ".join(names)}')
+    return f"{folder}/{path}.toml"
 
 
 def _read_toml(path: str, key: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from recipes.files import (
 )
 from recipes.tokens import TokenStore
 
+LOCAL = "auto", "text", "json", "parquet", "stdlib"  # types of sources whose files are read here
 TEXT = datasets.Features({"text": datasets.Value("string")})
 NAMES = {"text": "text", "json": ".jsonl, .ndjson or .json", "parquet": ".parquet"}
 
@@ -171,7 +172,7 @@ def _stdlib_files() -> list[str]:
     return [file for file in files if os.path.isfile(file)]
 
 
-def _find_files(key: str, source: Source, report: Report) -> tuple[str, list[str]]:
+def find_source(key: str, source: Source, report: Report) -> tuple[str, list[str]]:
     """The files of a local source, sorted, and the folder that their names are relative to."""
     if source.type == "stdlib":
         root, files = sysconfig.get_path("stdlib"), _stdlib_files()
@@ -259,7 +260,7 @@ def load_local(index: int, source: Source, share: float, seed: int, seen: np.nda
         store = _load_tokens(f"{key}.path", source, report)
         sizes = tuple(store.sizes())
     else:
-        root, files = _find_files(f"{key}.path", source, report)
+        root, files = find_source(f"{key}.path", source, report)
         store = _load_files(key, source, files, report)
         sizes = tuple((os.path.relpath(file, root), os.path.getsize(file)) for file in files)
     places, digests = store.digests()

@@ -30,7 +30,9 @@ BAD = [
     (f"{DEBUG} --recipe recipes/venom.toml", ["recipes/venom.toml", "recipes/venom_2of16.toml"]),
     (f"{DEBUG} --recipe", ["recipe", "recipes/dense.toml"]),
     (f"{DEBUG} stray", ["stray", "--section.key value"]),
-    (f"{DEBUG} --check stray", ["--check stray", "give no value"]),
+    (f"{DEBUG} --check stray", ["--check stray", "give no value, or json"]),
+    ("--config debu", ['--config = "debu" is unknown', "did you mean debug?", "1b"]),
+    ("--config debug --recipe column_quarter", ['recipe = "column_quarter"', "did you mean columns_quarter?"]),
     (f"{DEBUG} --training.steps 5 --training.steps 6", ["training.steps", "twice"]),
     (f"{DEBUG} --training.step 5", ["training.step", "did you mean training.steps?"]),
     (f"{DEBUG} --trainin.steps 5", ["trainin.steps", "did you mean training.steps?"]),
@@ -239,12 +241,25 @@ def test_every_configuration_with_every_recipe(job, recipe):
 
 
 def test_check_prints_the_resolved_configuration():
-    result = fork(*shlex.split(f"{DEBUG} --check --training.steps 77"))
+    result = fork(*shlex.split(f"{DEBUG} --check json --training.steps 77"))
     assert result.returncode == 0, result.stderr
     config = json.loads(result.stdout)
     assert config["training"]["steps"] == 77
     assert config["activations"]["m"] == 16
     assert config["lr_scheduler"]["decay_ratio"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_check_says_what_would_run_and_names_are_enough(corpus):
+    sources = f'[{{type = "text", path = "{corpus}"}}]'
+    words = ["--config", "debug", "--recipe", "columns_quarter", "--check", "--data.sources", sources]
+    result = fork(*words, "--training.steps", "20")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout
+    assert "recipes/columns_quarter.toml: dense to step 2, sparse to step 18, dense to step 20" in said
+    assert f"240 files of {corpus}" in said and said.endswith("This job can run.\n")
+    assert "M parameters" in said and "sparse FFN  " in said and len(said.splitlines()) < 12
+    result = fork(*words[:-1], f'[{{path = "{corpus}/nowhere"}}]')
+    assert result.returncode == 2 and "no such file or folder" in result.stderr, result.stderr
 
 
 def test_help_lists_every_section():
