@@ -37,9 +37,11 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from configs.errors import ConfigError, first_line
 from configs.titan import AsyncMode, CheckpointHooks
+from recipes.data import Loader
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
+DATALOADER = "dataloader"
 SPARSITY = "sparsity"  # what the patterns of the FFNs keep, `recipes.sparsity.Sparsity`
 BAD_BATCHES = "bad_batches"  # how many batches were skipped, `recipes.trainer.BadBatches`
 CHUNK_BYTES = 4 << 20
@@ -97,6 +99,10 @@ class SafeCheckpointManager(CheckpointHooks):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load; see CheckpointManager.dcp_load. A run that has been dense so far can go on with another recipe."""
+        if isinstance(loader := state_dict.get(DATALOADER), Loader) and not from_hf:
+            saved = {DATALOADER: {"world_size": 0}}
+            dcp.load(saved, checkpoint_id=checkpoint_id)
+            loader.expect(saved[DATALOADER]["world_size"])
         if SPARSITY in state_dict and not from_hf:
             found = {SPARSITY: {"prepared": ""}}
             dcp.load(found, checkpoint_id=checkpoint_id)
@@ -315,12 +321,6 @@ class SafeCheckpointManager(CheckpointHooks):
             )
 
     def _load_error(self, step: int, reason: str) -> ConfigError:
-        if "dataloader.dp_rank" in reason or "dp_degree is inconsistent" in reason:
-            return ConfigError(
-                f"checkpoint {self.folder_of(step)} is of another number of data-parallel ranks: "
-                "resume with as many processes as run.json says, or start another run from it by "
-                "checkpoint.initial_load_path"
-            )
         if step >= 0:
             return ConfigError(
                 f"checkpoint {self.folder_of(step)} does not fit this configuration: {reason}. Resume with "

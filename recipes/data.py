@@ -12,13 +12,14 @@ of gradient accumulation steps, so runs on 1 and on 8 GPUs can be compared loss 
 
 Where one data-loading process encodes too slowly for a GPU, training.dataloader.num_workers of them share the
 micro-batches of a step, and the rows with them, in turn. For local files the micro-batches are the same for any number
-of processes; a run resumes with its own number. `datasets` draws the sources of a streamed mixture differently in a
+of processes. `datasets` draws the sources of a streamed mixture differently in a
 worker process, so there training.dataloader.num_workers changes the order; nothing else depends on it.
 
 The state of a row is its place in its documents and which of their tokens are left over from packing: of local
 documents their number, since they are the last tokens of the document before, of a stream the tokens themselves. The
-state of a rank is the state of its rows and which row is next, so a run resumes with exactly the next sequence, also
-from between two micro-batches and across the end of an epoch.
+state of a rank is the state of its rows, by their numbers, and which row is next. So a run resumes with exactly the
+next sequence, also from between two micro-batches and across the end of an epoch. After a whole step it resumes on any
+number of ranks and data-loading processes: each takes the states of its rows, whoever had them before.
 """
 
 import io
@@ -220,7 +221,8 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         micro_batch: int = 1,
         infinite: bool = True,
     ):
-        self._micro_batch = micro_batch
+        self._micro_batch, self._num_rows = micro_batch, num_rows
+        self.numbers = list(rows)
         self.rows = [Row(corpus.row(row, num_rows), tokenizer, seq_len, infinite) for row in rows]
         for number, row in zip(rows, self.rows, strict=True):
             if isinstance(row.documents, datasets.IterableDataset):
@@ -241,9 +243,17 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         # torchrun and a terminal send a signal to this process too: the trainer decides what happens, and ends it.
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        mine = [i for i in range(len(self.rows)) if i // self._micro_batch % worker.num_workers == worker.id]
-        self.rows = [self.rows[i] for i in mine]
-        self._loaded = [None] * len(mine)
+        own = self.shares(worker.num_workers)[worker.id]
+        mine = [i for i, number in enumerate(self.numbers) if number in own]
+        self.rows, self._loaded = [self.rows[i] for i in mine], [self._loaded[i] for i in mine]
+        self.numbers = own
+
+    def shares(self, processes: int) -> list[list[int]]:
+        """The numbers of the rows that each of so many data-loading processes has."""
+        shares: list[list[int]] = [[] for _ in range(processes)]
+        for index, number in enumerate(self.numbers):
+            shares[index // self._micro_batch % processes].append(number)
+        return shares
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         self._share()
@@ -266,6 +276,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         return {
             "next_row": self._next_row,
             "epoch": self._epoch,
+            "numbers": self.numbers,
             "rows": [loaded or row.state_dict() for loaded, row in zip(self._loaded, self.rows, strict=True)],
         }
 
@@ -282,18 +293,55 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
                 f"training.global_batch_size: {problem}{len(self.rows)}; resume with the batch size, the ranks and the "
                 "training.dataloader.num_workers of the run"
             )
+        self._load(state_dict["rows"], state_dict["epoch"])
         self._next_row = state_dict["next_row"]
-        self._epoch = state_dict["epoch"]
-        self._loaded = list(state_dict["rows"])
-        for row, state in zip(self.rows, state_dict["rows"], strict=True):
+
+    def load_from(self, states: list[dict[str, Any]]) -> None:
+        """Go on after a whole step of a run whose rows were on other ranks or in other data-loading processes.
+
+        Args:
+            states: what `state_dict` gave in all of the run's processes.
+
+        Raises:
+            ConfigError: the states are not those of this global batch after a whole step.
+        """
+        rows = {number: row for state in states for number, row in zip(state["numbers"], state["rows"], strict=True)}
+        if len(rows) != self._num_rows:
+            raise ConfigError(
+                f"training.global_batch_size: the checkpoint has {len(rows)} rows and this run {self._num_rows}; "
+                f"resume with training.global_batch_size = {len(rows)}"
+            )
+        if any(state["next_row"] for state in states):
+            raise ConfigError(
+                "the checkpoint was saved between two micro-batches of a step: resume it with the data-parallel ranks, "
+                "the training.local_batch_size and the training.dataloader.num_workers of the run"
+            )
+        self._load([rows[number] for number in self.numbers], max(state["epoch"] for state in states))
+
+    def _load(self, states: list[dict[str, Any]], epoch: int) -> None:
+        self._epoch, self._loaded = epoch, list(states)
+        for row, state in zip(self.rows, states, strict=True):
             row.load_state_dict(state)
 
 
 class Loader(ParallelAwareDataloader):
-    """torchtitan's loader, which refuses a state that holds anything but plain values.
+    """torchtitan's loader, which resumes on another number of ranks and data-loading processes.
 
-    torchtitan unpickles the state, and a pickle that names a function calls it.
+    It refuses a state that holds anything but plain values: a pickle that names a function calls it.
     """
+
+    dataset: RowStreams
+    _saved_ranks = 0
+
+    def expect(self, ranks: int) -> None:
+        """Let `state_dict` have the keys of a checkpoint of so many data-parallel ranks, until that is loaded."""
+        self._saved_ranks = ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rank's rows are, under the rank's key."""
+        if self._saved_ranks:
+            return {f"dp_rank_{rank}": b"" for rank in range(self._saved_ranks)} | {"world_size": 0}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Call it before iterating.
@@ -301,16 +349,45 @@ class Loader(ParallelAwareDataloader):
         Raises:
             ConfigError: the state is damaged, or names a function or a class.
         """
-        for value in state_dict.values():
+        self._saved_ranks = 0
+        states: dict[str, list[dict[str, Any]]] = {}
+        for key, value in state_dict.items():
             if not isinstance(value, int):  # the number of ranks; what is pickled need not be `bytes`
                 try:
-                    PlainUnpickler(io.BytesIO(value)).load()
+                    loaded = PlainUnpickler(io.BytesIO(value)).load()
+                    states[key] = _streams_states(loaded)
                 except Exception as error:  # a damaged pickle may raise anything
                     raise ConfigError(
                         f"the checkpoint's state of the data loader cannot be read ({error}): it is damaged, or not of "
                         "this program; resume from another checkpoint"
                     ) from error
-        super().load_state_dict(state_dict)
+        in_process = "_snapshot" not in loaded  # as all ranks' were
+        same = state_dict["world_size"] == self.dp_world_size and in_process == (self.num_workers == 0)
+        if same and self._has_rows_of(states[f"dp_rank_{self.dp_rank}"]):
+            super().load_state_dict(state_dict)  # also from between two micro-batches
+            return
+        everything = [state for rank in states.values() for state in rank]
+        if any("numbers" not in state for state in everything):
+            raise ConfigError(
+                "the checkpoint is of an older release, which did not number rows: resume it with the data-parallel "
+                "ranks, the training.local_batch_size and the training.dataloader.num_workers of the run"
+            )
+        self.dataset.load_from(everything)
+
+    def _has_rows_of(self, states: list[dict[str, Any]]) -> bool:
+        """Whether the data-loading processes of this rank have the rows of those that gave the states."""
+        shares = self.dataset.shares(max(1, self.num_workers))
+        if any("numbers" not in state for state in states):  # of an older release
+            return [len(state["rows"]) for state in states] == [len(share) for share in shares]
+        return [state["numbers"] for state in states] == shares
+
+
+def _streams_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of `RowStreams` in torchdata's state of a loader, one a data-loading process."""
+    if "_snapshot" not in state:
+        return [state["dataset_state"]]
+    workers = state["_snapshot"]["_worker_snapshots"]
+    return [workers[f"worker_{index}"]["dataset_state"] for index in range(len(workers))]
 
 
 def build_dataloader(

@@ -13,10 +13,12 @@ writes anything. These must stay as they were:
 
 Everything else may change: training.steps, the optimizer's rate and its other numbers (they hold from the next step),
 the rest of lr_scheduler, intervals, metrics, compilation, activation checkpointing, micro-batch size. The tokenizer is
-compared by its files (recipes/tokenizer.py), the number of ranks by the checkpoint.
+compared by its files (recipes/tokenizer.py). The number of GPUs, their layout and the number of data-loading processes
+may change as long as the global batch stays: recipes/data.py.
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,13 @@ from configs.loader import restored
 from configs.schema import RECIPE_SECTIONS, JobConfig
 from models.llama import LlamaArgs
 from recipes.check import model_args
+from recipes.data import num_rows
 from recipes.restore import FACTS
 
 FIXED = (
     "data.seed",
     "data.validation_share",
     "training.seq_len",
-    "training.global_batch_size",
     "training.dtype",
     "debug.seed",
 )
@@ -64,6 +66,13 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
     for key in FIXED:
         section, name = key.split(".")
         _compare(key, getattr(getattr(config, section), name), getattr(getattr(before, section), name), file, REMEDY)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows, rows_before = _rows(config, world), _rows(before, about.get("hardware", {}).get("ranks", world))
+    if rows != rows_before:
+        raise ConfigError(
+            f"the global batch is {rows} sequences, but the run in {file.parent} has {rows_before}: set "
+            f"training.global_batch_size = {rows_before}"
+        )
     _compare_sources(config, before, corpus, about.get("corpus", {}), file)
     if not config.checkpoint.change_recipe:
         remedy = f"{REMEDY}, or go on with another recipe by --checkpoint.change_recipe"
@@ -71,6 +80,13 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
             new, kept = asdict(getattr(config, section)), asdict(getattr(before, section))
             for name, value in new.items():
                 _compare(f"{section}.{name}", value, kept[name], file, remedy)
+
+
+def _rows(job: JobConfig, world: int) -> int:
+    """Sequences of the global batch of a job on `world` GPUs."""
+    degrees = job.parallelism
+    other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
+    return num_rows(job, world // other)
 
 
 def _compare(key: str, new: Any, old: Any, file: Path, remedy: str) -> None:

@@ -495,6 +495,60 @@ def test_resume_is_exact(tmp_path, hub, kind, workers):
         assert torch.equal(torch.cat(found), torch.cat(expected[taken : taken + 20])), taken
 
 
+@pytest.mark.parametrize(
+    ("kind", "layouts"), [("local", [(1, 0), (1, 2), (2, 1), (2, 2), (4, 0)]), ("many shards", [(1, 0), (4, 1)])]
+)
+def test_resume_on_other_ranks_and_processes_reads_each_document_once(tmp_path, hub, kind, layouts):
+    config = make_config(*source_of(kind, tmp_path, hub), rows=4)
+    steps, taken = 60, 25
+    expected = global_batches(config, ranks=1, steps=steps)
+    for workers in (0, 2) if kind == "local" else (0,):
+        config.training.dataloader.num_workers = workers
+        state: dict = {}
+        for rank in range(2):
+            loader, batches = sequences(config, ranks=2, rank=rank)
+            list(islice(batches, 2 * taken))
+            state |= loader.state_dict()
+        for ranks, other in layouts:
+            config.training.dataloader.num_workers = other
+            found = []
+            for rank in range(ranks):
+                loader, batches = sequences(config, ranks=ranks, rank=rank)
+                loader.expect(2)
+                assert set(loader.state_dict()) == set(state)
+                loader.load_state_dict(state)
+                found.append(
+                    torch.cat(list(islice(batches, (steps - taken) * 4 // ranks))).view(steps - taken, 4 // ranks, -1)
+                )
+            assert torch.equal(torch.cat(found, 1), torch.stack(expected[taken:])), (workers, ranks, other)
+
+
+def test_resume_on_other_ranks_is_refused_where_rows_are_missing_or_not_numbered(tmp_path):
+    config = make_config(Source(type="text", path=str(write_files(tmp_path / "a"))))
+    loader, batches = sequences(config)
+    next(batches)
+    state = loader.state_dict()
+    other, _ = sequences(config, ranks=2)
+    with pytest.raises(ConfigError, match="saved between two micro-batches of a step: resume it with"):
+        other.load_state_dict(state)
+    list(islice(batches, 3))
+    state = loader.state_dict()
+    config.training.global_batch_size = 8
+    other, _ = sequences(config, ranks=2)
+    with pytest.raises(ConfigError, match=r"has 4 rows and this run 8; resume with training.global_batch_size = 4"):
+        other.load_state_dict(state)
+    config.training.global_batch_size = 4
+    plain = pickle.loads(state["dp_rank_0"])
+    del plain["dataset_state"]["numbers"]
+    older = state | {"dp_rank_0": pickle.dumps(plain)}
+    other, _ = sequences(config, ranks=2)
+    with pytest.raises(ConfigError, match="of an older release, which did not number rows: resume it with"):
+        other.load_state_dict(older)
+    same, again = sequences(config)
+    same.load_state_dict(older)
+    assert torch.equal(next(again), next(batches))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_twice_between_micro_batches(tmp_path, hub, kind):
     """A state taken after one sequence keeps the places of the rows that have not moved since they were loaded."""

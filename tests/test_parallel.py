@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
+from configs.errors import ConfigError
 from kernels import FeedForwardSparsity, Groups, Venom
 from models.feed_forward import FeedForward
 from recipes.restore import find_checkpoint
@@ -118,6 +119,29 @@ def test_four_ranks_shard_groups_by_fsdp_and_by_tensor(tiny, inside_halves, tmp_
     )
     one = inside_halves(tmp_path / "one", *words, recipe="groups_quarter")
     assert_alike(run(tiny, tmp_path / "four", "groups_quarter", *words, *TENSOR, processes=4), one)
+
+
+def test_a_run_resumes_on_other_ranks_with_the_same_batches(tiny, train, tmp_path):
+    dense = (
+        "--schedule.phases",
+        '[{mode = "dense"}]',
+        "--schedule.decay_with_tail",
+        "false",
+        "--model.n_kv_heads",
+        "2",
+    )
+    one = train(tmp_path / "one", *dense, recipe="dense")
+    train(tmp_path / "run", *dense, recipe="dense", stop_after=4)
+    with pytest.raises(ConfigError, match=r"batch is 8 sequences, but .* has 4: set training.global_batch_size = 4"):
+        train(tmp_path / "run", *dense, "--training.local_batch_size", "8", recipe="dense")
+
+    half = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
+    shutil.copytree(tmp_path / "run", tmp_path / "tensor")
+    assert losses(run(tiny, tmp_path / "run", "dense", *dense, *half, processes=2)) == pytest.approx(
+        losses(one), rel=1e-4
+    )
+    found = run(tiny, tmp_path / "tensor", "dense", *dense, *half, *TENSOR, processes=4)
+    assert losses(found) == pytest.approx(losses(one), rel=1e-4)
 
 
 PATTERNS = {
