@@ -1,6 +1,8 @@
 """Studies: refused before anything runs, run, interrupted, resumed, collected, tabled and drawn."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, rows
+from conftest import RANK_NAMES, ROOT, rows
 
 from configs.errors import ConfigError, TooLargeError
 from scripts import study
@@ -332,3 +334,38 @@ def test_table_of_seeds(tmp_path):
     padded = runs_table(tmp_path, pad=True).splitlines()
     assert " ".join(padded[0].split()) == lines[0].strip("| ").replace(" |", "")
     assert all(len(line) <= 120 for line in padded)
+
+
+def test_the_commands_of_the_page_on_one_s_own_data(tmp_path):
+    """Every command of docs/own_data.md as it stands, in another folder, and with a smaller and shorter model."""
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs/own_data.md").read_text(), re.DOTALL))
+    smaller = {
+        "tokenizer.vocab_size = 8192": f'tokenizer.vocab_size = 400\ntokenizer.cache_folder = "{tmp_path}/cache"',
+        "model.dim = 384": "model.dim = 32",
+        "model.n_layers = 6": "model.n_layers = 2",
+        "model.n_heads = 6": "model.n_heads = 2",
+        "model.hidden_dim = 2304": "model.hidden_dim = 192\ncompile.enable = false",
+        "training.steps = 2000": "training.steps = 20",
+        "training.seq_len = 256": "training.seq_len = 64",
+        "training.local_batch_size = 64": "training.local_batch_size = 16",
+        "training.global_batch_size = 64": "training.global_batch_size = 16",
+        "validation.freq = 200": "validation.freq = 10",
+    }
+    for line, shorter in smaller.items():
+        assert script.count(line) == 1, line
+        script = script.replace(line, shorter)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HOME": str(tmp_path)}
+    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
+    ran = subprocess.run(
+        ["bash", "-euc", script.replace("outputs/", f"{tmp_path}/")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"files of {tmp_path}/mine" in ran.stdout and "This job can run." in ran.stdout
+    assert "dense_s0\ncolumns_half_s0\nvenom_4of16_s0\n" in ran.stdout
+    assert re.search(r"^columns_half +80% +[\d.]+ +[+-][\d.]+ ", ran.stdout, re.MULTILINE), ran.stdout
+    assert (tmp_path / "mine-hf" / "model.safetensors").is_file() and (tmp_path / "study" / "loss.png").is_file()
