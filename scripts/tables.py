@@ -1,4 +1,4 @@
-"""Tables of runs and measurements, in Markdown or aligned for a terminal: a function for each kind."""
+"""Tables of runs and measurements, in Markdown or aligned for a terminal: one function for each kind of table."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from scripts.runs import Run, amount, baseline_losses, flops_share, load_groups,
 
 
 def runs_table(folder: Path, pad: bool = False) -> str:
-    """The runs in a folder as a Markdown table, lowest loss first, and a text that says what they ran on.
+    """The runs in a folder as a Markdown table, lowest loss first, and a text that names model, data and hardware.
 
-    Runs that differ only in their seed (NAME_s0, NAME_s1, ...) make one row, with means and standard deviations. A
-    column that is empty for all runs is left out.
+    Runs that differ only in their seed (NAME_s0, NAME_s1, ...) share one row, with means and standard deviations. A
+    column that is empty in every row is left out.
 
     Args:
-        folder: has one folder for each run, with metrics.jsonl and run.json. The only run that is dense throughout, or
-            of several the one called dense, is the baseline.
-        pad: write aligned columns for a terminal instead, in 120 characters where names are short.
+        folder: has one folder for each run, with metrics.jsonl and run.json. The baseline is the run that is dense
+            throughout; if there are several, it is the one named dense.
+        pad: write aligned columns for a terminal instead of Markdown; they fit 120 characters if names are short.
     """
     groups, baseline = load_groups(folder)
     runs = [pair for group in groups.values() for pair in group]
@@ -61,12 +61,12 @@ def runs_table(folder: Path, pad: bool = False) -> str:
 
 
 def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
-    """A table without the columns that are empty in all rows, in Markdown or, with `pad`, aligned for a terminal.
+    """A table in Markdown or, with `pad`, aligned for a terminal. Columns that are empty in every row are left out.
 
     Args:
-        rows: all with the same keys, which are the columns.
+        rows: one dictionary for each row, all with the same keys: the columns.
         pad: see `runs_table`.
-        text: gives the text below the table for the columns that are shown.
+        text: takes the names of the columns that are shown and returns the text below the table.
     """
     shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
     cells = [shown, *([row[key] for key in shown] for row in rows)]
@@ -99,9 +99,10 @@ def _time(seconds: float) -> str:
 
 
 def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
-    """Mean time until runs first had the final loss of the baseline, over the baseline's time; "-" if one never had it.
+    """Time to reach the baseline's final loss, as a share of the baseline's time, or "-" if a run never reached it.
 
-    A run is compared with the baseline's run of its seed or, if there is none, with the mean of the baseline's runs.
+    The mean over the seeds. A run is compared with the baseline of the same seed or, if there is none, with the mean
+    of all baseline runs.
     """
     alone = [
         [(run, seed_of(about)) for run, about in each if about.get("runs_per_gpu") == 1] for each in (group, baseline)
@@ -121,11 +122,11 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
 
 
 def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
-    """The rise of the training loss over the dense run's, at most, within 2% of the steps after each switch.
+    """The largest rise of the training loss relative to the dense run within 2% of the steps after each phase switch.
 
-    Mean over the seeds. Runs must share their first steps with the dense run of their seed, so that the same batches
-    are compared; others get "-", and so does a switch after which the dense run has no steps. Where no step was logged
-    within the 2%, the first one after the switch counts.
+    The mean over the seeds. A run must share its first steps with the dense run of the same seed, so that the same
+    batches are compared; other runs get "-", and so does a switch after which the dense run has no steps. If no step
+    was logged within the 2%, the first one after the switch counts.
     """
     dense = {seed_of(about): dict(zip(run.values("step"), run.values("loss"), strict=True)) for run, about in baseline}
     jumps: list[list[float]] = []
@@ -156,7 +157,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     corpus = about["corpus"]
     documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
-    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    documents += f", {corpus['copies']:,} duplicates removed)" if corpus.get("copies") else ")"
     model, seed = about["config"]["model"]["flavor"], seed_of(about)
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
@@ -167,27 +168,29 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         + (f", seed {seed}" if one_seed else "")
         + f"; {devices}, {versions}, {dates}"
         + (f", commit {', '.join(commits)}" if commits else "")
-        + ". Sparse: share of the steps."
+        + ". Sparse: share of the steps that are sparse."
     )
     meanings = {
-        "energy kept": "Energy kept: of the sum of h^2, by the pattern, at the last validation of the sparse phase.",
-        "seeds": "±: the standard deviation over the seeds. Minus dense: of the same seeds.",
-        "FLOPs": "FLOPs: a whole run's, over the dense model's, as the backend executes them (as the pattern leaves "
-        "them).",
-        "at switches": "At switches, to sparse and to dense: how far the training loss rises against the dense run's "
-        "of the same step, at most, in the 2% of the steps that follow, or at the first logged.",
-        "tokens/s": "Tokens a second: the median in dense and in sparse steps, where the run had its GPU to itself.",
-        "time": "Time: training alone, without start-up and validation; logged steps in which graphs are compiled "
-        "count at the median speed of their phase, and its first with the switch to it.",
-        "reached": "Reached: the time until a validation first had the final loss of the dense run of its seed, over "
-        "that run's.",
+        "energy kept": "Energy kept: share of the sum of h^2 that the pattern keeps, at the last validation of the "
+        "sparse phase.",
+        "seeds": "±: standard deviation over the seeds. Minus dense: difference from the dense runs of the same seeds.",
+        "FLOPs": "FLOPs: of the whole run relative to the dense run, as executed by the backend (in parentheses: as "
+        "required by the pattern).",
+        "at switches": "At switches (to sparse, to dense): largest rise of the training loss relative to the dense run "
+        "at the same step, within 2% of the steps after the switch or, if none was logged there, at the next "
+        "logged step.",
+        "tokens/s": "Tokens/s: median over dense steps and over sparse steps, for runs that did not share a GPU.",
+        "time": "Time: training without start-up and validation. Logged steps that include a compilation, and the "
+        "first step of a phase, count at the median speed of the phase; the time to enter a phase is added.",
+        "reached": "Reached: time until the validation loss first reached the final loss of the dense run of the same "
+        "seed, as a share of the dense run's time.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
     return text
 
 
 def batches_table(folder: Path) -> str:
-    """Runs that each tried a size of micro-batch, as a Markdown table. One that ended before its last step did not fit.
+    """Runs with different micro-batch sizes as a Markdown table. A run that ended before its last step did not fit.
 
     Args:
         folder: has one folder for each run, with metrics.jsonl and run.json.
@@ -226,10 +229,10 @@ def _range(values: Sequence[Any], form: str) -> str:
 
 
 def probes_table(folder: Path, pad: bool = False) -> str:
-    """What scripts/probe.py measured in a folder's runs as a Markdown table, a row a checkpoint and mode of its FFNs.
+    """Results of scripts/probe.py as a Markdown table: a row for each checkpoint and mode of its FFNs.
 
     Args:
-        folder: holds a folder a run, with probe.json.
+        folder: has one folder for each run, with probe.json.
         pad: as in `runs_table`.
     """
     rows, about = [], []
@@ -254,7 +257,7 @@ def probes_table(folder: Path, pad: bool = False) -> str:
                         "leak KL": _small(got["leak_kl"]),
                         "own KL": _small(got["own_kl"]),
                         "own gain": _small(got["own_gain"]),
-                        # Probes of before 2026-11-26 have not asked for it.
+                        # Probes from before 2026-11-26 did not measure it.
                         "next KL": _small(got["next_kl"]) if "next_kl" in got else "-",
                         "next gain": f"{got['next_gain']:.3f} ± {got['next_gain_error']:.3f}"
                         if "next_gain" in got
@@ -269,26 +272,27 @@ def probes_table(folder: Path, pad: bool = False) -> str:
     devices = " and ".join(sorted({each["hardware"] for each in about}))
     sequences = _range([each["sequences"] for each in about], "{}")
     text = (
-        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
-        f"{cloze['choices']} choices, ± the standard error. Leak, in nats a token of the first half: the second halves "
-        "of all sequences replaced, own: of one alone; next: of a position that is followed by another text; gain: how "
-        "much lower the loss was with the true future, so above zero it looked ahead. "
+        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items with "
+        f"{cloze['choices']} choices each, ± the standard error. Leak: change of the predictions when later text is "
+        "replaced, in nats per token. Leak: in the first halves, when the second halves of all sequences are replaced; "
+        "own: when only the sequence's own second half is replaced; next: at the last position before the replacement. "
+        "Gain: how much lower the loss is with the true later text; above zero, the model used later tokens. "
         f"{devices}, torch {one['torch']}, {dates}."
     )
     return _table(rows, pad, lambda _: text)
 
 
 def evaluations_table(folder: Path) -> str:
-    """What scripts/evaluate.py measured of a folder's runs on a text as a Markdown table, a row a way to run the model.
+    """Results of scripts/evaluate.py on a text as a Markdown table: a row for each run and way to run its model.
 
     Args:
-        folder: holds a folder a run, with evaluations.jsonl.
+        folder: has one folder for each run, with evaluations.jsonl.
     """
     rows, evaluations = [], []
     for file in sorted(folder.glob("*/evaluations.jsonl")):
         for evaluation in map(json.loads, file.read_text().splitlines()):
             if evaluation["text"] is None:
-                continue  # of tasks alone
+                continue  # an evaluation on tasks only
             evaluations.append(evaluation)
             first = next(iter(evaluation["scores"].values()))["loss"]
             for name, got in evaluation["scores"].items():
@@ -303,7 +307,7 @@ def evaluations_table(folder: Path) -> str:
                     "energy kept": _percent(got.get("energy_kept")),
                     "prompt, tokens/s": amount(float(f"{rate:.3g}")) if rate else "-",
                 }
-                if row not in rows:  # two quantisations begin with the same model
+                if row not in rows:  # two quantisations start with the same model
                     rows.append(row)
     tokens = _range([each["text"]["tokens"] for each in evaluations], "{:,}")
     files = _range([len(each["text"]["files"]) for each in evaluations], "{}")
@@ -324,7 +328,7 @@ def _small(value: float) -> str:
 
 
 def kernels_table(file: Path) -> str:
-    """The contenders that were timed as a Markdown table, what they ran on, and who was not timed and why.
+    """Timings of one FFN as a Markdown table, the hardware, and which contenders were not timed and why.
 
     Args:
         file: kernels.json.
@@ -359,15 +363,15 @@ def kernels_table(file: Path) -> str:
             )
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
     how = (
-        "as Python launches the kernels, and replayed from a CUDA graph, in which the host has no part"
+        "with kernels launched from Python, and replayed from a CUDA graph, without host overhead"
         if replayed
-        else "by the clock and by the sum of the kernels' times in a short profile, which leaves out gaps between "
-        "launches and runs on a cooler GPU"
+        else "by elapsed time and by the sum of kernel times in a short profile, which excludes gaps between launches "
+        "and runs on a cooler GPU"
     )
     lines.append(
-        f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, router and permutation "
-        f"included; the median and the range of the rounds. Speed-ups are over `dense`, {how}. Peak memory is beyond "
-        "inputs and weights. "
+        f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, including router and "
+        f"permutation; median and range over the rounds. Speed-ups are relative to `dense`, {how}. Peak memory "
+        "excludes inputs and weights. "
         f"{result['hardware']['device']}, {versions}, "
         f"{result['date'][:10]}, `{result['command']}`."
     )
@@ -377,7 +381,7 @@ def kernels_table(file: Path) -> str:
 
 
 def stages_table(file: Path) -> str:
-    """Where the time of a step goes, in ms by stage, as a Markdown table.
+    """Time of one FFN by stage, in ms, as a Markdown table.
 
     Args:
         file: kernels.json.
@@ -397,7 +401,7 @@ def stages_table(file: Path) -> str:
 
 
 def training_table(file: Path) -> str:
-    """Steps of whole models as a Markdown table, and what they ran on.
+    """Training steps of whole models as a Markdown table, and the hardware.
 
     Args:
         file: training.json.
@@ -407,9 +411,9 @@ def training_table(file: Path) -> str:
     timed = {name: entry for name, entry in contenders.items() if not entry["failed"]}
     swiglu = timed.get("torchtitan_swiglu")
     over_dense = "over `dense`" if "dense" in timed else "over its own dense"
-    peak = "Peak memory: of tensors; of torchtitan's trainer, which reports nothing else, of the process."
+    peak = "Peak memory: of tensors; for torchtitan's own trainer, of the process, since it reports only that."
     if not any(entry["active_gib"] for entry in timed.values()):
-        peak = "Peak memory: of the process, which gives nothing back after the dense phase."
+        peak = "Peak memory: of the process, which keeps what it allocated in the dense phase."
     rows = []
     for name, entry in timed.items():
         mode = "sparse" if "sparse" in entry["ms"] else "dense"
@@ -430,10 +434,10 @@ def training_table(file: Path) -> str:
         )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
-        f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens a step and GPU, "
+        f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens per step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
-        "Medians of means of five steps. Whole run: the recipe's dense and sparse steps at these times, over as many "
-        f"dense ones. {peak} "
+        "Times are medians over means of five steps. Whole run: speed-up of the recipe's mix of dense and sparse steps "
+        f"at these times over dense steps only. {peak} "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {_commit(result)}, `{result['command']}`."
     )
@@ -443,7 +447,7 @@ def training_table(file: Path) -> str:
 
 
 def parts_table(file: Path) -> str:
-    """Where the time of one traced step goes, in ms by part, as a Markdown table.
+    """Time of one traced training step by part, in ms, as a Markdown table.
 
     Args:
         file: training.json.
@@ -466,11 +470,12 @@ def parts_table(file: Path) -> str:
 
 
 def headline_table(file: Path) -> str:
-    """What recipes gain and cost, a row each: speeds of steps and whole runs, loss, and both together.
+    """Speed-ups of steps and whole runs, loss, and time to equal loss: a row for each recipe.
 
     Args:
-        file: headline.json. study: a folder of runs; nats_an_e_fold: of loss, by how much dense falls with e times the
-            tokens; rows: recipe, run of the study, and steps, by size the folder of a training.json and the contender.
+        file: headline.json. `study`: a folder of runs. `nats_an_e_fold`: decrease of the dense loss, in nats, when the
+            tokens grow by a factor of e. `rows`: recipe, run of the study, and `steps`: for each model size the folder
+            of a training.json and the name of a contender in it.
     """
     told, root = json.loads(file.read_text()), file.parent.parent
     groups, baseline = load_groups(root / told["study"])
