@@ -58,7 +58,7 @@ def test_a_block_has_its_own_scale():
     assert torch.equal(rounded_by_block(x, 4), x)
 
 
-@pytest.mark.parametrize("pattern", [Groups(16, 1, 1.0), None])  # a choice could turn on the last digit of a scale
+@pytest.mark.parametrize("pattern", [Groups(16, 1, 1.0), None])  # a choice could hang on the last digit of a scale
 def test_where_rounding_changes_nothing_the_reference_is_the_one_without_it(pattern):
     # Powers of two, so that all products of what is kept are, and each row of W2 sees one neuron.
     x, w1 = (2.0 ** whole(48, 16, low=-1, high=2)).double(), torch.eye(16, device=DEVICE).double().repeat(3, 1)
@@ -81,9 +81,9 @@ def test_where_rounding_changes_nothing_the_reference_is_the_one_without_it(patt
 def test_cast_puts_tokens_into_blocks_both_ways(tokens, v, width):
     x, order = whole(tokens, width).bfloat16(), torch.randperm(tokens, device=DEVICE).int()
     inverse = 2.0 ** torch.arange(-(-tokens // v), device=DEVICE)
-    out, turned = fp8._launch_cast(x, order, inverse, v)
+    out, transposed = fp8._launch_cast(x, order, inverse, v)
     expected, _ = fp8._reference_cast(x.cpu(), order.cpu(), inverse.cpu(), v)
-    assert torch.equal(out.cpu().float(), expected.float()) and torch.equal(turned.float(), out.mT.float())
+    assert torch.equal(out.cpu().float(), expected.float()) and torch.equal(transposed.float(), out.mT.float())
 
 
 @pytest.mark.parametrize("blocks, v, kept", [(2, 32, 48), (1, 80, 16), (3, 16, 144)])
@@ -92,9 +92,9 @@ def test_squares_and_their_gradients_are_the_references(blocks, v, kept):
     h, scale_h = 4.0 ** whole(blocks, kept, v, low=-1, high=2), 4.0 ** torch.arange(blocks, device=DEVICE).float()
     h[:, 1] = 0
     for others in ((None, None), (h.to(E4M3), scale_h)):
-        out, turned = fp8._launch_kept(y, inverse, *others)
+        out, transposed = fp8._launch_kept(y, inverse, *others)
         expected, _ = fp8._reference_kept(y, inverse, *others)
-        assert torch.equal(out.float(), expected.float()) and torch.equal(turned.float(), out.mT.float())
+        assert torch.equal(out.float(), expected.float()) and torch.equal(transposed.float(), out.mT.float())
         assert out.float().abs().sum() > 0
 
 
@@ -311,7 +311,7 @@ def test_kernels_compile_for_hopper():
 
 
 @pytest.mark.gpu
-def test_a_gpu_s_casts_refuse_what_triton_turns_wrongly():
+def test_a_gpu_s_casts_refuse_what_triton_transposes_wrongly():
     x, inverse = torch.ones(16, 16, device=DEVICE), torch.ones(1, device=DEVICE)
     with pytest.raises(ValueError, match="read bfloat16"):
         fp8.cast(x, torch.arange(16, device=DEVICE).int(), inverse, 16)

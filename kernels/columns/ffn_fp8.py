@@ -81,16 +81,16 @@ class LargeBlocksFp8(LargeBlocks):
             scale_of(weight.abs().amax()).expand(scale_x.shape[0]).contiguous() for weight in (w1, w2)
         )
         w1_fp8, w2_fp8 = fp8.quantise(w1, 1 / scale_w1[0]), fp8.quantise(w2.T, 1 / scale_w2[0])
-        x_fp8, x_turned = fp8.cast(x, order, 1 / scale_x, v)
+        x_fp8, x_t = fp8.cast(x, order, 1 / scale_x, v)
         y1 = fp8.chosen_by(x_fp8, w1_fp8, pattern.sample, scale_w1[:1], x.dtype)
         place = choose(y1 * scale_x[:, None, None].to(x.dtype), pattern)
         kept = fp8.kept_neurons(place, count)
         y1, peak = fp8.sample(x_fp8, w1_fp8, kept, scale_x, scale_w1, True, x.dtype)  # (1)
         scale_h = scale_of(peak * peak)
-        h, h_turned = fp8.cast_square(y1, 1 / scale_h)
+        h, h_t = fp8.cast_square(y1, 1 / scale_h)
         y = fp8.reduce_neurons(h, w2_fp8, kept, scale_h, scale_w2, order, x.dtype)  # (2)
         scales = scale_x, scale_h, scale_w1, scale_w2
-        return y, (x_turned, h_turned, w1_fp8, w2_fp8, place, kept, order, *scales)
+        return y, (x_t, h_t, w1_fp8, w2_fp8, place, kept, order, *scales)
 
     def backward(
         self, dy: Tensor, saved: Saved, weights: Operands, sparsity: FeedForwardSparsity
@@ -100,13 +100,13 @@ class LargeBlocksFp8(LargeBlocks):
         )
         dtype, v = dy.dtype, x.shape[2]
         scale_dy = _scales(dy, order, v)
-        dy_fp8, dy_turned = fp8.cast(dy, order, 1 / scale_dy, v)
+        dy_fp8, dy_t = fp8.cast(dy, order, 1 / scale_dy, v)
         dh, peak = fp8.sample(dy_fp8, w2, kept, scale_dy, scale_w2, False, dtype)  # (3)
         scale_dy1 = scale_of(2 * (scale_h * LARGEST).sqrt() * peak)  # a bound: a pass over dy1 would cost more
-        dy1, dy1_turned = fp8.cast_gradient(dh, 1 / scale_dy1, h, scale_h)
-        dw2 = fp8.reduce_tokens(h, dy_turned, place, scale_h, scale_dy, True, dtype)  # (4)
+        dy1, dy1_t = fp8.cast_gradient(dh, 1 / scale_dy1, h, scale_h)
+        dw2 = fp8.reduce_tokens(h, dy_t, place, scale_h, scale_dy, True, dtype)  # (4)
         dx = fp8.reduce_neurons(dy1, w1, kept, scale_dy1, scale_w1, order, dtype)  # (5)
-        dw1 = fp8.reduce_tokens(dy1_turned, x, place, scale_dy1, scale_x, False, dtype)  # (6)
+        dw1 = fp8.reduce_tokens(dy1_t, x, place, scale_dy1, scale_x, False, dtype)  # (6)
         return dx, dw1, dw2
 
 

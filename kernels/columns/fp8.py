@@ -227,7 +227,8 @@ def _check(x: Tensor) -> None:
 
 
 def _copied(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
-    return (_launch_copy if weight.is_cuda else _reference_copy)(weight, kept, transposed)
+    with torch.cuda.device_of(weight):
+        return (_launch_copy if weight.is_cuda else _reference_copy)(weight, kept, transposed)
 
 
 def kept_neurons(place: Tensor, kept: int) -> Tensor:
@@ -322,12 +323,12 @@ def _(weight: Tensor, inverse: Tensor) -> Tensor:
 
 @operator("columns_fp8_chosen_by")
 def chosen_by(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y1 of every so manieth token of each block, for all neurons.
+    """y1 of the tokens by which each block chooses, for all neurons.
 
     Args:
         x: `[B, V, d]` e4m3.
         weight: `[f, d]` e4m3, W1.
-        every: of how many tokens one is taken.
+        every: a block chooses by its tokens 0, every, 2 every, ...
         scale: `[1]` float32, the weight's; x's are not multiplied by.
         dtype: of the result.
 
