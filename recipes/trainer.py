@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -201,6 +202,10 @@ class SparseTrainer(titan.Trainer):
 
     def close(self) -> None:
         super().close()
+        # Processes that read the data heed no signal that can be ignored, and whoever imports this would wait for them.
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.release()

@@ -15,6 +15,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
     <!-- parts: FILE -->      the same file: where the time of a step goes
+    <!-- faults: FILE -->     a row for each kind of fault and moment: what scripts/chaos.py writes
 """
 
 import argparse

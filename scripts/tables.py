@@ -506,6 +506,39 @@ def headline_table(file: Path) -> str:
     return _table(rows, False, lambda _: "")
 
 
+def faults_table(file: Path) -> str:
+    """The faults of scripts/chaos.py by kind and moment: how many, what they cost, and whether the runs came out equal.
+
+    Args:
+        file: what `python -m scripts.chaos` writes.
+    """
+    about = json.loads(file.read_text())
+    happened = [fault for fault in about["faults"] if fault["happened"]]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for fault in sorted(happened, key=lambda fault: (fault["kind"], fault["moment"])):
+        groups.setdefault((fault["kind"], fault["moment"]), []).append(fault)
+    rows = []
+    for (kind, moment), faults in groups.items():
+        broken = [fault["number"] for fault in faults if fault["problems"]]
+        rows.append(
+            {
+                "what": kind,
+                "when": moment,
+                "on 1 process": str(sum(fault["processes"] == 1 for fault in faults)),
+                "on 2": str(sum(fault["processes"] == 2 for fault in faults)),
+                "most steps lost": str(max(fault["lost_steps"] for fault in faults)),
+                "equal": f"no: {', '.join(map(str, broken))}" if broken else "yes",
+            }
+        )
+    equal = sum(not fault["problems"] for fault in happened)
+    text = (
+        f"{len(happened)} faults of seed {about['seed']}, {equal} of them without a deviation; "
+        f"{len(about['faults']) - len(happened)} more were drawn for a moment that the run did not come to. "
+        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}."
+    )
+    return _table(rows, False, lambda _: text)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
     "runs": runs_table,
@@ -516,4 +549,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": stages_table,
     "training": training_table,
     "parts": parts_table,
+    "faults": faults_table,
 }
