@@ -331,7 +331,8 @@ def _bring_about(fault: Fault, output: Path, arguments: tuple) -> None:
     """What a process does to itself at the moment that a fault is aimed at."""
     output.with_suffix(".happened").touch()
     if fault.kind == FULL:  # a write fails in the middle of a file, as on a full disk, with EFBIG instead of ENOSPC
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(500 + 20_000 * fault.time), resource.RLIM_INFINITY))
+        # More than the output that this process writes into a file, less than a shard.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(20_000 + 200_000 * fault.time), resource.RLIM_INFINITY))
     elif fault.kind == READ_ONLY:
         Path(arguments[0].folder).mkdir(parents=True, exist_ok=True)
         os.chmod(arguments[0].folder, 0o555)
