@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import signal
@@ -202,10 +201,6 @@ class SparseTrainer(titan.Trainer):
 
     def close(self) -> None:
         super().close()
-        # Processes that read the data heed no signal that can be ignored, and whoever imports this would wait for them.
-        for process in multiprocessing.active_children():
-            if process.daemon:
-                process.kill()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.release()
