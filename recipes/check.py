@@ -307,7 +307,12 @@ def _check_machine(config: JobConfig) -> None:
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"
         )
     folder = Path(config.job.dump_folder).absolute()
-    there = next(each for each in (folder, *folder.parents) if each.exists())  # nothing is made by a check
+    try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())  # nothing is made by a check
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(
+            f'job.dump_folder = "{folder}" cannot be made ({error.strerror}); name another folder'
+        ) from error
     if not there.is_dir():
         raise ConfigError(f'job.dump_folder = "{folder}" cannot be made: {there} is a file; name another folder')
     if not os.access(there, os.W_OK):

@@ -174,6 +174,22 @@ def test_tensorboard_has_every_step_once(train, tmp_path):
     assert len(list((tmp_path / "tb").rglob("*earlier-run*"))) == 2
 
 
+def test_a_run_lives_in_any_folder_that_the_file_system_has(train, corpus, tmp_path, monkeypatch):
+    """Spaces, other scripts, a symbolic link, a relative name and a long one; the path of the corpus as well."""
+    real = tmp_path / "ein Ordner, 训练 «é»" / ("n" * 200)
+    real.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(real)
+    shutil.copytree(corpus, real / "mein Korpus ü")
+    source = f'[{{type = "text", path = "{real}/mein Korpus ü"}}]'
+    train(real / "run", "--data.sources", source, stop_after=6)
+    monkeypatch.chdir(tmp_path)
+    resumed = train(Path("link") / "run", "--data.sources", source.replace(str(real), str(tmp_path / "link")))
+    assert sorted(resumed) == list(range(1, 13))
+    assert find_checkpoint("link/run").step == 12
+    with pytest.raises(ConfigError, match=r"job.dump_folder = .* cannot be made"):
+        train(tmp_path / ("n" * 300))
+
+
 class Payload:
     def __init__(self, file: Path) -> None:
         self.file = file
