@@ -1,15 +1,15 @@
-"""The sparse feed-forward network, a folder a family, each with its plain PyTorch reference.
+"""The sparse feed-forward network: one folder for each family of kernels, with a plain PyTorch reference.
 
-A family's reference is its specification and its CPU path. `family` says what a family is; `feed_forward` has the six
-matrix products of a squared-ReLU FFN and chooses the family that computes them:
+A family's reference is its specification and its CPU path. `family` defines the interface of a family; `feed_forward`
+has the six matrix products of a squared-ReLU FFN and chooses the family that computes them:
 
-    masked           dense products over masked operands, right for any pattern on any device
+    masked           dense products over masked operands, correct for any pattern on any device
     two_four         2:4 weights (S-STE) and activations, packing and products on the sparse tensor cores
     venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
-    columns          the same for large blocks, down to single neurons: dense FFNs of what a block keeps
-    clustering       neurons into clusters, once; tokens to clusters, every step
-    causal           patterns for inference, chosen from tokens before
+    columns          column groups for large blocks, down to single neurons: a dense FFN of each block's neurons
+    clustering       clusters neurons, once, and assigns tokens to clusters, every step
+    causal           patterns for inference, chosen from earlier tokens
     feed_forward     products (1) to (6), forward and backward
 """
 

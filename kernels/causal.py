@@ -1,8 +1,8 @@
-"""Activation patterns for inference: a block's choice made from tokens before it.
+"""Activation patterns for inference: a block's pattern is chosen from earlier tokens.
 
 In a sparse phase a block of V tokens shares a pattern that is chosen from all of them, and the router puts later tokens
-of a sequence into the same block: what a token computes depends a little on tokens after it. At inference those do not
-exist yet (decoding) or must not count (a prompt's loss). Three choices are free of that:
+of a sequence into the same block: the output of a token depends slightly on later tokens. At inference these do not
+exist yet (decoding) or must not be used (a prompt's loss). Three choices avoid this:
 
     v = 1        every token chooses for itself. Groups(1, g, keep) and Venom(1, n, m) are that; nothing is shared, so a
                  product gathers for each token, which suits decoding and is slow for a prompt

@@ -1,19 +1,20 @@
-"""Neurons into clusters, tokens to clusters: what makes a block of tokens want the same neurons.
+"""Clustering of neurons and routing of tokens, so that the tokens of a block need the same neurons.
 
-Which neurons of a squared-ReLU FFN fire depends on the token, so a pattern shared by V tokens fits well only
-if the V tokens are alike. Two permutations bring that about.
+Which neurons of a squared-ReLU FFN are active depends on the token, so a pattern shared by V tokens fits well only
+if the V tokens are similar. Two permutations achieve this.
 
 Neurons, once, when sparsity starts: they are clustered (balanced k-means under cosine distance, all clusters of one
-size), and W1's rows and W2's columns are put into cluster order. The network computes the same function; only the order
-of the neurons changed. Alike are neurons that fire for the same tokens, which is what a group of them is kept for;
-their rows of W1 need not point the same way. A cluster's centroid, for the router, is the direction of its rows of W1.
+size), and W1's rows and W2's columns are permuted into cluster order. The network computes the same function; only the
+order of the neurons changes. Neurons are similar if they are active for the same tokens, since they are then kept
+together; their rows of W1 need not be similar. The centroid of a cluster, for the router, is the direction of the sum
+of its rows of W1.
 
-Tokens, every step: a token goes to the cluster c of largest x . centroid_c, and the tokens of the batch are sorted by
-cluster, those of a cluster by the second largest. The FFN acts on each token alone, so sorting before it and undoing
-that after it changes nothing but which tokens share a block.
+Tokens, every step: a token is assigned to the cluster c with the largest x . centroid_c. The tokens of the batch are
+sorted by cluster and, within a cluster, by the cluster with the second largest product. The FFN acts on each token
+independently, so sorting before it and restoring the order after it only changes which tokens share a block.
 
-Source: arXiv 2602.06183, which clusters rows of W1; the distance, the likeness by activations and the router's form are
-this project's choice.
+Source: arXiv 2602.06183, which clusters rows of W1; the distance, the similarity by activations and the form of the
+router are choices of this project.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ ROUNDS = 16
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Products of float32 matrices on a GPU's tensor cores: clusters need no more digits."""
+    """Allow TF32 products of float32 matrices on a GPU: clustering needs no higher precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

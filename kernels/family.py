@@ -1,17 +1,17 @@
-"""What a family of sparse FFNs says about itself, so that nothing else has to know it.
+"""The interface of a family of sparse FFNs, so that no other module depends on a particular family.
 
 A *pattern* says which entries of h a sparse phase keeps (`Groups`, `Venom`): a mask, a density, bounds. A *family* is
 code that computes the six products of `kernels.feed_forward` for some patterns. A pattern can have several families
 (column groups have one for tiles of 128 and one for large blocks) or none; then the masked reference computes it.
 
-A family answers, in one object:
+A family is one object with these members:
 
-    handles, refuses    which patterns it is for; which shapes, devices and dtypes it does not run
-    forward, backward   the six products, in numbered lines; what is kept between them is explicit
-    infer               products (1) and (2) for a pattern whose choice is made before (`kernels.causal.Preceding`)
-    cost                what it executes and keeps: run.json, scripts/estimate.py, MFU and the benchmarks read this
+    handles, refuses    which patterns it supports; which shapes, devices and dtypes it does not run, and why
+    forward, backward   the six products, in numbered lines; `forward` returns the tensors that `backward` needs
+    infer               products (1) and (2) for a pattern chosen in advance (`kernels.causal.Preceding`)
+    cost                FLOPs and memory, for run.json, scripts/estimate.py, MFU and the benchmarks
     operators           which product each of its operators computes, for the profiler's tables
-    patterns            which recipes (`activations.pattern`) it makes patterns of, and from which keys
+    patterns            the names in `activations.pattern` that it supports, and the keys that they take
 
 To add one: docs/extending.md.
 """
@@ -38,14 +38,14 @@ class Pattern(Protocol):
 
     @property
     def sample(self) -> int:
-        """A block chooses by every `sample`-th of its tokens."""
+        """A block chooses its neurons from every `sample`-th of its tokens."""
         ...
 
     def check(self, hidden_dim: int) -> None:
         """Raise ValueError, naming the parameter, where the pattern does not fit an FFN of width `hidden_dim`."""
 
     def density(self, hidden_dim: int) -> float:
-        """Share of h that is kept at most in an FFN of width `hidden_dim`."""
+        """Largest share of h that is kept in an FFN of width `hidden_dim`."""
         ...
 
     def mask(self, h: Tensor, sums: Tensor | None = None) -> Tensor:
@@ -53,12 +53,12 @@ class Pattern(Protocol):
 
         Args:
             h: `[T, f]`, not negative.
-            sums: `[B, f]` float32: what each block chooses by, instead of its own sums over its tokens.
+            sums: `[B, f]` float32: sums that each block chooses by, instead of the sums of h over its own tokens.
         """
         ...
 
     def causal(self) -> "Pattern":
-        """The same pattern without what would tell a block of other blocks' tokens, for inference."""
+        """The same pattern without options by which a block depends on other blocks' tokens, for inference."""
         ...
 
     def of_one_token(self) -> "Pattern":
@@ -71,7 +71,7 @@ class FeedForwardSparsity:
     """What a sparse phase does to an FFN: the one specification that products, costs and inference read."""
 
     pattern: "Pattern | Preceding | None" = None
-    """What h is cut to; None leaves it whole."""
+    """The pattern of h; None: h stays dense."""
 
     weight_products: tuple[int, ...] = ()
     """Products that read a 2:4 weight: 1 (W1, and with it product (5)), 3 (W2 for the gradient of h)."""
@@ -89,9 +89,9 @@ class FeedForwardSparsity:
     """For inference: a token keeps what its cluster's centroid would keep, so nothing depends on its block (v = 1)."""
 
     def flops_share(self, hidden_dim: int) -> float:
-        """FLOPs left of the six products', forward and backward, without those that multiply by a dropped entry.
+        """Share of the six products' FLOPs that remains without multiplications by dropped entries.
 
-        What a family executes can be more (`Family.cost`): one that gathers four columns of m executes 4 / m for any n.
+        A family can execute more (`Family.cost`): one that gathers four columns of m executes 4 / m for any n.
         """
         density = self.pattern.density(hidden_dim) if self.pattern is not None else 1.0
         first = 1.0
@@ -99,13 +99,13 @@ class FeedForwardSparsity:
             first = 0.5
         elif isinstance(self.pattern, Pattern) and self.pattern.sample > 1:
             first = min(1.0, 1 / self.pattern.sample + density)
-        # (3) is needed where h is not zero, and reads a 2:4 weight: the better of both counts.
+        # (3) is needed only where h is kept, or can read a 2:4 weight: the smaller share counts.
         third = min(density, 0.5) if 3 in self.weight_products else density
         return (first + third + 4 * density) / 6
 
 
 class Shape(NamedTuple):
-    """Of an FFN: d, f and, where it matters, the tokens T of a micro-batch."""
+    """Shape of an FFN: d, f and, if needed, the tokens T of a micro-batch."""
 
     width: int
     hidden_dim: int
@@ -114,7 +114,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a family executes and keeps, relative to the dense FFN."""
+    """FLOPs and memory of a family, relative to the dense FFN."""
 
     products: tuple[float, float, float, float, float, float] = (1.0,) * 6
     """Multiplications in products (1) to (6); one with a 2:4 operand counts as the dense one."""
@@ -123,26 +123,26 @@ class Cost:
     """Products on the sparse tensor cores, which take half of the FLOPs for the same multiplications."""
 
     beside: float = 0.0
-    """FLOPs beside the six products, over those of one dense product: to choose by, or of rows that stay whole."""
+    """FLOPs besides the six products, relative to one dense product: for choosing, or for rows that stay dense."""
 
     kept_h: float = 1.0
-    """Numbers that are kept of h for the backward pass, over T f."""
+    """Elements of h kept for the backward pass, relative to T f."""
 
     kept_weights: float = 0.0
-    """Numbers that are kept of copies of the two weights, over d f."""
+    """Elements kept of copies of the two weights, relative to d f."""
 
     gradients: float = 1.0
-    """Numbers of dh, and of dy1, over T f."""
+    """Elements of dh, and of dy1, relative to T f."""
 
     copied_rows: float = 0.0
-    """Rows of a weight that a product copies, over f."""
+    """Rows of a weight that a product copies, relative to f."""
 
     chosen_by: float = 1.0
-    """Numbers of the y1 by which blocks choose, over T f."""
+    """Elements of the y1 that blocks choose from, relative to T f."""
 
     @property
     def executed_share(self) -> float:
-        """FLOPs executed of the six products'."""
+        """FLOPs executed, as a share of those of the six dense products."""
         products = (share / 2 if n in self.halved else share for n, share in enumerate(self.products, start=1))
         return (sum(products) + self.beside) / 6
 
@@ -167,7 +167,7 @@ Stages: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class FromRecipe(NamedTuple):
-    """How a recipe's [activations] become a pattern. A key that is neither of these and set all the same is refused."""
+    """How a recipe's [activations] become a pattern. Keys in neither `keys` nor `options` are refused."""
 
     keys: tuple[str, ...]
     """The keys that `make` takes by name."""
@@ -175,16 +175,15 @@ class FromRecipe(NamedTuple):
     make: Callable[..., Pattern]
 
     options: tuple[str, ...] = ()
-    """Keys that the family reads elsewhere, of `FeedForwardSparsity`."""
+    """Further keys that the family supports, which it reads from `FeedForwardSparsity`."""
 
 
 class Family:
-    """The base of all families, see the module's docstring. A family has no state: one object each, a constant.
+    """Base class of all families, see the module docstring. A family is a constant without state.
 
     Attributes:
         name: in run.json, logs and tables.
-        takes_order: whether `forward` and `backward` put tokens into order and back themselves; else that is done
-            around them.
+        takes_order: whether `forward` and `backward` permute the tokens themselves; otherwise the caller does.
         fp8: whether its products read fp8, see `FeedForwardSparsity.fp8`.
         operators: stages of the family's operators, by name.
         patterns: by the name in `activations.pattern`.
@@ -197,32 +196,32 @@ class Family:
     patterns: ClassVar[Mapping[str, FromRecipe]] = {}
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
-        """Whether the family is for this kind of pattern, whatever its numbers."""
+        """Whether the family supports this kind of pattern, regardless of its parameters."""
         raise NotImplementedError
 
     def refuses(
         self, sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
     ) -> str:
-        """Why it does not run what it handles; empty where it does.
+        """Why the family does not run a sparsity that it handles; empty if it does.
 
         Args:
-            sparsity: that it handles.
+            sparsity: one that it handles.
             shape: d and f.
-            device, dtype: that the products run in.
-            here: whether the device is of this machine; else it is taken for a Hopper GPU with cuSPARSELt.
+            device, dtype: of the products.
+            here: whether the device is in this machine; if not, a Hopper GPU with cuSPARSELt is assumed.
         """
         raise NotImplementedError
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
-        """What computes the products, for the log."""
+        """The name of the kernels that compute the products, for the log."""
         raise NotImplementedError
 
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
-        """What it executes and keeps, over the dense FFN of the same d and f.
+        """FLOPs and memory, relative to the dense FFN of the same d and f.
 
         Args:
-            sparsity: that it handles.
-            shape: d and f; the tokens of a micro-batch where copies a block are to be counted, else 0.
+            sparsity: one that it handles.
+            shape: d and f; and the tokens of a micro-batch to count the copies of each block, else 0.
         """
         raise NotImplementedError
 
@@ -240,10 +239,10 @@ class Family:
         """Products (1) and (2).
 
         Args:
-            x: as `arrange` gives it.
+            x: as returned by `arrange`.
             weights: W1, W2 and their scales, in the dtype of x.
-            sparsity: that it does not refuse.
-            order: `[T]` int64, where `takes_order`: the tokens in the order in which neighbours share a block.
+            sparsity: one that it does not refuse.
+            order: `[T]` int64, only if `takes_order`: the order of the tokens in which neighbours share a block.
 
         Returns:
             y, in the shape and order of x, and what `backward` needs beside the weights.
@@ -257,12 +256,12 @@ class Family:
         raise NotImplementedError
 
     def infer(self, x: Tensor, weights: Operands, pattern: "Preceding") -> Tensor:
-        """Products (1) and (2) for a choice made before, without gradients: x and y `[T, d]`, whole weights."""
+        """Products (1) and (2) for a pattern chosen in advance, without gradients: x and y `[T, d]`, dense weights."""
         raise NotImplementedError
 
 
 def refuses_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Why kernels that read bf16 on a GPU do not run; empty where they do."""
+    """Why kernels that read bf16 on a GPU do not run; empty if they do."""
     if device.type != "cuda":
         return f"no kernels for the device {device.type}"
     if dtype != torch.bfloat16:

@@ -1,10 +1,10 @@
-"""Rounding to fp8 (e4m3): the scales, and what the reference reads in place of fp8 numbers.
+"""Rounding to fp8 (e4m3): the scales, and the rounded values that the reference reads instead of fp8 tensors.
 
-e4m3 has three bits of mantissa and numbers from 2^-9 to 448, so a tensor is divided by a *scale* first: a float32, the
-largest magnitude over 448. A weight has one scale. x, h and their gradients have one a block of tokens, the block that
-shares what it keeps; without blocks, one in all. The same rounded numbers serve every product that reads them, forward
-and backward, so the gradients are those of the function that was computed; through the rounding itself they pass
-unchanged (straight-through).
+e4m3 has three mantissa bits and magnitudes from 2^-9 to 448, so a tensor is first divided by a float32 *scale*: its
+largest magnitude divided by 448. A weight has one scale. x, h and their gradients have one scale for each block of
+tokens that shares a pattern, or one in total without blocks. All products, forward and backward, read the same rounded
+values, so the gradients are those of the function that was computed, with a straight-through estimator for the
+rounding.
 
 Source: e4m3 as in arXiv 2209.05433; one scale a tensor, from its present values, is torchao's tensor-wise scaling.
 """

@@ -1,8 +1,8 @@
 """CUDA C++ for Hopper from Python: compiled at first use, launched on PyTorch's stream.
 
-Triton does not reach what these kernels are for (TMA multicast over a cluster, a producer warp of its own), and an
-extension module would need a compiler on the user's machine. So the source is compiled by NVRTC, which every CUDA build
-of PyTorch brings, and launched through the CUDA driver's API (`cuda.bindings`, a dependency of PyTorch).
+Triton does not support what these kernels use (TMA multicast over a cluster, a dedicated producer warp), and an
+extension module would need a compiler on the user's machine. So the source is compiled by NVRTC, which is part of every
+CUDA build of PyTorch, and launched through the CUDA driver's API (`cuda.bindings`, a dependency of PyTorch).
 """
 
 import ctypes

@@ -1,6 +1,6 @@
-"""The reference: dense products over masked operands, right for any pattern, on any device, in any dtype.
+"""The reference: dense products over masked operands, correct for any pattern, on any device, in any dtype.
 
-It is the specification that every family is tested against, and what computes a pattern that no family takes.
+It is the specification that every family is tested against, and it computes patterns that no other family supports.
 """
 
 import torch

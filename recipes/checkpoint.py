@@ -1,21 +1,21 @@
-"""Checkpoints that a killed run or a bad disk cannot spoil: data first, then a manifest, then a pointer.
+"""Checkpoints that survive crashes and disk damage: the data is written first, then a manifest, then a pointer.
 
 torchtitan's CheckpointManager writes a step's folder with DCP (one or more `__<rank>_<i>.distcp` files a rank, then
-`.metadata`) and resumes from the folder of the highest step. That trusts every byte on the disk. Here a save is a
-commit in three steps, each durable before the next one starts:
+`.metadata`) and resumes from the folder of the highest step, without verifying the files. This module commits a save
+in three steps, each durable before the next one starts:
 
     step-120/*              data, written by all ranks
     step-120/manifest.json  size and crc32 of every file, written by rank 0 once all the data is there
     latest                  holds "step-120"; replaced atomically by rank 0 once the manifest is there
 
-So a folder without a manifest is a save that never finished, a folder that disagrees with its manifest is damaged, and
-`latest` names a complete checkpoint whenever the run dies. With an asynchronous save the last two steps run in the
-thread that uploads, and "the save is done" means that they are done too.
+A folder without a manifest is a save that did not finish, a folder that does not match its manifest is damaged, and
+`latest` always names a complete checkpoint, whenever the run is killed. In an asynchronous save the last two steps run
+in the upload thread, and the save is done only after them.
 
-Resuming goes from the newest step folder down to the first that agrees with its manifest. Rank 0 looks and tells the
-others, so all ranks resume from the same step. The folders passed over are renamed `broken-<step>` and left to the
-user. The manifest answers "are these the bytes that were written?"; whether they fit the model is DCP's to say, and if
-they do not, an older checkpoint would not fit either: that is an error, never a fallback.
+A resume tries the step folders from the newest to the oldest and takes the first that matches its manifest. Rank 0
+chooses and broadcasts the step, so all ranks resume from the same one. Skipped folders are renamed `broken-<step>` and
+kept. The manifest only verifies that the bytes are those that were written; DCP checks whether they fit the model. If
+they do not fit, an older checkpoint would not fit either, so this is an error and never a fallback.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from recipes.data import Loader
 MANIFEST = "manifest.json"
 POINTER = "latest"
 DATALOADER = "dataloader"
-SPARSITY = "sparsity"  # what the patterns of the FFNs keep, `recipes.sparsity.Sparsity`
+SPARSITY = "sparsity"  # state of the sparse FFNs: 2:4 scales, centroids (`recipes.sparsity.Sparsity`)
 BAD_BATCHES = "bad_batches"  # how many batches were skipped, `recipes.trainer.BadBatches`
 CHUNK_BYTES = 4 << 20
 INCOMPLETE = f"no {MANIFEST}: the run ended before it was saved entirely"
@@ -64,7 +64,7 @@ class SafeCheckpointManager(CheckpointHooks):
         config = kwargs.get("checkpoint_config") or args[5]
         if config.enable and config.keep_latest_k == 1:
             raise ConfigError(
-                "checkpoint.keep_latest_k = 1 would leave nothing to fall back to; set 2 or more, or 0 to keep all"
+                "checkpoint.keep_latest_k = 1 leaves nothing to fall back to; set 2 or more, or 0 to keep all"
             )
         self._saving = ""  # folder of the latest save that was started
         self._resumable = ""  # folder of the latest save, if it holds more than the model
@@ -78,7 +78,7 @@ class SafeCheckpointManager(CheckpointHooks):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Future | AsyncSaveResponse | None:
-        """Save and commit; see CheckpointManager.dcp_save. A returned future is done when `latest` has moved."""
+        """Save and commit; see CheckpointManager.dcp_save. A returned future is done once `latest` is updated."""
         self._saving, self._resumable = checkpoint_id, ""
         try:
             _on_rank0(lambda: self._make_room(checkpoint_id))
@@ -98,7 +98,7 @@ class SafeCheckpointManager(CheckpointHooks):
         return None
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """Load; see CheckpointManager.dcp_load. A run that has been dense so far can go on with another recipe."""
+        """Load; see CheckpointManager.dcp_load. A checkpoint from before the first sparse phase fits any recipe."""
         if isinstance(loader := state_dict.get(DATALOADER), Loader) and not from_hf:
             saved = {DATALOADER: {"world_size": 0}}
             dcp.load(saved, checkpoint_id=checkpoint_id)
@@ -111,17 +111,17 @@ class SafeCheckpointManager(CheckpointHooks):
             state_dict = {key: value for key, value in state_dict.items() if key != SPARSITY}
             if sparsity.expect(table):
                 state_dict[SPARSITY] = sparsity
-            elif table and dist.get_rank() == 0:  # else the rest of it is nothing yet, of whatever pattern it is
-                logger.info("the checkpoint's FFNs have another router: a sparse phase prepares them anew")
+            elif table and dist.get_rank() == 0:  # an empty table: no sparse phase has begun
+                logger.info("the checkpoint was made with another router: the next sparse phase prepares its own")
         if BAD_BATCHES in state_dict and not from_hf:
             entries = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-            if not any(name.startswith(BAD_BATCHES) for name in entries):  # of a release that counted none
+            if not any(name.startswith(BAD_BATCHES) for name in entries):  # older versions did not count them
                 state_dict = {key: value for key, value in state_dict.items() if key != BAD_BATCHES}
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load a verified checkpoint into the run's state, on all ranks the same one.
+        """Load a verified checkpoint, the same on all ranks, into the run's state.
 
         Args:
             step: the step to load; -1 takes the newest usable one, or else checkpoint.initial_load_path.
@@ -154,7 +154,7 @@ class SafeCheckpointManager(CheckpointHooks):
         return loaded
 
     def save_now(self, step: int) -> None:
-        """Save everything needed to resume from this step before returning, unless its save was the last one.
+        """Save everything needed to resume from this step, and wait for it. A no-op if the last save is of this step.
 
         Args:
             step: the step that the run has just finished.
@@ -171,7 +171,7 @@ class SafeCheckpointManager(CheckpointHooks):
             self.dcp_save(self.resumable_state(), checkpoint_id, AsyncMode.DISABLED)
 
     def close(self) -> None:
-        """Wait for the save under way, so that `latest` moves before the process ends. Not a collective."""
+        """Wait for a save in progress, so that `latest` is updated before the process ends. Not a collective."""
         if self.save_future is not None:
             self.save_future.exception()  # waits; a failure was reported when it happened
             self.save_future = None
@@ -194,25 +194,25 @@ class SafeCheckpointManager(CheckpointHooks):
         complete = [step for step in self._steps() if self._is_complete(step)]
         for step in complete[self.keep_latest_k :]:
             if f"step-{step}" != self._read_pointer():
-                # Deleting takes a while. Under its old name a half-deleted folder would look like a damaged one.
+                # Deleting takes time, and a half-deleted step-<N> would look like a damaged checkpoint.
                 self._rename(step, "purged")
         for name in self._names():
             if name.startswith("purged-"):
                 self.purge_queue.put(os.path.join(self.folder, name))
 
     def has_begun(self) -> bool:
-        """Whether the run's folder has a complete checkpoint, from which it resumes."""
+        """Whether the run's folder has a complete checkpoint to resume from."""
         return self.enable and any(self._is_complete(step) for step in self._steps())
 
     def newest(self) -> str:
-        """The folder of the newest complete checkpoint; empty where there is none."""
+        """The folder of the newest complete checkpoint, or an empty string if there is none."""
         steps = [step for step in self._steps() if self._is_complete(step)] if self.enable else []
         return self.folder_of(steps[0]) if steps else ""
 
     # Saving, on rank 0.
 
     def _make_room(self, checkpoint_id: str) -> None:
-        """Remove an older save of the same step, after `latest` has let go of it."""
+        """Remove an older save of the same step, after pointing `latest` at another checkpoint if it named this one."""
         if not os.path.isdir(checkpoint_id):
             return
         name = os.path.basename(checkpoint_id)
@@ -236,7 +236,7 @@ class SafeCheckpointManager(CheckpointHooks):
                 upload.result()
                 if is_rank0:
                     self._commit(checkpoint_id)
-            except BaseException as error:  # runs in DCP's thread, where nobody else would see it
+            except BaseException as error:  # runs in DCP's thread, where an exception would be lost
                 if is_rank0:
                     logger.error("saving %s failed: %s", checkpoint_id, what_failed(error))
                 committed.set_exception(error)
@@ -267,16 +267,16 @@ class SafeCheckpointManager(CheckpointHooks):
         if complete[0] > step:
             logger.warning(
                 "loading step-%d although %s has newer checkpoints up to step-%d: without load_step a run resumes "
-                "from the newest, so move them away to go on from here",
+                "from the newest, so move the newer ones away to continue from this step",
                 *(step, self.folder, complete[0]),
             )
         return step
 
     def _newest_usable_step(self) -> int:
-        """Find the newest step that agrees with its manifest and set the newer ones aside; -1 if there is none."""
+        """Find the newest step that matches its manifest and rename the newer ones; -1 if there is none."""
         steps, named = self._steps(), self._read_pointer()
         if named and named not in [f"step-{s}" for s in steps]:
-            logger.warning("%s names %r, which is not there", os.path.join(self.folder, POINTER), named)
+            logger.warning("%s names %r, which does not exist", os.path.join(self.folder, POINTER), named)
         faults: dict[int, str] = {}
         usable = -1
         for step in steps:
@@ -289,8 +289,8 @@ class SafeCheckpointManager(CheckpointHooks):
         if usable == -1 and any(self._is_complete(step) for step in faults):
             found = "; ".join(f"step-{step}: {fault}" for step, fault in faults.items())
             raise ConfigError(
-                f"no checkpoint in {self.folder} is usable ({found}). Restore a copy of one, or remove the folder to "
-                "start over"
+                f"no checkpoint in {self.folder} is usable ({found}). Restore one from a backup, or remove the "
+                "folder to start over"
             )
         if usable == -1:
             self._check_initial_load_path()
@@ -312,7 +312,7 @@ class SafeCheckpointManager(CheckpointHooks):
             raise ConfigError(f"checkpoint.initial_load_path = {path}: no such folder; name a checkpoint's own folder")
         if os.path.exists(os.path.join(path, MANIFEST)):
             fault = find_fault(path)
-        else:  # not saved here, so there is nothing to verify it against
+        else:  # not saved by this module, so there is no manifest
             fault = None if os.path.isfile(os.path.join(path, ".metadata")) else "no .metadata"
         if fault:
             raise ConfigError(
@@ -331,7 +331,7 @@ class SafeCheckpointManager(CheckpointHooks):
             "a checkpoint of the same model, or set [model] and [tokenizer] to the checkpoint's"
         )
 
-    # The folder's parts.
+    # Files in the checkpoint folder.
 
     def _names(self) -> list[str]:
         return os.listdir(self.folder) if os.path.isdir(self.folder) else []
@@ -387,7 +387,7 @@ def find_fault(folder: str) -> str | None:
     """Compare a checkpoint's folder with its manifest.
 
     Returns:
-        What is wrong with the first file that is not as it was written, or None.
+        A description of the first fault, or None if all files match.
     """
     try:
         with open(os.path.join(folder, MANIFEST)) as file:
@@ -398,7 +398,7 @@ def find_fault(folder: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {what_failed(error)}"
     try:
-        for name, (size, _) in expected.items():  # the cheap look first
+        for name, (size, _) in expected.items():  # sizes first: cheaper than checksums
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
                 return f"{name} is missing"
@@ -428,7 +428,7 @@ def _crc32_of_file(path: str) -> int:
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Replace a file such that a crash, also of the machine, leaves the old text or the new one."""
+    """Replace a file atomically: after a crash of the process or machine it holds the old text or the new one."""
     with open(f"{path}.tmp", "w") as file:
         file.write(text)
         file.flush()
@@ -442,7 +442,7 @@ def write_atomically(path: str, text: str) -> None:
 
 
 def _on_rank0(work: Callable[[], T]) -> T:
-    """Run something on rank 0 and return its result, or raise its error, on every rank. A collective."""
+    """Run `work` on rank 0, and return its result or raise its error on every rank. A collective."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -463,7 +463,7 @@ def _first_of_all_ranks(reason: str | None) -> str | None:
 
 
 def what_failed(error: BaseException) -> str:
-    """An error's type and first line; of a torch.distributed.checkpoint failure those of the first rank that failed."""
+    """An error's type and first line; for a CheckpointException, those of the error of the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     kind, line = type(error).__name__, first_line(error)

@@ -1,8 +1,8 @@
-"""A trained model from its run's folder, in one process: nothing of the trainer, any number of ranks.
+"""Load a trained model from its run's folder in one process, without the trainer, however many ranks saved it.
 
-What the model is stands in the run's run.json and in no file name or shape: width, heads, RoPE's base, the tokenizer
-(which the run keeps a copy of) and the recipe. The weights are the checkpoint's, verified against its manifest and read
-by torch.distributed.checkpoint, which puts together what the ranks wrote.
+The run's run.json describes the model (width, heads, RoPE base, recipe), and the run's folder has a copy of the
+tokenizer. The weights come from the checkpoint, which is verified against its manifest and read by
+torch.distributed.checkpoint, which joins the shards of all ranks.
 """
 
 import json
@@ -30,19 +30,19 @@ from recipes.schedule import resolve_phases
 from recipes.sparsity import Sparsity, feed_forward_sparsity
 from recipes.tokenizer import check_same_tokenizer
 
-# What torchtitan and transformers read of a tokenizer's folder, which may hold a whole model beside it.
+# Files of a tokenizer that torchtitan and transformers read; the folder may also hold a whole model.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 
-# What a checkpoint's shapes do not tell, or not in the words of a configuration.
+# Keys of [model] that a checkpoint's shapes do not determine, or determine only under other names.
 FACTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "rope_theta", "norm_eps")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint and the run it is of."""
+    """A verified checkpoint and its run."""
 
     folder: Path
     """`checkpoint/step-N`."""
@@ -62,7 +62,7 @@ class Checkpoint:
         return self.run / "tokenizer"
 
     def autocast(self, device: torch.device, dtype: str | None = None) -> torch.autocast:
-        """Products in a dtype, None: what the run computed in; the weights stay float32."""
+        """An autocast context for `dtype` (None: the run's mixed_precision_param); the weights stay float32."""
         wanted = TORCH_DTYPE_MAP[dtype or self.config.training.mixed_precision_param]
         return torch.autocast(device.type, wanted, enabled=wanted != torch.float32)
 
@@ -70,32 +70,32 @@ class Checkpoint:
         """The model's parameters by name, float32 on the CPU.
 
         Raises:
-            ConfigError: the checkpoint holds another model than run.json says.
+            ConfigError: the checkpoint does not hold the model that run.json describes.
         """
         try:
             with torch.device("meta"):
                 model = Llama(self.args)
             state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
-        except RuntimeError as error:  # of a size that no memory has
+        except RuntimeError as error:  # sizes that overflow
             raise self._another(error) from error
         self._load(state)
         return state
 
     @torch.no_grad()
     def model(self, device: torch.device | None = None, tokens: Tensor | None = None) -> tuple[Llama, Sparsity]:
-        """The model, float32, dense and in evaluation mode, and what runs its FFNs in other modes.
+        """The model in float32, dense and in evaluation mode, and the object that switches its FFNs.
 
-        What a sparse phase prepares, scales and centroids, is the checkpoint's. Where it has none, being from before
-        the first such phase or of the model alone, it is what that phase would begin with if it began here, with these
-        tokens.
+        The state of the sparse phases (2:4 scales and centroids) is loaded from the checkpoint. A checkpoint from
+        before the first sparse phase, or one that holds only the model, has none; then it is computed from `tokens`, as
+        if the phase started at this step.
 
         Args:
-            device: where the model is to be; None: on the CPU.
-            tokens: `[B, S]` int64, that the neurons are clustered by where the checkpoint has no clusters; None: then
-                the FFNs run densely alone.
+            device: device of the model; None: the CPU.
+            tokens: `[B, S]` int64, used to cluster the neurons if the checkpoint has no clusters. If None, the FFNs of
+                such a checkpoint can only run densely.
 
         Raises:
-            ConfigError: the checkpoint holds another model than run.json says.
+            ConfigError: the checkpoint does not hold the model that run.json describes.
         """
         with torch.device("meta"):
             model = Llama(self.args)
@@ -106,7 +106,7 @@ class Checkpoint:
         if f"{SPARSITY}.prepared" in dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata:
             found = {SPARSITY: {"prepared": ""}}
             self._load(found)
-            if sparsity.expect(found[SPARSITY]["prepared"]):  # else it is nothing yet, of whatever pattern it was
+            if sparsity.expect(found[SPARSITY]["prepared"]):  # False: the checkpoint has no sparse state to load
                 state[SPARSITY] = sparsity
         self._load(state)
         first = next((span for span in spans if span.mode == "sparse"), None)
@@ -128,18 +128,18 @@ class Checkpoint:
     def _another(self, error: BaseException) -> ConfigError:
         return ConfigError(
             f"{self.folder} does not hold the model that {self.run / 'run.json'} describes "
-            f"({what_failed(error)}): give the run's own run.json back to it"
+            f"({what_failed(error)}): restore the run.json that the run wrote"
         )
 
 
 def find_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint that a path names, verified.
+    """Find the checkpoint that a path names, and verify it.
 
     Args:
-        path: a `checkpoint/step-N` folder; or a run's folder or its `checkpoint`, for the newest complete one.
+        path: a `checkpoint/step-N` folder; or a run's folder or its `checkpoint` folder, for the one `latest` names.
 
     Raises:
-        ConfigError: nothing there, damaged, or without the run's run.json.
+        ConfigError: the checkpoint or its run's run.json is missing or damaged.
     """
     given = Path(path)
     if not given.is_dir():
@@ -148,13 +148,13 @@ def find_checkpoint(path: str) -> Checkpoint:
     run = next((folder for folder in (given, *given.parents[:2]) if (folder / "run.json").is_file()), None)
     if run is None:
         raise ConfigError(
-            f"{path}: no run.json here or in the two folders above, so nothing says what model this is: name a run's "
-            "folder or a checkpoint in it"
+            f"{path}: no run.json in this folder or the two above it, so the model is unknown: name a run's folder or "
+            "a checkpoint in it"
         )
     config, vocab_size = _read_run(run)
     named = given != run and given.name.startswith("step-")
     if named and not re.fullmatch(r"step-\d+", given.name):
-        raise ConfigError(f"{path}: a checkpoint's folder is named step-N, as it was saved: rename it back")
+        raise ConfigError(f"{path}: a checkpoint's folder is named step-N when it is saved: rename it back")
     folder = given if named else _newest(run / config.checkpoint.folder)
     fault = find_fault(str(folder))
     if fault:
@@ -185,23 +185,23 @@ def _read_run(run: Path) -> tuple[JobConfig, int]:
         config, vocab_size = values["config"], int(values["vocabulary"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): give the run's own back to it"
+            f"{file} cannot be read ({type(error).__name__}: {error}): restore the file that the run wrote"
         ) from None
     if not isinstance(config, dict) or not 0 < vocab_size < 2**31:
         wrong = "config is no object" if not isinstance(config, dict) else f"vocabulary = {vocab_size}"
-        raise ConfigError(f"{file} cannot be read ({wrong}): give the run's own back to it")
+        raise ConfigError(f"{file} cannot be read ({wrong}): restore the file that the run wrote")
     return restored(config, str(file)), vocab_size
 
 
 def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy a tokenizer's files, and nothing else that its folder holds.
+    """Copy a tokenizer's files, and no other files of its folder.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the folder has no tokenizer files.
     """
     names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     if not names:
-        raise ConfigError(f"{source} holds no tokenizer: put the tokenizer.json there that the model was trained with")
+        raise ConfigError(f"{source} holds no tokenizer: copy the tokenizer.json of the model's training into it")
     os.makedirs(target, exist_ok=True)
     if os.path.samefile(source, target):
         return
@@ -210,19 +210,19 @@ def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None
         shutil.copyfile(Path(source) / name, unfinished)
         os.replace(unfinished, Path(target) / name)
     for name in set(TOKENIZER_FILES) - set(names):
-        (Path(target) / name).unlink(missing_ok=True)  # of another tokenizer
+        (Path(target) / name).unlink(missing_ok=True)  # left over from another tokenizer
 
 
 def model_facts(args: LlamaArgs) -> dict[str, Any]:
-    """The keys of a section [model] that say what the model is, whatever its flavor, and their values here."""
+    """The keys of [model] that define the model, whatever its flavor, with the values of `args`."""
     name = "llama_swiglu" if args.swiglu else "llama_relu2"
     return {"name": name} | {key: getattr(args, key) for key in FACTS} | {"n_kv_heads": args.n_kv_heads or args.n_heads}
 
 
 def check_initial_model(config: JobConfig, args: LlamaArgs) -> None:
-    """Refuse to start from a checkpoint of another model, as far as its run.json, if there is one, tells.
+    """Refuse to start from a checkpoint of another model, if the checkpoint has a run.json to compare with.
 
-    Shapes would tell later and in other words; that heads or RoPE's base differ, they would not.
+    Different shapes would fail later with a less clear message; different heads or RoPE base would not fail at all.
 
     Raises:
         ConfigError: the first key whose value differs.

@@ -1,4 +1,4 @@
-"""Pictures of runs: what they logged, what a final loss costs, how many tokens a run is behind the dense one.
+"""Pictures of runs: logged metrics, final loss against cost, and how many tokens a run is behind the dense one.
 
 How to read the picture of loss, sparsity health and throughput (`plot`):
 
@@ -7,12 +7,12 @@ How to read the picture of loss, sparsity health and throughput (`plot`):
   change of phase, so a jump where sparsity starts or ends is real. Circles are the validation loss of dense inference,
   which means the same in every phase and run. Dashed diamonds are the same weights with the sparse pattern on. The gap
   between the two is the effect of switching the pattern off.
-- Sparsity health, where a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
-  layers that leave the bundle. For several runs only the aggregates are drawn.
+- Sparsity health, if a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
+  layers that differ from the others. For several runs only the aggregates are drawn.
 - Throughput and learning rate, which show a slow node or a wrong schedule.
 
-The axes leave out the outermost few percent of the values (a run's first steps, the pause of a compilation) where these
-would flatten the rest; a curve that leaves the frame is cut, and its values are in the file.
+The axes omit the outermost few percent of the values (a run's first steps, a compilation) if these would flatten the
+rest. Curves are cut at the frame; all values are in metrics.jsonl.
 """
 
 import math
@@ -35,14 +35,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from configs.errors import ConfigError
 from scripts.runs import HEALTH, VALIDATIONS, Run, amount, load_runs
 
-# Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too faint on white.
+# The colour-blind-safe palette of Okabe and Ito, without yellow, which is too faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 SHADE = "#ECECEC"
 GREY = "#6E6E6E"
 
 MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
 
-WIDTH, DPI = 10.0, 150  # inches, dots an inch: 1500 pixels
+WIDTH, DPI = 10.0, 150  # inches, dots per inch: 1500 pixels
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 10.5,
@@ -87,7 +87,7 @@ def points(run: Run, x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def y_range(curves: list[np.ndarray], low: float, high: float) -> tuple[float, float]:
-    """Limits that hold the `low` to `high` quantile of every curve, and all of them where that costs little height."""
+    """Limits that contain the `low` to `high` quantiles of every curve, or all values if these need little more."""
     kept = [curve[np.isfinite(curve)] for curve in curves]
     kept = [curve for curve in kept if len(curve)]
     bottom, top = min(np.quantile(c, low) for c in kept), max(np.quantile(c, high) for c in kept)
@@ -99,7 +99,7 @@ def y_range(curves: list[np.ndarray], low: float, high: float) -> tuple[float, f
 
 
 class Picture:
-    """The figure of one or several runs, a method a panel."""
+    """The figure of one or several runs; each panel has a method."""
 
     def __init__(self, runs: list[Run], window: int | None, against: str = "tokens"):
         self.runs = runs
@@ -124,7 +124,7 @@ class Picture:
         self.colours = PALETTE[: len(runs)] if few else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
 
     def _same(self, spans: list[tuple[str, float, float]], others: list[tuple[str, float, float]]) -> bool:
-        """Whether two schedules would be shaded alike."""
+        """Whether two schedules have the same phases, within 0.5% of the x axis."""
         return len(spans) == len(others) and all(
             a[0] == b[0] and abs(a[2] - b[2]) <= 0.005 * self.end for a, b in zip(spans, others, strict=True)
         )
@@ -219,7 +219,7 @@ class Picture:
         self.legends(axes)
 
     def legends(self, axes: Axes) -> None:
-        """Which run is which colour (top right), and what each kind of line is."""
+        """Legends: the colour of each run (top right), and the kinds of lines."""
         ink, mark = (PALETTE[0], PALETTE[1]) if self.single else (GREY, GREY)
         handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
         texts = ["training"]
@@ -240,7 +240,7 @@ class Picture:
         axes.legend(handles, texts, loc="lower left", ncols=len(handles), bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
 
     def phase_strips(self, axes: Axes, main: Axes) -> None:
-        """Schedules that differ: a bar a run, filled where the run is sparse."""
+        """One bar for each run, filled in its sparse phases; for runs with different schedules."""
         for place, (spans, colour) in enumerate(zip(self.spans, self.colours, strict=True)):
             for phase, start, end in spans:
                 fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
@@ -254,7 +254,7 @@ class Picture:
         main.tick_params(labelbottom=False)
 
     def colour_bar(self, figure: Figure, grid: GridSpec, row: int, depth: list[int]) -> None:
-        """Which colour is which layer."""
+        """The colour bar of the layers."""
         bar = figure.add_subplot(grid[row, 3:])
         places = np.arange(len(depth) + 1) - 0.5
         colours = ListedColormap([self.depth_colour(layer, depth) for layer in depth])
@@ -272,13 +272,13 @@ class Picture:
         return colormaps["viridis"](0.92 * depth.index(layer) / max(1, len(depth) - 1))
 
     def health(self, axes: Axes, metric: str, depth: list[int], separator: str) -> None:
-        """One kind of sparsity health: of a single run by layer and in all, of several in all."""
+        """One metric of sparsity health: by layer and aggregated for a single run, aggregated only for several."""
         self.frame(axes)
         curves: list[np.ndarray] = []
 
         def line(run: Run, x: np.ndarray, key: str, **style: Any) -> None:
             at, values = points(run, x, run.values(key))
-            few = len(at) < 40  # one a validation
+            few = len(at) < 40  # logged at validations only
             axes.plot(at, values, marker="o" if few else "", markersize=1.6 * style["linewidth"], **style)
             curves.append(values)
 
@@ -320,12 +320,12 @@ def draw_front(
     x_label: str,
     named: Collection[str] | None = None,
 ) -> Figure:
-    """What a final loss costs, and the runs that nobody beats in both: the Pareto front.
+    """Final loss against cost, with the Pareto front.
 
     Args:
-        points: a run's cost over the baseline's, and its final loss.
+        points: for each run its cost relative to the baseline, and its final loss.
         baseline: the run that the others are compared with.
-        deviation: of the baseline's loss over its seeds, drawn as a band of twice its height.
+        deviation: standard deviation of the baseline's loss over its seeds, drawn as a band of +- this value.
         named: runs whose names are written beside their points; None: all.
     """
     figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
@@ -349,7 +349,7 @@ def draw_front(
     axes.margins(y=0.16)
     axes.autoscale_view(scalex=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f} ({100 * (y / level - 1):+.1f}%)"))
-    # Labels above and to the right of their points, further up where another one is.
+    # Labels above and to the right of their points, moved up where they would overlap.
     height, taken = 0.035, list[tuple[float, float]]()
     to_axes = axes.transData + axes.transAxes.inverted()
     for name in sorted(points if named is None else named, key=lambda name: points[name][1]):
@@ -366,12 +366,12 @@ def draw_front(
 def tokens_behind(run: Run, baseline: Run) -> tuple[np.ndarray, np.ndarray]:
     """How many tokens later than the baseline a run reached each of its validation losses (dense inference).
 
-    While the learning rates decay, the baseline's was higher when it had the loss: a run that ends like the baseline of
-    95% of its tokens is nearer to it than a baseline of 95% of the tokens would be.
+    While the learning rate decays, the baseline reached the loss at a higher learning rate than the run. So the result
+    is not the number of tokens by which a shorter baseline, with its own decay, would match the run.
 
     Returns:
-        tokens at the run's validations, and how many fewer the baseline had needed, interpolated between its own
-        validations; NaN for a loss that it never had.
+        tokens at the run's validations, and how many fewer the baseline needed for the same loss, interpolated between
+        its own validations; NaN for a loss that it never reached.
     """
     (tokens, losses), (base_tokens, base) = (
         (each.tokens[at], each.values("val_loss")[at])
@@ -384,10 +384,10 @@ def tokens_behind(run: Run, baseline: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
-    """Where a run loses tokens to the dense one, and whether it gains them back: `tokens_behind` against tokens.
+    """`tokens_behind` against tokens: when a run falls behind the dense run, and whether it catches up.
 
-    A steady loss is a slope, which a longer run multiplies; a loss while the model takes shape is a step, which a
-    longer run does not repeat.
+    A constant slope is a cost that grows with the length of the run; a step early in training is a cost that a longer
+    run pays only once.
 
     Args:
         runs: by name, with val_loss and tokens.
@@ -411,10 +411,10 @@ def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
 
 
 def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
-    """When runs have the baseline's final loss: validation loss against training time, seeds side by side.
+    """When runs reach the baseline's final loss: validation loss against training time, one panel for each seed.
 
     Args:
-        seeds: by the name of a seed its runs by name, with val_loss and seconds, the baseline among them.
+        seeds: for each seed's name its runs by name, with val_loss and seconds, including the baseline.
         baseline: the dense run.
     """
     figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained")
@@ -438,7 +438,7 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
                 axes.annotate(said, at, (-6, 0), ("data", "axes fraction"), "offset points", color=colour, ha="right")
         axes.set_title(seed, loc="left")
         axes.set_xlabel("training time, minutes")
-    # The first fifth of the time is a steep fall that would flatten the rest.
+    # The steep fall in the first fifth of the time would flatten the rest.
     low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
     every[0].set_ylim(low - 0.05 * (high - low), high)
     every[0].set_ylabel("validation loss (filled: sparse phase)")

@@ -1,38 +1,41 @@
-"""What a checkpoint's loss does not say: whether it looks ahead, knows what it does not know, and finds the right word.
+"""Probe checkpoints beyond the loss: information leaks from later tokens, calibration, cloze accuracy, sparsity health.
 
     python -m scripts.probe outputs/venom                                     # the newest checkpoint of a run
     python -m scripts.probe outputs/studies/recipes_160m/*/checkpoint/step-* --out docs/studies/recipes_160m
 
-Each checkpoint gets an entry, by its step, in `OUT/RUN/probe.json`, a table is printed and `OUT/reliability.png` drawn.
-All of it is measured on held-out documents, in every mode in which the model's FFNs can run: `inference_modes` of
-models/feed_forward.py names and explains them.
+Each checkpoint gets an entry, keyed by its step, in `OUT/RUN/probe.json`. A table is printed and `OUT/reliability.png`
+is drawn. Everything is measured on held-out documents, in every mode in which the model's FFNs can run:
+`inference_modes` of models/feed_forward.py names and explains the modes.
 
-**Leak.** In a sparse phase a token's output depends on tokens after it, since they take part in choosing the pattern of
-its block, and, by sorting, which block it is in. So what follows is replaced by the text of another sequence, and what
-precedes is looked at again. Nothing in it may change; what does is the leak:
+**Leak.** In a sparse phase a token's output depends on later tokens: they take part in choosing the pattern of its
+block, and sorting by the router affects which block it is in. To measure this, later text is replaced by text of
+another sequence. In a causal model the predictions before the replacement do not change; any change is the leak:
 
-    leak_kl         KL(before || after) of the next-token distributions, nats a token
-    leak_logprob    mean absolute change of the next token's log-probability
-    leak_argmax     share of the positions whose likeliest token changed
-    leak_gain       loss of the true text after the replacement minus before: what knowing the future was worth
+    leak_kl         KL(before || after) of the next-token distributions, nats per token
+    leak_logprob    mean absolute change of the next token's log-probability, nats
+    leak_argmax     share of the positions whose most likely token changed
+    leak_gain       loss on the true text with the replacement minus without it: the benefit of seeing later tokens
 
-of the first half of every sequence where the second halves of the whole micro-batch are replaced; own_*, where a
-sequence's own second half alone is; and next_*, of one position only, the last before the replacement, which begins at
-another place of every sequence, CUTS times. That one is asked for the first token that was replaced, so it alone shows
-whether a model reads its next token off the pattern; and in blocks of neighbours, which end where the first half does,
-the halves show nothing at all. next_gain_error is the standard error of next_gain.
+    leak_*          over the first half of every sequence, when all second halves of the micro-batch are replaced
+    own_*           the same, when only the sequence's own second half is replaced
+    next_*          at the last position before the replacement, for CUTS random starts in each sequence;
+                    next_gain_error is the standard error of next_gain
 
-The losses of the causal choices against that of `sparse` (`dense W1` where the phase cuts W1 too) and `dense` are the
-price of choosing from permitted tokens only.
+Only next_* predict a token that was replaced, so only they show whether a model reads its next token from the pattern.
+If blocks are consecutive tokens and a block ends with the first half, leak_* and own_* are zero.
 
-**Calibration.** The expected calibration error over the likeliest tokens (Guo et al., ICML 2017), in BINS bins of equal
-width of confidence c: sum over bins of share * |accuracy - mean c|. The picture shows accuracy against confidence.
+The difference between the losses of the causal modes and those of `sparse` (`dense W1` if the phase cuts W1 too) and
+`dense` is the cost of choosing the pattern from earlier tokens only.
 
-**Cloze.** Which word ends a line? The true one against three others of the same document, by the sum of their tokens'
-log-probabilities after the text before. The items depend on the held-out documents alone, not on the tokenizer; a
-quarter is chance. Asked of dense inference.
+**Calibration.** The expected calibration error of the most likely token (Guo et al., ICML 2017), with BINS bins of
+equal width in the confidence c: sum over bins of share * |accuracy - mean c|. The picture shows accuracy against
+confidence.
 
-**Health.** The sparsity health of recipes/metrics.py, by layer.
+**Cloze.** The model chooses the last word of a line: the true word or one of three others from the same document,
+scored by the summed log-probabilities of its tokens given the preceding text. The items depend only on the held-out
+documents, not on the tokenizer. Chance is 25%. Measured with dense inference.
+
+**Health.** The sparsity health of recipes/metrics.py, for each layer.
 """
 
 import argparse
@@ -71,8 +74,8 @@ from scripts.tables import probes_table
 BINS = 15
 CHOICES = 4
 CONTEXT = 512  # tokens before a cloze item's word, at most
-OWN = 8  # sequences of a micro-batch whose own second half is replaced alone, a forward pass each
-CUTS = 16  # forward passes a micro-batch in which each sequence goes on as another from a place of its own
+OWN = 8  # sequences per micro-batch for own_*, at most; each takes a forward pass
+CUTS = 16  # replacements per sequence for next_*; each takes a forward pass of the micro-batch
 LINE_END = re.compile(r"(?m)( ?)(?<!\w)([^\W\d]\w{2,})[^\w\n]*$")
 WORD = re.compile(r"[^\W\d]\w{2,}")
 
@@ -87,13 +90,13 @@ class Probe:
         self.bytes = token_bytes(str(self.checkpoint.tokenizer))
         config.validation.sequences = sequences or config.validation.sequences
         rows = validation_sequences(self.tokenizer, config)
-        # Whole micro-batches: in a smaller one, other tokens would share a pattern than in training.
+        # Only full micro-batches: in a smaller one, fewer tokens would share a pattern than in training.
         size = min(config.training.local_batch_size, len(rows))
         self.batches = rows[: len(rows) // size * size].split(size)
         self.model, self.sparsity = self.checkpoint.model(torch.device(device_type), self.batches[0][:, :-1])
 
     def measure(self, items: int, dense_only: bool = False) -> dict[str, Any]:
-        """Everything, as probe.json has it, or what of it is of dense inference."""
+        """All measurements, in the format of probe.json; with `dense_only`, those of dense inference."""
         result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "modes": {}}
         sparsity = FeedForwardSparsity() if dense_only else self.checkpoint.args.sparsity
         modes = inference_modes(sparsity, self.config.training.seq_len)
@@ -142,23 +145,23 @@ class Probe:
         }
 
     def leak(self) -> dict[str, float]:
-        """How the first half of the sequences changes when what follows it is replaced."""
+        """How the predictions in the first halves of the sequences change when the second halves are replaced."""
         sequences = torch.cat(self.batches)
         half = (sequences.shape[1] - 1) // 2
         if len(sequences) < 2 or half < 1:
             raise ConfigError(
-                f"validation.sequences = {len(sequences)} of training.seq_len = {sequences.shape[1] - 1} tokens leave "
-                "no other future to put in: probe a run with two sequences or more"
+                f"validation.sequences = {len(sequences)} of training.seq_len = {sequences.shape[1] - 1} tokens: "
+                "the leak needs another sequence to replace later text with: give two sequences or more of two tokens"
             )
         every: list[Tensor] = []
         own: list[Tensor] = []
-        self.model.train()  # in evaluation the FFNs measure the energy, which takes time
+        self.model.train()  # in evaluation mode the FFNs also measure the energy, which takes time
         for batch, other in self.pairs():
             other = torch.cat([batch[:, :half], other[:, half:]], 1)
             before = self.logits(batch[:, :-1])[:, :half]
             after = self.logits(other[:, :-1])[:, :half]
             labels = batch[:, 1 : half + 1].to(before.device)
-            every += map(_changes, before, after, labels)  # a row at a time: logits are large
+            every += map(_changes, before, after, labels)  # one sequence at a time: logits are large
             for row in range(0, len(batch), -(-len(batch) // OWN)):
                 alone = batch.clone()
                 alone[row] = other[row]
@@ -167,8 +170,8 @@ class Probe:
         return _means("leak", torch.cat(every)) | _means("own", torch.cat(own))
 
     def next_token(self) -> dict[str, float]:
-        """How the last position before the replacement changes, wherever in a sequence that begins."""
-        chance = torch.Generator().manual_seed(0)  # the same places in every mode, and in every run of the same length
+        """How the prediction at the last position before a replacement that starts at a random place changes."""
+        chance = torch.Generator().manual_seed(0)  # the same in every mode and run of this length
         changes: list[Tensor] = []
         self.model.train()
         for batch, other in self.pairs():
@@ -183,20 +186,20 @@ class Probe:
         return _means("next", found) | {"next_gain_error": float(found[:, -1].std() / math.sqrt(len(found)))}
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every micro-batch, and other sequences that take the places of its own."""
+        """Each micro-batch `[B, S + 1]`, and the sequences, of the same shape, that replace its own."""
         return zip(self.batches, torch.cat(self.batches).roll(1, 0).split(len(self.batches[0])), strict=True)
 
     def cloze(self, items: int) -> dict[str, Any]:
-        """Share of the items whose true word scores best, and its standard error; None where there is no item."""
+        """Share of the items whose true word has the highest score, and its standard error; None without items."""
         limit = min(CONTEXT, self.config.training.seq_len)
         right = count = 0
         for context, words in cloze_items(self.config, items):
-            # As many characters as the tokens that fit could have, and more.
+            # More characters than the tokens that fit could have.
             before = self.tokenizer.encode(context[-16 * limit :], add_bos=True, add_eos=False)
             options = [self.tokenizer.encode(word, add_bos=False, add_eos=False) for word in words]
             longest = max(map(len, options))
             before = before[-(limit + 1 - longest) :]
-            # A causal model does not see what the shorter options are filled up with.
+            # Padding after the shorter options does not affect a causal model.
             rows = torch.tensor([before + option + [0] * (longest - len(option)) for option in options])
             logprobs = self.logits(rows[:, :-1])[:, len(before) - 1 :].float().log_softmax(-1).cpu()
             picked = logprobs.gather(-1, rows[:, len(before) :, None])[..., 0]
@@ -211,7 +214,7 @@ class Probe:
 
 
 def _changes(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
-    """Of each position KL, |change of log p(label)|, whether the arg max changed, and growth of the loss.
+    """For each position: KL, |change of log p(label)|, whether the arg max changed, and the increase of the loss.
 
     Args:
         before, after: `[T, vocabulary]`, logits.
@@ -233,14 +236,14 @@ def _means(prefix: str, changes: Tensor) -> dict[str, float]:
 
 
 def cloze_items(config: JobConfig, count: int) -> Iterator[tuple[str, list[str]]]:
-    """Items of the held-out documents: the text before a line's last word, and that word followed by three others.
+    """Cloze items: the text before the last word of a line, and that word followed by three others of the document.
 
-    At most two a document, of lines past its first 200 characters; a blank before the word belongs to the word.
+    At most two items per held-out document, after its first 200 characters; a space before the word is part of it.
     """
     made = 0
     for document in load_corpus(config).held_out() or []:
         text = document["text"]
-        chance = random.Random(f"{text[:1000]} {len(text)}")  # the same items whatever was asked before
+        chance = random.Random(f"{text[:1000]} {len(text)}")  # the items of a document do not depend on other documents
         ends = [match for match in LINE_END.finditer(text, 200)]
         words = sorted(set(WORD.findall(text)))
         for match in chance.sample(ends, min(2, len(ends))):
@@ -255,7 +258,7 @@ def cloze_items(config: JobConfig, count: int) -> Iterator[tuple[str, list[str]]
 
 
 def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
-    """Accuracy against confidence of dense inference, and how many tokens have which confidence."""
+    """Draw accuracy against confidence, and the distribution of the confidence, for dense inference; return `out`."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 7.0), dpi=DPI, layout="constrained")
         main, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
@@ -270,7 +273,7 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
             main.plot(x, y, style, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=label)
             below.plot(x, [tokens[place] / sum(tokens) for place in full], style, color=colour, linewidth=1.4)
         main.set_title("Calibration of next-token predictions, dense inference")
-        main.set_ylabel("accuracy of the likeliest token")
+        main.set_ylabel("accuracy of the most likely token")
         main.legend(loc="upper left")
         below.set_ylabel("share of tokens")
         below.set_xlabel(f"confidence, {BINS} bins")
@@ -286,12 +289,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "checkpoints", metavar="CHECKPOINT", nargs="+", help="a run's folder, or a checkpoint/step-N in it"
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the folder that the first run's is in")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the parent of the first run's folder")
     parser.add_argument("--items", metavar="N", type=int, default=500, help="cloze items; default: 500")
     parser.add_argument(
         "--sequences", metavar="N", type=int, help="held-out sequences; default: validation.sequences of the run"
     )
-    parser.add_argument("--dense", action="store_true", help="dense inference alone, as after the last phase")
+    parser.add_argument("--dense", action="store_true", help="measure dense inference only, as after the last phase")
     options = parser.parse_args(arguments)
     for name in ("items", "sequences"):
         if (number := getattr(options, name)) is not None and number < 1:

@@ -21,23 +21,23 @@ command line; a run's own key overrides the shared one:
     recipe = "recipes/groups_quarter.toml"
     schedule.phases = [{ mode = "dense", end = 0.1 }, { mode = "sparse", end = 0.6 }, { mode = "dense", end = 1.0 }]
 
-A run can continue from a checkpoint of another run, so that only what follows is compared. (Sums on a GPU have no fixed
-order, so two runs of one seed differ from their first steps on.) It continues the run of its own seed, with its data,
-optimizer and metrics, and starts once that checkpoint has been saved:
+A run can continue from a checkpoint of another run, so that both share their first steps. (GPU reductions are not
+deterministic, so two separate runs of one seed differ from the first steps on.) It continues the run of the same seed,
+with its data order, optimizer and metrics, and starts once that checkpoint has been saved:
 
     after = "dense/step-500"              # the run of that name must save this step: checkpoint.interval
 
-A run that is shorter than a run that continues from it is only its beginning. It is not a result, stands in no table,
-and is run again only where its checkpoint is needed.
+A run that is shorter than the runs that continue from it only provides their beginning: it is not a result, is left out
+of the tables, and is run again only if its checkpoint is needed.
 
 All runs and their data are checked before the first one starts. A run is a process of train.py with its own folder in
-`outputs/studies/NAME`, where its log is too. The same command again skips complete runs and resumes interrupted ones
-(from the start if checkpoint.enable = false). A run is complete if it logged its last step and, where it saves
-checkpoints, saved that step. What tables and pictures read of its metrics.jsonl and run.json (scripts/thin.py) is then
-stored in the study's folder; a run that is stored there counts as complete on any machine.
+`outputs/studies/NAME`, which also has its log. Running the command again skips complete runs and resumes interrupted
+ones (from the start if checkpoint.enable = false). A run is complete if it logged its last step and, if it saves
+checkpoints, saved that step. The values of its metrics.jsonl and run.json that tables and pictures need
+(scripts/thin.py) are then stored in the study's folder; a run stored there counts as complete on any machine.
 
 The seed determines the initial weights. All runs read the same documents in the same order (data.seed): another order
-would train another tokenizer, and losses of different tokenizers cannot be compared.
+would train another tokenizer, and losses with different tokenizers are not comparable.
 """
 
 import argparse
@@ -75,7 +75,7 @@ from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
 
 PROGRESS_SECONDS = 30.0
-# Not passed on to the runs: each is a job of one process, even if torchrun or SLURM started the study.
+# Removed from the environment of the runs: each is a single process, even if torchrun or SLURM started the study.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -98,7 +98,7 @@ class StudyRun:
     """The checkpoint of another run from which this one continues: `checkpoint/step-N` in the other's outputs."""
 
     only_begins: bool = False
-    """Whether it is only the beginning of longer runs that continue from it, and no result."""
+    """Whether the run only provides the beginning of longer runs that continue from it."""
 
     def goes_on_from(self, other: "StudyRun") -> bool:
         return self.after is not None and other.outputs in self.after.parents
@@ -111,7 +111,7 @@ class StudyRun:
         return self.outputs / self.config.checkpoint.folder / POINTER
 
     def branch(self) -> None:
-        """Copy the checkpoint from which the run continues into its folder, unless the run has begun."""
+        """Copy the checkpoint that the run continues from into its folder, unless the run has begun."""
         if self.after is None or self._begun().exists():
             return
         folder = self._begun().parent
@@ -263,7 +263,7 @@ def waves(runs: list[StudyRun], chosen: list[StudyRun]) -> list[list[int]]:
     All runs of a wave can run at the same time.
     """
     depths: list[int] = []
-    for run in runs:  # a run stands after the one from which it continues
+    for run in runs:  # a run is listed after the run that it continues from
         before = (place for place in range(len(depths)) if run.goes_on_from(runs[place]))
         depths.append(max((depths[place] + 1 for place in before), default=0))
     places = [place for place, run in enumerate(runs) if run in chosen]
@@ -398,7 +398,7 @@ class Launcher:
         self.running[run.name] = (run, process, gpu, time.monotonic())
 
     def _places(self, gpu: str) -> int:
-        """Number of runs that a GPU has or may get."""
+        """Number of runs that are running or may start on a GPU."""
         return self.free.count(gpu) + sum(gpu == other for _, _, other, _ in self.running.values())
 
     def _end(self, run: StudyRun, status: int, seconds: float) -> None:
@@ -422,7 +422,7 @@ def _last_lines(run: StudyRun, count: int) -> list[str]:
 
 
 def _progress(run: StudyRun) -> str:
-    """How far a run is: the last step that it logged."""
+    """A run's progress: the last step and loss that it logged."""
     try:
         line = read_lines(run.outputs / "metrics.jsonl")[-1]
     except ConfigError:
@@ -436,7 +436,7 @@ def say(text: str) -> None:
 
 
 def draw(study: Study) -> None:
-    """Print the table of the complete runs, and draw their pictures."""
+    """Print the table of the complete runs and draw their pictures."""
     folder = study.file.parent
     there = [run for run in study.runs if (run.results / "run.json").exists()]
     if not there:
@@ -464,7 +464,7 @@ def draw(study: Study) -> None:
 
 
 def reached(folder: Path, shown: list[str]) -> None:
-    """Draw when runs that did not share a GPU reached the final loss of the dense run of their seed."""
+    """Draw when runs that did not share a GPU reached the final loss of the dense run of the same seed."""
     groups, baseline = load_groups(folder)
     seeds: dict[int, dict[str, Run]] = {}
     for name in shown:
@@ -480,10 +480,10 @@ def reached(folder: Path, shown: list[str]) -> None:
 
 
 def front(folder: Path, shown: list[str]) -> None:
-    """Draw the final losses against the cost over dense: training time or, where runs shared a GPU, FLOPs.
+    """Draw final losses against the cost relative to dense: training time or, if runs shared a GPU, FLOPs.
 
-    FLOPs are those that were executed or, where a run does not say, those that the pattern leaves. The runs that are
-    shown have their names beside their points.
+    FLOPs are those executed or, if a run did not record them, those that the pattern requires. Points of the runs in
+    `shown` are labelled.
     """
     groups, baseline = load_groups(folder)
     if baseline is None or len(groups) < 2:
@@ -497,11 +497,11 @@ def front(folder: Path, shown: list[str]) -> None:
         for name, group in groups.items()
     }
     losses = {name: [run.last("val_loss") for run, _ in group] for name, group in groups.items()}
-    # A loss of other seeds is shifted by the difference between the baseline's means over these and over all seeds.
+    # Losses are relative to the baseline's mean over the same seeds, plus its mean over all seeds.
     peers, level = baseline_losses(groups, baseline), mean(losses[baseline])
     points = {name: (cost / costs[baseline], mean(losses[name]) - peers[name] + level) for name, cost in costs.items()}
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
-    label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern leaves"
+    label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern requires"
     with rc_context(STYLE):
         figure = draw_front(
             points, baseline, deviation, f"{label}, over that of {baseline}", points.keys() & set(shown)
@@ -515,22 +515,20 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m scripts.study", description="Run a study, collect its results, print its table, draw it."
     )
     parser.add_argument("study", metavar="STUDY.toml", type=Path, help="the study's file, or its folder")
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="of the study these runs: dense, or dense_s0")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="run only these runs: dense (all seeds), or dense_s0")
+    parser.add_argument("--gpus", metavar="I,J", help="GPUs to use; default: all visible ones; each run uses one")
     parser.add_argument(
-        "--gpus", metavar="I,J", help="GPUs to use, in turn; default: all that are visible, a run takes one"
+        "--jobs", metavar="N", type=int, help="runs at once, fewer if GPU memory is short; default: one per GPU"
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=int, help="runs at once, fewer if memory is short; default: one a GPU"
-    )
-    parser.add_argument(
-        "--limit-minutes", metavar="M", type=float, help="then runs are told to save and end, and no other starts"
+        "--limit-minutes", metavar="M", type=float, help="after M minutes runs save and end, and no other starts"
     )
     parser.add_argument("--outputs", metavar="FOLDER", type=Path, help="default: outputs/studies/NAME")
-    parser.add_argument("--list", action="store_true", help="only print the names of the runs, one a line")
+    parser.add_argument("--list", action="store_true", help="only print the names of the runs, one per line")
     parser.add_argument(
         "--waves",
         action="store_true",
-        help="only print which of the whole list can run at once, by place; a line goes on from those before it",
+        help="only print positions of runs that can run at once; the runs of a line continue from earlier lines",
     )
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -558,7 +556,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(",".join(map(str, wave)) for wave in waves(study.runs, chosen)))
         return 0
     todo: list[StudyRun] = []
-    for run in reversed(chosen):  # runs that continue from a run stand after it
+    for run in reversed(chosen):  # runs are listed after the runs that they continue from
         if run.only_begins:
             following = [other for other in chosen if other.goes_on_from(run)]
             waiting = any(other in todo and not other.is_ready() for other in following)

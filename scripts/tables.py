@@ -157,7 +157,7 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     corpus = about["corpus"]
     documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
-    documents += f", {corpus['copies']:,} duplicates removed)" if corpus.get("copies") else ")"
+    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
     model, seed = about["config"]["model"]["flavor"], seed_of(about)
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
@@ -272,8 +272,8 @@ def probes_table(folder: Path, pad: bool = False) -> str:
     devices = " and ".join(sorted({each["hardware"] for each in about}))
     sequences = _range([each["sequences"] for each in about], "{}")
     text = (
-        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items with "
-        f"{cloze['choices']} choices each, ± the standard error. Leak: change of the predictions when later text is "
+        f"{sequences} held-out sequences; ECE over {one['bins']} bins; cloze: {cloze['items']} items of "
+        f"{cloze['choices']} choices, ± the standard error. Leak: change of the predictions when later text is "
         "replaced, in nats per token. Leak: in the first halves, when the second halves of all sequences are replaced; "
         "own: when only the sequence's own second half is replaced; next: at the last position before the replacement. "
         "Gain: how much lower the loss is with the true later text; above zero, the model used later tokens. "

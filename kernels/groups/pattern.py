@@ -1,21 +1,20 @@
 """Column groups V x G: a block of tokens keeps whole groups of neighbouring neurons.
 
-`h [T, f]` is cut into blocks of V tokens by G neurons. Every V tokens keep the same share of the groups, those in
-which the sum of h over the V tokens is largest, and drop the others. With neurons clustered so that a group fires
-together, and tokens sorted so that a block wants the same groups, little is lost; and with G of 64 or 128 what
-remains are dense tiles, so that products (2) to (6) are block-sparse, with exact gradients and no second pattern
-along the tokens.
+`h [T, f]` is divided into tiles of V tokens by G neurons. Each block of V tokens keeps the same number of groups, those
+with the largest sum of h over the V tokens, and drops the others. If neurons are clustered so that a group is active
+for the same tokens, and tokens are sorted so that a block needs the same groups, little is lost. With G = 64 or 128 the
+kept tiles are dense, so products (2) to (6) are block-sparse, with exact gradients and no second pattern along the
+tokens.
 
-By sums alone a neuron that fires weakly everywhere is chosen nowhere: it gets no gradient, and stays weak, though the
-optimizer, which scales every weight by its own gradients, would not mind how weak it is. `balance` weighs a group's
-sums by a power of their mean over the blocks: at 0 they count as they are, at 1 every group is wanted equally often,
-and less is kept of h. What it does to a run is in docs/studies/branch_40m.
+If blocks choose by the sums alone, a neuron that is weakly active for all tokens is never chosen, gets no gradient and
+stays weak. `balance` divides the sums of a group by a power of their mean over the blocks: 0 leaves them unchanged;
+with 1 all groups have the same mean, and less of h is kept. Its effect on a run: docs/studies/branch_40m.
 
-A large block can be judged by a sample of its tokens, every `sample`-th: what it keeps is then known before the others
-have met W1.
+A large block can choose from a sample of its tokens, every `sample`-th, so that the choice is known before the other
+tokens are multiplied by W1.
 
-With a `window` the choice is made in every window of so many neighbouring neurons, each of which keeps the share `keep`
-of its groups. With G = 1 that is the choice of columns that Venom makes: V:4:M keeps four of M (SC 2023).
+With a `window`, each window of that many neighbouring neurons keeps the share `keep` of its groups. With G = 1 this is
+Venom's choice of columns: V:4:M keeps four of M (SC 2023).
 
 Source: this project.
 """

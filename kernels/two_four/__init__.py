@@ -1,6 +1,6 @@
-"""2:4 sparsity on sparse tensor cores: two of every four entries along the reduction are zero, half the work is left.
+"""2:4 sparsity on sparse tensor cores: two of every four entries along the reduction are zero, which halves the work.
 
-A 2:4 product pays off only if making its operand costs little. So the family has two halves, joined by the packed
+A 2:4 product is only faster if packing its operand is cheap. The family has two parts, connected by the packed
 format of cuSPARSELt, 9/16 of the dense bytes:
 
     reference   the soft threshold of weights (S-STE), and the packed format

@@ -1,4 +1,4 @@
-"""V:N:M activations, compact: a block of V tokens is stored as the few columns that it keeps.
+"""V:N:M activations in compact form: a block of V tokens is stored as the columns that it keeps.
 
     tiles   [P, V, W]   P = B * C/W   tile b * C/W + i holds kept columns i * W to (i+1) * W of block b
     columns [P, W]      int32         which neurons they are
@@ -6,8 +6,8 @@
 B = ceil(T/V) blocks keep C = 4f/M columns each, ascending; W is the largest power of two up to 128 that divides C;
 the last block is filled up with zeros.
 
-With these, the products of `kernels.feed_forward` that reduce over f or sample it are dense ones, over a share 4/M of
-the multiplications:
+In this form, products (2), (3) and (5) of `kernels.feed_forward` are dense products with a share 4/M of the
+multiplications:
 
     tiles, columns         = select_columns(y1)                         h = relu(y1)^2, cut
     y                      = reduce_neurons(tiles, columns, W2^T)       (2)
@@ -16,7 +16,7 @@ the multiplications:
 
 (4) and (6) reduce over the tokens: they are dense products of h and dy1, expanded.
 
-`reference` is the specification in PyTorch, and what runs without a GPU; `select` and `products` are the kernels.
+`reference` is the specification in PyTorch, and the CPU path; `select` and `products` are the kernels.
 All functions here are custom operators of PyTorch, so torch.compile passes through them; gradients are the caller's.
 """
 

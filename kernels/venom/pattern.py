@@ -1,11 +1,11 @@
-"""Venom V:N:M activations: columns shared by a block of tokens, then N of four within.
+"""Venom V:N:M activations: a block of tokens shares four of M columns, and each token keeps N of the four.
 
 `h [T, f]` is cut into blocks of V tokens by M neurons. All V rows of a block keep the same 4 of the M columns,
-those of largest sum over the block; inside those 4 each row keeps its N largest. So a product that reduces
-over f gathers 4f/M columns once for V rows (dense tiles, any hardware), and for N = 2 what it gathers is 2:4
-(sparse tensor cores). Density is N/M.
+those with the largest sum over the block; of those 4 each row keeps its N largest. So a product that reduces
+over f gathers 4f/M columns once for V rows (dense tiles, any hardware), and for N = 2 the gathered columns are 2:4
+sparse (sparse tensor cores). The density is N/M.
 
-With V = 1 and M = 4 every column is a chosen one, and V:2:4 is plain 2:4 sparsity a token.
+With V = 1 and M = 4 all columns are kept, and V:2:4 is plain 2:4 sparsity for each token.
 
 Products (4) and (6) reduce over the tokens instead, where this pattern saves nothing; `token_mask` cuts 2:4 activations
 a second time for them.
