@@ -1,6 +1,7 @@
 # Make .venv in the checkout with everything that training and tests need. Sourced by the other scripts; safe to run again.
 #
-# PYTHON names another interpreter (3.11 or later), TORCH another torch, such as TORCH="torch==2.11.0".
+# PYTHON names another interpreter (3.11 or later), TORCH another torch, such as TORCH="torch==2.11.0". Without TORCH the
+# one that was installed last stays.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,12 +10,17 @@ python=${PYTHON:-python3}
     { echo "error: $("$python" --version) is too old: set PYTHON to a Python of 3.11 or later" >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 
-# Only when pyproject.toml has changed since the last time.
-stamp=.venv/installed-$(cksum <pyproject.toml | cut -d' ' -f1)
-if [ ! -e "$stamp" ]; then
-    echo "installing into .venv (a few minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${TORCH:-torch==2.13.0}"
+# What was installed: the checksum of pyproject.toml, and which torch. Only when one of them changes there is work to do.
+installed=.venv/installed
+sum=$(cksum <pyproject.toml | cut -d' ' -f1)
+read -r sum_before torch_before < <(cat "$installed" 2>/dev/null) || true
+torch=${TORCH:-${torch_before:-torch==2.13.0}}
+if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
+    echo "installing into .venv, 1 of 2: $torch (a few minutes the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$torch"
+    echo "installing into .venv, 2 of 2: torchtitan, torchao, datasets and what tests need"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-    touch "$stamp"
+    echo "$sum $torch" >"$installed"
+    .venv/bin/python -c 'import torch; print(f"installed: torch {torch.__version__}, on", "a GPU" if torch.cuda.is_available() else "the CPU")'
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,56 @@
+"""scripts/setup.sh and train_debug.sh, with stand-ins for Python and torchrun that write down how they are called."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout of the two scripts: `run(script, *words, **environment)` returns what was called since."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("scripts/setup.sh", "scripts/train_debug.sh", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("python", "torchrun"):
+        stand_in = tmp_path / ".venv" / "bin" / name
+        stand_in.write_text(f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/calls"\n')
+        stand_in.chmod(0o755)
+
+    def run(script, *words, **environment):
+        (tmp_path / "calls").write_text("")
+        kept = {name: value for name, value in os.environ.items() if name not in ("TORCH", "PYTHON")}
+        command = ["bash", str(tmp_path / "scripts" / script), *words]
+        subprocess.run(command, env=kept | environment, check=True, capture_output=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_another_torch_is_installed_and_stays(checkout, tmp_path):
+    def installs(**environment):
+        return [call.split()[-1] for call in checkout("setup.sh", **environment) if "pip install" in call]
+
+    assert installs() == ["torch==2.13.0", ".[dev]"]
+    assert installs() == []
+    assert installs(TORCH="torch==2.11.0") == ["torch==2.11.0", ".[dev]"]
+    assert installs(TORCH="torch==2.11.0") == installs() == []
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert installs() == ["torch==2.11.0", ".[dev]"]
+
+
+@pytest.mark.parametrize(
+    "words, drawn",
+    [
+        ((), "outputs/debug"),
+        (("--job.dump_folder", "a b"), "a b"),
+        (("--training.steps", "3", "--job.dump_folder=x"), "x"),
+    ],
+)
+def test_the_run_that_was_trained_is_drawn(checkout, words, drawn):
+    calls = checkout("train_debug.sh", *words)
+    assert calls[-1] == f"python -m scripts.plot {drawn}"
+    assert f"train.py --config configs/debug.toml {' '.join(words)}".strip() in calls[-2]
