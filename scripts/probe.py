@@ -5,7 +5,8 @@
 
 Each checkpoint gets an entry, keyed by its step, in `OUT/RUN/probe.json`. A table is printed and `OUT/reliability.png`
 is drawn. Everything is measured on held-out documents, in every mode in which the model's FFNs can run:
-`inference_modes` of models/feed_forward.py names and explains the modes.
+`inference_modes` of models/feed_forward.py names and explains the modes. On a CPU the defaults are small
+(CPU_SEQUENCES, CPU_ITEMS), so standard errors are larger. Every PROGRESS seconds a line shows the time left.
 
 **Leak.** In a sparse phase a token's output depends on later tokens: they take part in choosing the pattern of its
 block, and sorting by the router affects which block it is in. To measure this, later text is replaced by text of
@@ -76,6 +77,10 @@ CHOICES = 4
 CONTEXT = 512  # tokens before a cloze item's word, at most
 OWN = 8  # sequences per micro-batch for own_*, at most; each takes a forward pass
 CUTS = 16  # replacements per sequence for next_*; each takes a forward pass of the micro-batch
+ITEMS = 500
+CPU_SEQUENCES = 8
+CPU_ITEMS = 50
+PROGRESS = 10.0  # seconds
 LINE_END = re.compile(r"(?m)( ?)(?<!\w)([^\W\d]\w{2,})[^\w\n]*$")
 WORD = re.compile(r"[^\W\d]\w{2,}")
 
@@ -88,12 +93,15 @@ class Probe:
         self.config = config = self.checkpoint.config
         self.tokenizer = load_tokenizer(str(self.checkpoint.tokenizer))
         self.bytes = token_bytes(str(self.checkpoint.tokenizer))
+        if sequences is None and device_type == "cpu":
+            sequences = min(config.validation.sequences, max(CPU_SEQUENCES, config.training.local_batch_size))
         config.validation.sequences = sequences or config.validation.sequences
         rows = validation_sequences(self.tokenizer, config)
         # Only full micro-batches: in a smaller one, fewer tokens would share a pattern than in training.
         size = min(config.training.local_batch_size, len(rows))
         self.batches = rows[: len(rows) // size * size].split(size)
         self.model, self.sparsity = self.checkpoint.model(torch.device(device_type), self.batches[0][:, :-1])
+        self.progress: Progress | None = None
 
     def measure(self, items: int, dense_only: bool = False) -> dict[str, Any]:
         """All measurements, in the format of probe.json; with `dense_only`, those of dense inference."""
@@ -101,18 +109,36 @@ class Probe:
         sparsity = FeedForwardSparsity() if dense_only else self.checkpoint.args.sparsity
         modes = inference_modes(sparsity, self.config.training.seq_len)
         where = f"{self.checkpoint.run.name}, step {self.checkpoint.step}"
+        self.progress = Progress(where, len(modes) * self.tokens_per_mode() + items * self.tokens_per_item())
         with torch.no_grad(), self.checkpoint.autocast(torch.device(device_type)):
             for place, (name, mode) in enumerate(modes.items(), 1):
                 print(f"{where}: {name}, {place} of {len(modes)}", flush=True)
                 self.sparsity.run_as(mode)
                 result["modes"][name] = self.score() | self.leak() | self.next_token()
             self.sparsity.run_as(None)
+            self.model.train()  # in evaluation the FFNs measure the energy, which takes time
             result["cloze"] = self.cloze(items)
+            self.model.eval()
         return result
 
     def logits(self, tokens: Tensor) -> Tensor:
         """`[B, S]` int64 to `[B, S, vocabulary]`, on the device."""
-        return self.model(tokens.to(device_type))
+        logits = self.model(tokens.to(device_type))
+        if self.progress:
+            self.progress.advance(tokens.numel())
+        return logits
+
+    def tokens_per_mode(self) -> int:
+        """Tokens of the forward passes of score(), leak() and next_token()."""
+        total = 0
+        for batch in self.batches:
+            alone = len(range(0, len(batch), -(-len(batch) // OWN)))
+            total += (1 + 2 + alone + 1 + CUTS) * batch[:, :-1].numel()
+        return total
+
+    def tokens_per_item(self) -> int:
+        """Tokens of a cloze item's forward pass, at most."""
+        return CHOICES * min(CONTEXT, self.config.training.seq_len)
 
     def score(self) -> dict[str, Any]:
         """Loss, bits per byte, accuracy, calibration and health on the held-out sequences."""
@@ -213,6 +239,24 @@ class Probe:
         return {"items": count, "choices": CHOICES, "accuracy": accuracy, "standard_error": error}
 
 
+class Progress:
+    """Prints how much of a known number of tokens is done and the time left, every PROGRESS seconds."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.began = self.printed = time.monotonic()
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        if now - self.printed < PROGRESS:
+            return
+        self.printed = now
+        left = (now - self.began) * (self.total - self.done) / self.done
+        minutes, seconds = divmod(round(left), 60)
+        print(f"{self.name}: {self.done / self.total:.0%}, about {minutes}m{seconds:02d}s left", flush=True)
+
+
 def _changes(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
     """For each position: KL, |change of log p(label)|, whether the arg max changed, and the increase of the loss.
 
@@ -290,15 +334,20 @@ def main(arguments: list[str] | None = None) -> None:
         "checkpoints", metavar="CHECKPOINT", nargs="+", help="a run's folder, or a checkpoint/step-N in it"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the parent of the first run's folder")
-    parser.add_argument("--items", metavar="N", type=int, default=500, help="cloze items; default: 500")
+    parser.add_argument("--items", metavar="N", type=int, help=f"cloze items; default: {ITEMS}, on a CPU {CPU_ITEMS}")
     parser.add_argument(
-        "--sequences", metavar="N", type=int, help="held-out sequences; default: validation.sequences of the run"
+        "--sequences",
+        metavar="N",
+        type=int,
+        help="held-out sequences; default: validation.sequences of the run, on a CPU at most "
+        f"{CPU_SEQUENCES} or one micro-batch, whichever is more",
     )
     parser.add_argument("--dense", action="store_true", help="measure dense inference only, as after the last phase")
     options = parser.parse_args(arguments)
     for name in ("items", "sequences"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ConfigError(f"--{name} {number}: give 1 or more")
+    items = options.items or (CPU_ITEMS if device_type == "cpu" else ITEMS)
     out, shown = options.out, {}
     for checkpoint in options.checkpoints:
         began = time.monotonic()
@@ -307,7 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = out or run.parent
         result = {"recipe": Path(probe.config.recipe).stem, "hardware": device_module.get_device_name()}
         result |= {"torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        result |= probe.measure(options.items, options.dense)
+        result |= probe.measure(items, options.dense)
         del probe
         gc.collect()  # the next model may not fit beside this one
         file = out / run.name / "probe.json"

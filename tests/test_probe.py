@@ -141,12 +141,31 @@ def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, word
     assert len(probe.Probe(str(run)).batches) == 2
 
 
+def test_small_defaults_on_a_cpu_and_progress_that_ends_at_its_total(train, words, tmp_path, capsys, monkeypatch):
+    more = ("--validation.sequences", "32", "--training.local_batch_size", "4")
+    train(tmp_path / "run", *merge(words, [*more, "--training.global_batch_size", "4"]))
+    made = probe.Probe(str(tmp_path / "run"))
+    assert sum(map(len, made.batches)) == (probe.CPU_SEQUENCES if probe.device_type == "cpu" else 32)
+    assert sum(map(len, probe.Probe(str(tmp_path / "run"), 12).batches)) == 12
+    monkeypatch.setattr(probe, "PROGRESS", 0.0)
+    capsys.readouterr()
+    made.measure(items=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
+    shares = [int(line.split(": ")[1].split("%")[0]) for line in lines]
+    assert shares == sorted(shares) and shares[0] < 5
+    # The modes are counted exactly; a cloze item is at most as long as it is counted.
+    modes = made.progress.total - 3 * made.tokens_per_item()
+    assert modes <= made.progress.done <= made.progress.total
+    assert "run, step 12: " in lines[0] and lines[0].endswith("s left")
+
+
 def stand_in(model, tokens: torch.Tensor) -> probe.Probe:
     """A probe of a function from tokens to logits."""
     made = object.__new__(probe.Probe)
     made.model, made.config, made.batches = model, JobConfig(), [tokens]
     made.bytes = torch.ones(8, dtype=torch.int64)
     made.sparsity = Sparsity(made.config, {}, [], [])
+    made.progress = None
     return made
 
 
