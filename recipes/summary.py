@@ -7,10 +7,11 @@ import torch
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP, device_type
 from models.llama import Llama, LlamaArgs
+from recipes.data import num_rows
 from recipes.files import Report
 from recipes.schedule import Span
 from recipes.sources import LOCAL, find_source
-from recipes.sparsity import sparse_family
+from recipes.sparsity import computes_in, sparse_family
 from recipes.tokenizer import expected_vocabulary
 
 
@@ -24,11 +25,11 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
     args.vocab_size = expected_vocabulary(config)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Llama(args).parameters())
-    ranks = world // config.parallelism.tensor_parallel_degree
-    sequences = training.local_batch_size * ranks if training.global_batch_size == -1 else training.global_batch_size
-    tokens = sequences * training.seq_len
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    family, reason = sparse_family(args, spans, torch.device(device_type), dtype)
+    tensor = config.parallelism.tensor_parallel_degree
+    ranks = world // tensor
+    tokens = num_rows(config, ranks) * training.seq_len
+    dtype = TORCH_DTYPE_MAP[computes_in(training, tensor, ranks > 1)]
+    family, reason = sparse_family(args, spans, torch.device(device_type), dtype, tensor_parallel=tensor)
     lines = [
         f"model       {config.model.name} {config.model.flavor}: {parameters / 1e6:,.1f} M parameters, vocabulary "
         f"{args.vocab_size:,}",

@@ -490,10 +490,10 @@ def headline_table(file: Path) -> str:
             float8 = min(each["ms"]["dense"] for other, each in contenders.items() if "float8" in other)
             sparse = contenders[name]["ms"]["sparse"]
             steps.append(f"{size} {contenders['dense']['ms']['dense'] / sparse:.2f}x, {float8 / sparse:.2f}x")
-            bf16 = contenders[name]["whole"]
+            speed = contenders[name]["whole"]
             sooner = math.exp(-loss / told["nats_an_e_fold"])
             rival = contenders["dense"]["ms"]["dense"] / float8
-            whole.append((size, bf16, bf16 * sooner, bf16 * sooner / rival))
+            whole.append((size, speed, speed * sooner, speed * sooner / rival))
         rows.append(
             {
                 "recipe": f"[`{entry['recipe']}`](recipes/{entry['recipe']}.toml)",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.columns import choose, fp8
 from kernels.columns.ffn import LARGE, LargeBlocks
-from kernels.family import Cost, FeedForwardSparsity, Operands, Saved, Shape, Stages, refuses_device
+from kernels.family import Cost, Family, FeedForwardSparsity, Operands, Saved, Shape, Stages, refuses_device
 from kernels.float8 import LARGEST, scale_of
 from kernels.groups.pattern import Groups
 
@@ -61,11 +61,7 @@ class LargeBlocksFp8(LargeBlocks):
         cost = super().cost(sparsity, shape)
         return replace(cost, kept_h=cost.kept_h / 2, kept_weights=1.0)
 
-    def arrange(self, x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
-        return x
-
-    def restore(self, y: Tensor, sparsity: FeedForwardSparsity, tokens: int) -> Tensor:
-        return y
+    arrange, restore = Family.arrange, Family.restore  # `fp8.cast` makes the blocks
 
     def forward(
         self, x: Tensor, weights: Operands, sparsity: FeedForwardSparsity, order: Tensor | None
