@@ -8,7 +8,6 @@ run, 3 for a job that does not fit into GPU memory, and 1 for any other failure.
 """
 
 import json
-import multiprocessing
 import os
 import sys
 
@@ -74,8 +73,5 @@ if __name__ == "__main__":
     except ConfigError as error:
         exit_with(error)
     sys.stdout.flush()
-    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down. It
-    # would have ended the processes that read the data, too; whoever reads this one's output waits for them.
-    for process in multiprocessing.active_children():
-        process.kill()
+    # Not sys.exit: threads of a destroyed process group have been seen to abort the interpreter while it winds down.
     os._exit(0)

@@ -343,6 +343,15 @@ class Loader(ParallelAwareDataloader):
             return {f"dp_rank_{rank}": b"" for rank in range(self._saved_ranks)} | {"world_size": 0}
         return super().state_dict()
 
+    def close(self) -> None:
+        """End the data-loading processes. They ignore SIGTERM, so at its exit Python would wait for them forever."""
+        if self._iterator is None or self.num_workers == 0:
+            return
+        self._iterator._shutdown_workers()  # asks them to end, and waits for 5 s
+        for process in self._iterator._workers:
+            process.kill()
+            process.join()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Call it before iterating.
 

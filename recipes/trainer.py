@@ -37,7 +37,7 @@ from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, write_atomically
-from recipes.data import build_dataloader
+from recipes.data import Loader, build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
 from recipes.restore import check_initial_model, copy_tokenizer
@@ -93,6 +93,7 @@ class SparseTrainer(titan.Trainer):
     job_config: JobConfig
     metrics_processor: Metrics
     checkpointer: SafeCheckpointManager
+    dataloader: Loader
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         set_up_process(config)
@@ -200,6 +201,7 @@ class SparseTrainer(titan.Trainer):
             scheduler._last_lr = rates  # what is logged
 
     def close(self) -> None:
+        self.dataloader.close()
         super().close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -6,6 +6,7 @@ The tiny job runs 12 steps, sparse in steps 4 to 8, with a checkpoint after ever
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -230,6 +231,27 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
     assert output.count(f"{signal.Signals(number).name}: the run saves and ends after this step") == 1, output
     assert (folder / "checkpoint" / "latest").read_text() == f"step-{stopped}"
     assert losses(train(folder, *changes)) == losses(uninterrupted(train, "venom_2of16"))
+
+
+def test_a_closed_trainer_leaves_no_data_process(train, tmp_path, monkeypatch):
+    """Neither one that waits for work nor one that is stuck; they ignore SIGTERM, with which Python would end them."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    before, started = set(multiprocessing.active_children()), []
+    enter_phase = SparseTrainer._enter_phase
+
+    def stop_one(self, batches):
+        enter_phase(self, batches)
+        if self.step == 3:
+            started.extend(set(multiprocessing.active_children()) - before)
+            assert len(started) == 2
+            os.kill(started[0].pid, signal.SIGSTOP)
+            raise RuntimeError("something that nobody expects")
+
+    monkeypatch.setattr(SparseTrainer, "_enter_phase", stop_one)
+    processes = "--training.dataloader.num_workers", "2", "--training.local_batch_size", "2"
+    with pytest.raises(RuntimeError):
+        train(tmp_path, *processes, "--training.global_batch_size", "4")
+    assert {process.exitcode for process in started} == {0, -signal.SIGKILL}
 
 
 def test_a_signal_while_a_resumed_run_starts_changes_nothing(train, uninterrupted, tmp_path, monkeypatch):
