@@ -186,7 +186,7 @@ class Precision:
     ffn: Literal["model", "fp8"] = "model"
     """
     What the products of sparse FFNs read in sparse phases. model: what the rest of the model reads
-    (training.mixed_precision_param). fp8: operands rounded to e4m3, for pattern = "groups" with v of 512 and more; it
+    (training.mixed_precision_param). fp8: operands rounded to e4m3, for pattern = "groups" with v of at least 512; it
     needs a GPU of compute capability 9.0 or higher, elsewhere the reference rounds alike and is slow. Weights, moments
     and gradients stay as they are. For dense phases and layers there is torchtitan's converter, model.converters =
     ["quantize.linear.float8"].

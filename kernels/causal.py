@@ -30,21 +30,21 @@ from kernels.family import Pattern
 
 @dataclass(frozen=True)
 class Preceding:
-    """A pattern whose blocks take the choice of the block before them, in sequences of `seq_len` tokens."""
+    """A pattern whose blocks use the choice of the preceding block, in sequences of `seq_len` tokens."""
 
     pattern: Pattern
     seq_len: int
 
     def density(self, hidden_dim: int) -> float:
-        """Share of h that is kept at most in an FFN of width `hidden_dim`, the first block included."""
+        """Largest share of h that is kept in an FFN of width `hidden_dim`, the first block included."""
         first = min(self.pattern.v, self.seq_len) / self.seq_len
         return first + (1 - first) * self.pattern.density(hidden_dim)
 
     def check(self, hidden_dim: int) -> None:
-        """Raise ValueError where the pattern does not fit a width of `hidden_dim`, or later tokens would choose."""
+        """Raise ValueError if the pattern does not fit the width `hidden_dim`, or depends on later tokens."""
         self.pattern.check(hidden_dim)
         if self.pattern.causal() != self.pattern:
-            raise ValueError(f"{self.pattern}: a block would be told of later tokens; take {self.pattern.causal()}")
+            raise ValueError(f"{self.pattern}: a block's choice depends on later tokens; use {self.pattern.causal()}")
 
     def mask(self, h: Tensor) -> Tensor:
         """Which entries of `h [T, f]` are kept: bool `[T, f]`. T is whole sequences, but for a shorter last one."""

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of an assignment: 1 or 2% of the rows have not found their place by then in the first iterations, 0.2% in the last;
-# to the end it takes as many rounds as there are clusters.
+# Rounds of an assignment. After 16 rounds, 1 or 2% of the rows are not assigned yet in the first iterations of k-means,
+# 0.2% in the last; all rows would need about as many rounds as there are clusters.
 ROUNDS = 16
 
 
@@ -41,31 +41,31 @@ def _tf32() -> Iterator[None]:
 
 
 def _balanced_assignment(scores: Tensor, size: int, rounds: int = ROUNDS) -> Tensor:
-    """Assign each row to one column, `size` rows a column, stably: no row and column both prefer each other.
+    """Assign `size` rows to each column as a stable matching: no row and column both prefer each other to their match.
 
-    Deferred acceptance (Gale and Shapley), vectorised: every row stands at its favourite among the columns that have
-    not turned it away, each column keeps its best `size` and turns the rest away, until nobody is turned away. It
-    ends because each round strikes at least one entry and there is a place for every row. About as many rounds as there
-    are columns, most of them for a few rows that push one another on: after `rounds` (a multiple of 8) those who are
-    left take the free places in order.
+    Deferred acceptance (Gale and Shapley), vectorised. In each round every row proposes to its best column among those
+    that have not rejected it; every column keeps its best `size` rows and rejects the others. It ends when no row is
+    rejected, which takes about as many rounds as there are columns; in most of them only a few rows move. So after
+    `rounds` rounds the rows that are left fill the free places in order.
 
     Args:
-        scores: `[L, R, C]`, L problems at once: a round is a dozen small kernels, and the host takes longer to start
-            them than a GPU to run them.
-        size: rows a column, R / C.
-        rounds: after so many the rest is assigned in order.
+        scores: `[L, R, C]`, L independent problems. They are solved together because a round is a dozen small kernels,
+            whose launches take the host longer than the GPU takes to run them.
+        size: rows of each column, R / C.
+        rounds: largest number of rounds, a multiple of 8.
 
     Returns:
-        `[L, R]` int64.
+        The column of each row, `[L, R]` int64.
     """
     layers, rows_each, columns_each = scores.shape
     scores = scores.clone().flatten(0, 1)
     rows, columns = (torch.arange(layers * count, device=scores.device) for count in (rows_each, columns_each))
-    first = rows // rows_each * columns_each  # the columns of a row's own problem begin there
-    narrow = torch.int16 if len(columns) < 2**15 else torch.int64  # a radix sort's time goes with the bytes of its keys
+    first = rows // rows_each * columns_each  # the first column of the row's own problem
+    # The time of a radix sort is proportional to the bytes of its keys.
+    narrow = torch.int16 if len(columns) < 2**15 else torch.int64
     done = 0
     while True:
-        # The host asks only now and then, and rounds past the end change nothing.
+        # The host waits for the device only every 8 rounds; rounds after the end change nothing.
         for _ in range(8):
             best, choice = scores.max(dim=1)
             order = best.sort(descending=True, stable=True).indices
@@ -89,23 +89,22 @@ def balanced_clusters(
     """Balanced k-means of rows under cosine distance.
 
     Args:
-        weight: `[f, d]`, floating point, a row a neuron: W1, or what else tells neurons apart; or `[L, f, d]`, those of
-            L layers, each clustered by itself but faster than one after the other.
+        weight: `[f, d]`, floating point, one row for each neuron: W1, or other features of the neurons. Or
+            `[L, f, d]`: the neurons of L layers, clustered independently, but faster than in L calls.
         size: neurons in a cluster, a divisor of f.
-        iterations: rounds of assignment and centroid update at most; ends earlier when no row moves.
-        seed: chooses the first centroids among the rows; of several layers one each.
+        iterations: largest number of iterations of k-means, at least 1; it stops when no row changes its cluster.
+        seed: of the choice of the first centroids among the rows; a sequence has one for each layer.
 
     Returns:
-        order `[f]` int64: the rows by cluster, so that `weight[order]` holds cluster c in its rows
-        `c * size` to `(c + 1) * size`; inside a cluster rows keep their order, and clusters that are alike are
-        neighbours.
-        centroids `[f / size, d]` float32, of unit length. Both `[L, ...]` of several layers.
+        order `[f]` int64: the rows sorted by cluster. Rows `c * size` to `(c + 1) * size - 1` of `weight[order]` are
+        cluster c; within a cluster the rows keep their order, and neighbouring clusters are similar.
+        centroids `[f / size, d]` float32, of unit length. For L layers both are `[L, ...]`.
 
     Raises:
-        ValueError: size does not divide f, or no iteration is asked for.
+        ValueError: size does not divide f, or iterations is below 1.
     """
     _check_clusters(weight.shape[-2], size, iterations)
-    # Rows are gathered in every iteration; those of a transposed matrix are scattered over all of it.
+    # Contiguous, because every iteration gathers rows.
     rows = F.normalize(weight.detach().float(), dim=-1).contiguous()
     order, centroids = _clusters(rows.view(-1, *rows.shape[-2:]), size, iterations, seed)
     return order.view(*weight.shape[:-1]), centroids.view(*weight.shape[:-2], *centroids.shape[1:])
@@ -120,7 +119,7 @@ def _check_clusters(neurons: int, size: int, iterations: int) -> None:
 
 @_tf32()
 def _clusters(rows: Tensor, size: int, iterations: int, seed: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`balanced_clusters` of rows `[L, f, d]` that are of unit length already: `[L, f]` and `[L, f / size, d]`."""
+    """`balanced_clusters` for rows `[L, f, d]` of unit length: order `[L, f]` and centroids `[L, f / size, d]`."""
     (layers, neurons), device = rows.shape[:2], rows.device
     firsts = []
     for start in [seed] * layers if isinstance(seed, int) else seed:
@@ -139,22 +138,22 @@ def _clusters(rows: Tensor, size: int, iterations: int, seed: int | Sequence[int
 
 
 def _chain(centroids: Tensor) -> Tensor:
-    """Clusters in an order in which each is followed by the likest one of those left: `[L, C]` int64.
+    """An order of the clusters, `[L, C]` int64, in which each is followed by the most similar one of those left.
 
-    Of a large block of tokens one cluster fills a part, and its neighbours the rest.
+    A large block of tokens holds tokens of several neighbouring clusters, so neighbours should be similar.
     """
-    likeness = (centroids @ centroids.mT).cpu()  # steps too small for a device
-    layer, left = torch.arange(len(likeness)), torch.zeros(likeness.shape[:2])
-    chain = [likeness.sum(2).argmin(1)]
-    for _ in range(likeness.shape[1] - 1):
+    similarity = (centroids @ centroids.mT).cpu()  # the steps below are too small for a GPU
+    layer, left = torch.arange(len(similarity)), torch.zeros(similarity.shape[:2])
+    chain = [similarity.sum(2).argmin(1)]
+    for _ in range(similarity.shape[1] - 1):
         left[layer, chain[-1]] = -torch.inf
-        chain.append((likeness[layer, chain[-1]] + left).argmax(1))
+        chain.append((similarity[layer, chain[-1]] + left).argmax(1))
     return torch.stack(chain, 1).to(centroids.device)
 
 
 def _centroids(rows: Tensor, order: Tensor, size: int) -> Tensor:
-    """Directions of the sums of `size` rows at a time: rows `[L, f, d]` in an order `[L, f]` to `[L, f / size, d]`."""
-    # Clusters are of one size, so a sum over a fixed number of rows: the same at every run, unlike an indexed addition.
+    """Unit vectors `[L, f / size, d]` along the sums of each `size` rows of rows `[L, f, d]` in an order `[L, f]`."""
+    # All clusters have one size, so this sums a fixed number of rows: deterministic on a GPU, unlike index_add.
     sums = [one[members].unflatten(0, (-1, size)).sum(1) for one, members in zip(rows, order, strict=True)]
     return F.normalize(torch.stack(sums), dim=2)
 
@@ -163,23 +162,23 @@ def _centroids(rows: Tensor, order: Tensor, size: int) -> Tensor:
 def activation_clusters(
     x: Tensor, weight: Tensor, size: int, iterations: int = 10, seed: int | Sequence[int] = 0
 ) -> tuple[Tensor, Tensor]:
-    """Balanced clusters of neurons that fire for the same tokens: of the columns of h = relu(x W1^T)^2.
+    """Balanced clusters of neurons that are active for the same tokens: of the columns of h = relu(x W1^T)^2.
 
     Args:
-        x: `[T, d]`, floating point: tokens that stand for all, some thousands; or `[L, T, d]`, those of L layers.
+        x: `[T, d]`, floating point: a representative sample of some thousand tokens; or `[L, T, d]` for L layers.
         weight: `[f, d]` or `[L, f, d]`, floating point: W1.
-        size, iterations, seed: as in `balanced_clusters`.
+        size, iterations, seed: see `balanced_clusters`.
 
     Returns:
-        order `[f]` int64 and centroids `[f / size, d]` float32, as `balanced_clusters` gives them; the centroids are
-        the directions of the clusters' rows of W1, since it is with tokens that the router multiplies them.
+        order `[f]` int64 and centroids `[f / size, d]` float32, see `balanced_clusters`. The centroid of a cluster is
+        the direction of the sum of its rows of W1, since the router multiplies centroids with tokens.
 
     Raises:
-        ValueError: as `balanced_clusters`.
+        ValueError: see `balanced_clusters`.
     """
     _check_clusters(weight.shape[-2], size, iterations)
     whole = weight.detach().float().reshape(-1, *weight.shape[-2:])
-    # In place: several layers' h is gigabytes.
+    # In place, because h of several layers takes gigabytes.
     rows = (whole @ x.detach().float().reshape(-1, *x.shape[-2:]).mT).relu_().square_()
     rows.div_(rows.norm(dim=2, keepdim=True).clamp_min_(1e-12))
     order, _ = _clusters(rows, size, iterations, seed)
@@ -188,28 +187,28 @@ def activation_clusters(
 
 
 def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Send each token to the cluster whose centroid has the largest dot product with it.
+    """Assign each token to the cluster whose centroid has the largest dot product with it.
 
     Args:
         x: `[T, d]`, floating point.
         centroids: `[C, d]`, any floating dtype.
 
     Returns:
-        clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, those of a cluster by the cluster
-        of second-largest product, and else in their order.
+        clusters `[T]` int64, and order `[T]` int64: the tokens sorted by cluster, within a cluster by the cluster with
+        the second largest product, and otherwise in their order.
     """
     scores, count = x.detach() @ centroids.to(x.dtype).T, centroids.shape[0]
     clusters = scores.argmax(dim=1)
-    # Two passes that the compiler fuses, where topk is a kernel of its own.
+    # Two passes over the scores that the compiler fuses; topk would be a kernel of its own.
     others = torch.where(torch.arange(count, device=x.device) == clusters[:, None], -torch.inf, scores)
     keys = clusters * count + others.argmax(dim=1)
-    # A radix sort's time goes with the bytes of its keys: two are enough for 256 clusters.
+    # The time of a radix sort is proportional to the bytes of its keys: two bytes are enough for 256 clusters.
     keys = (keys - 2**15).to(torch.int16) if count <= 256 else keys.to(torch.int32)
     return clusters, keys.sort(stable=True).indices
 
 
 class _PermuteRows(torch.autograd.Function):
-    # Indexing's own backward adds rows up, which needs a sort on a GPU; a permutation's backward is a gather.
+    # The backward pass of indexing adds rows, which needs a sort on a GPU; that of a permutation is a gather.
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)

@@ -1,37 +1,38 @@
-"""The squared-ReLU FFN with sparse operands: six products, and which family computes them.
+"""The squared-ReLU FFN with sparse operands: its six products, and the choice of the family that computes them.
 
 `T` tokens, `d` model width, `f` FFN width; no gate, no bias.
 
-    y1  = x W1'^T             [T, f]   (1)   W1' = beta1 S(W1) where the weights are 2:4, else W1
-    h   = relu(y1)^2, cut to the pattern
+    y1  = x W1'^T             [T, f]   (1)   W1' = beta1 S(W1) if the weights are 2:4, else W1
+    h   = relu(y1)^2, zero outside the pattern
     y   = h W2^T              [T, d]   (2)
-    dh  = dy W2'              [T, f]   (3)   W2' = beta2 S(W2), groups of four along d, or W2
+    dh  = dy W2'              [T, f]   (3)   W2' = beta2 S(W2), 2:4 along d, or W2
     dW2 = dy^T h              [d, f]   (4)
-    dy1 = 2 relu(y1) * dh     [T, f]         zero wherever h is
+    dy1 = 2 relu(y1) * dh     [T, f]         zero where h is zero
     dx  = dy1 W1'             [T, d]   (5)
     dW1 = dy1^T x             [f, d]   (6)   straight-through to the dense W1
 
-Since relu(y1) = sqrt(h), only x and h are kept for the backward pass. In fp8, x, dy, W1', W2', h and dy1 are rounded
-before a product reads them (`kernels.float8`), and every product that reads one of them reads the same numbers.
+Since relu(y1) = sqrt(h), only x and h are stored for the backward pass. In fp8, x, dy, W1', W2', h and dy1 are rounded
+before the products (`kernels.float8`), and all products that read one of them read the same rounded values.
 
-What is exact and what is not. The mask is held fixed by the backward pass, as in any top-k selection; given
-the mask and dense W2', all gradients are those of the function that the forward pass computed. Two options
-approximate them, for speed:
+Exact and approximate gradients. The backward pass treats the mask as a constant, as in any top-k selection. Given the
+mask and a dense W2', all gradients are those of the function that the forward pass computed. Two options approximate
+them for speed:
 
-    w2_scale         (3) reads the 2:4 W2' while (2) reads the dense W2: the mask of (2) leaves the tensor core no room
-                     for a second sparse operand (arXiv 2602.06183).
-    cut_along_tokens (4) and (6) reduce over tokens, so 2:4 activations, sparse along f, do not speed them up. With
-                     this option h and dy1 are cut a second time, along the tokens, for these two (arXiv 2503.16672).
+    w2_scale         (3) reads the 2:4 W2', while (2) reads the dense W2: in (2) h is the sparse operand, and the sparse
+                     tensor cores support only one (arXiv 2602.06183).
+    cut_along_tokens (4) and (6) reduce over the tokens, so 2:4 activations, sparse along f, do not speed them up. With
+                     this option a second 2:4 pattern, along the tokens, is applied to h and dy1 for these two products
+                     (arXiv 2503.16672).
 
-The six products are written once a family (`kernels.family`), in its `ffn.py`:
+Each family (`kernels.family`) writes the six products in its `ffn.py`:
 
     kernels/masked.py      the reference, dense products over masked operands: any pattern, any device
-    kernels/groups/        tiles of column groups
-    kernels/columns/       the neurons that large blocks keep
+    kernels/groups/        column groups, as tiles of 128 by 128
+    kernels/columns/       column groups of large blocks, as batched dense products; bf16 and fp8
     kernels/venom/         V:N:M
     kernels/two_four/      2:4 activations, and 2:4 weights alone
 
-`choose` takes the first family that does not refuse, else the reference.
+`choose` returns the first family that does not refuse, else the reference.
 """
 
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ Scale: TypeAlias = Tensor | None
 
 @contextmanager
 def prefer(family: Family) -> Iterator[None]:
-    """Let one family compute every sparse FFN, whatever it would refuse: for tests, and to compare two of them."""
+    """Use this family for every sparse FFN, without asking what it refuses: for tests, and to compare families."""
     global _preferred
     before, _preferred = _preferred, family
     try:
@@ -87,11 +88,11 @@ def choose(
     Args:
         sparsity: of the FFN.
         shape: d and f.
-        device, dtype: that the products run in.
-        here: whether the device is of this machine; else it is taken for a Hopper GPU with cuSPARSELt.
+        device, dtype: of the products.
+        here: whether the device is in this machine; if not, a Hopper GPU with cuSPARSELt is assumed.
 
     Returns:
-        The family and, where it is the reference, why no other one runs; else "".
+        The family and a reason: for the reference, why no other family runs; else "".
     """
     if _preferred is not None:
         return _preferred, "preferred"
@@ -113,13 +114,13 @@ def choose(
 def explain(
     sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
 ) -> tuple[Family, str]:
-    """`choose`, with what computes the products in words, for logs, where a family with kernels does."""
+    """`choose`, with a reason for logs: for a family with kernels, the name of the kernels (`Family.describe`)."""
     family, refusal = choose(sparsity, shape, device, dtype, here)
     return family, refusal or family.describe(sparsity, device, here)
 
 
 def recipe_patterns() -> dict[str, FromRecipe]:
-    """What `activations.pattern` can name beside "none", and how each is made of a recipe."""
+    """The values of `activations.pattern` besides "none", and how a recipe's keys become each pattern."""
     return {name: made for family in FAMILIES for name, made in family.patterns.items()}
 
 
@@ -139,7 +140,7 @@ class _SixProducts(torch.autograd.Function):
 
 
 def hidden_activations(x: Tensor, w1: Tensor, w1_scale: Scale = None) -> Tensor:
-    """h `[T, f]` before the pattern cuts it, for measuring what the cut loses; arguments as `sparse_feed_forward`."""
+    """h `[T, f]` before the pattern is applied, to measure what the pattern drops; see `sparse_feed_forward`."""
     active = (x @ thresholded(w1, w1_scale).T).relu()
     return active * active  # not square(): CUDA autocast computes powers in float32
 
@@ -154,27 +155,27 @@ def sparse_feed_forward(
     order: Tensor | None = None,
     family: Family | None = None,
 ) -> Tensor:
-    """relu(x W1^T)^2 W2^T with sparse operands, as the module docstring spells it out.
+    """relu(x W1^T)^2 W2^T with sparse operands, see the module docstring. Differentiable in x, w1 and w2.
 
-    Under autocast the inputs are cast to its dtype, as a linear layer's would be.
+    Under autocast x, w1 and w2 are cast to its dtype, as in a linear layer.
 
     Args:
         x: `[T, d]`, floating point.
-        w1: `[f, d]`, same dtype.
-        w2: `[d, f]`, same dtype.
-        sparsity: what h is cut to, which products read a 2:4 weight, whether h is cut along the tokens as well (2:4
-            only).
-        w1_scale: `[]`, beta of W1, where product (1) reads beta * S(W1), and with it (5).
-        w2_scale: `[]`, beta of W2 along d, where product (3) reads beta * S(W2).
-        order: `[T]` int64, a permutation: the tokens in the order in which neighbours share a block. None: as they are.
-        family: that computes it; None: `choose`.
+        w1: `[f, d]`, dtype of x.
+        w2: `[d, f]`, dtype of x.
+        sparsity: the pattern of h, the products that read a 2:4 weight, and whether (4) and (6) use a second pattern
+            along the tokens (2:4 activations only).
+        w1_scale: `[]`, beta of W1, if and only if products (1) and (5) read beta * S(W1).
+        w2_scale: `[]`, beta of W2 along d, if and only if product (3) reads beta * S(W2).
+        order: `[T]` int64, a permutation: x[order] is divided into blocks. None: x itself is.
+        family: the family that computes it, without asking what it refuses; None: as `choose` returns.
 
     Returns:
         y `[T, d]`, in the order of x.
 
     Raises:
-        ValueError: a pattern that f or T does not allow, 2:4 weights that d does not allow, scales that do not go with
-            the sparsity's products.
+        ValueError: f does not fit the pattern; T is not a multiple of 4 with `cut_along_tokens`; d is not one with
+            `w2_scale`; or the scales do not match `sparsity.weight_products`.
     """
     tokens, width, hidden_dim = *x.shape, w1.shape[0]
     _check(sparsity, tokens, width, hidden_dim, w1_scale, w2_scale)
@@ -204,8 +205,11 @@ def _check(
 ) -> None:
     for product, scale in ((1, w1_scale), (3, w2_scale)):
         if (scale is not None) != (product in sparsity.weight_products):
-            wanted = "a" if product in sparsity.weight_products else "no"
-            raise ValueError(f"product ({product}) of {sparsity} takes {wanted} scale of its weight")
+            raise ValueError(
+                f"w{1 if product == 1 else 2}_scale is {'missing' if scale is None else 'given'}, but product "
+                f"({product}) reads a {'2:4' if scale is None else 'dense'} weight: weight_products = "
+                f"{sparsity.weight_products}"
+            )
     if sparsity.pattern is not None:
         sparsity.pattern.check(hidden_dim)
     if w2_scale is not None and width % 4:

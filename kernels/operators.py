@@ -1,8 +1,8 @@
-"""Functions as PyTorch operators: torch.compile takes them as they are, and the profiler names them.
+"""Registration of functions as PyTorch operators: torch.compile does not trace into them, and the profiler names them.
 
-PyTorch's `custom_op` is made for operators that have gradients, and what it wraps around a function costs the host
-four times an operator's own call. Ours are called by `autograd.Function`s, which have the gradients. So the function
-itself is registered; where autograd would pass it by, it refuses.
+`torch.library.custom_op` is made for operators with gradients, and its wrapper makes a call cost the host four times as
+much. The operators of this project are called by an `autograd.Function`, which has the gradients. So the function
+itself is registered, and it raises an error if autograd would record the call and lose the gradient.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,13 @@ _library = library.Library("sparsetitan", "FRAGMENT")
 
 
 def operator(name: str) -> Callable[[F], F]:
-    """Register a function as `torch.ops.sparsetitan.NAME`, for all devices, and return that operator.
+    """Register a function as `torch.ops.sparsetitan.NAME`, for all devices, and return the operator.
 
-    The function's annotations make the operator's schema. It must not change its arguments or return views of them.
+    The schema of the operator is inferred from the annotations of the function, which must not change its arguments or
+    return views of them.
 
-    Raises, when called:
-        RuntimeError: a gradient would have to pass through the operator.
+    A call of the operator raises:
+        RuntimeError: gradients are enabled and an argument requires one.
     """
 
     def register(function: F) -> F:
@@ -38,7 +39,7 @@ def operator(name: str) -> Callable[[F], F]:
 
 
 def register_fake(registered: Callable) -> Callable[[F], F]:
-    """Register what an operator gives while torch.compile traces: a function that returns empty tensors."""
+    """Register the shapes of an operator's results for torch.compile: a function that returns empty tensors."""
 
     def register(function: F) -> F:
         name = registered.name()  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
 
         token      every token chooses for itself
         cluster    every token keeps what its cluster's centroid would, if there is a router
-        preceding  every block takes the choice of the block before
+        preceding  every block uses the choice of the preceding block
 
     Args:
         sparsity: what the run's sparse phases do.

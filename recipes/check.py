@@ -169,12 +169,12 @@ def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
     activations, pattern = config.activations, activation_pattern(config.activations)
     if not isinstance(pattern, Groups) or pattern.v < LARGE:
         raise ConfigError(
-            f'precision.ffn = "fp8" is for activations.pattern = "groups" with v of {LARGE} and more, not for '
+            f'precision.ffn = "fp8" is for activations.pattern = "groups" with v of at least {LARGE}, not for '
             f'pattern = "{activations.pattern}" with v = {activations.v}: use "model", or a columns recipe'
         )
     if config.weights.pattern != "none":
         raise ConfigError(
-            f'precision.ffn = "fp8" reads whole weights, but weights.pattern = "{config.weights.pattern}": '
+            f'precision.ffn = "fp8" needs dense weights, but weights.pattern = "{config.weights.pattern}": '
             "set one of them to its default"
         )
     kept = pattern.kept_groups(neurons) * pattern.g

@@ -29,8 +29,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned")]
 
-# tokens, v, g, keep, sample, balance, window: whole blocks, a short last one, one that is shorter than v, groups, no
-# sample, windows
+# tokens, v, g, keep, sample, balance, window: whole blocks, a shorter last block, fewer tokens than v, groups of
+# several neurons, sample = 1, windows. tests/test_columns_fp8.py uses them too.
 SHAPES = [
     (64, 16, 1, 0.25, 4, 0.0, 0),
     (75, 16, 1, 0.25, 4, 0.5, 0),
@@ -59,6 +59,24 @@ def operands(tokens, width=12, hidden=48, dtype=torch.float64, seed=0):
     return tuple(each.to(DEVICE, dtype) for each in (x, w1, w2, dy))
 
 
+def permutation(tokens, seed):
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def outputs(feed_forward, x, w1, w2, dy):
+    """y, dx, dW1 and dW2 of a function of x, W1 and W2."""
+    leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
+    y = feed_forward(*leaves)
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+def outputs_in_order(feed_forward, order, x, w1, w2, dy):
+    """`outputs` of a function of tokens that are permuted before it, with y and dx in the original order."""
+    y, dx, *gradients = outputs(feed_forward, x[order], w1, w2, dy[order])
+    inverse = order.argsort()
+    return (y[inverse], dx[inverse], *gradients)
+
+
 by_columns = partial(sparse_feed_forward, family=LARGE_BLOCKS)
 by_reference = partial(sparse_feed_forward, family=MASKED)
 
@@ -69,18 +87,12 @@ def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, balance,
     w1_scale, w2_scale = (None if each is None else torch.tensor(each, device=DEVICE) for each in scales)
     pattern = Groups(v, g, keep, sample=sample, balance=balance, window=window)
     for seed in range(3):
-        x, w1, w2, dy = operands(tokens, seed=seed)
-        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) if ordered else None
-        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = by_columns(*leaves, pattern, w1_scale, w2_scale, order=order)
-        found = (y, *torch.autograd.grad(y, leaves, dy))
-        # The same in the blocks' order, by the reference.
-        place = torch.arange(tokens, device=DEVICE) if order is None else order
-        leaves = [each.clone().requires_grad_() for each in (x[place], w1, w2)]
-        y = by_reference(*leaves, pattern, w1_scale, w2_scale)
-        dx, dw1, dw2 = torch.autograd.grad(y, leaves, dy[place])
-        inverse = place.argsort()
-        for one, other in zip(found, (y[inverse], dx[inverse], dw1, dw2), strict=True):
+        given, order = operands(tokens, seed=seed), permutation(tokens, seed) if ordered else None
+        options = {"pattern": pattern, "w1_scale": w1_scale, "w2_scale": w2_scale}
+        found = outputs(partial(by_columns, order=order, **options), *given)
+        reference = partial(by_reference, **options)
+        expected = outputs_in_order(reference, order, *given) if ordered else outputs(reference, *given)
+        for one, other in zip(found, expected, strict=True):
             assert_close(one, other, rtol=1e-10, atol=1e-10)
             assert one.is_contiguous()
 
@@ -194,20 +206,14 @@ def test_which_patterns_run_as_columns():
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_compiled_graph_holds_through_it(ordered):
-    x, w1, w2, dy = operands(40, dtype=torch.float32)
+    given, order = operands(40, dtype=torch.float32), permutation(40, 0) if ordered else None
     pattern = Groups(16, 1, 0.25, sample=4)
-
-    order = torch.randperm(40, device=DEVICE) if ordered else None
 
     def call(x, w1, w2):
         return by_columns(x, w1, w2, pattern, order=order)
 
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = function(*leaves)
-        results.append((y, *torch.autograd.grad(y, leaves, dy)))
-    for one, other in zip(*results, strict=True):
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, other in zip(outputs(call, *given), outputs(compiled, *given), strict=True):
         assert_close(one, other)
 
 

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, losses
+from test_columns import SHAPES, operands, outputs, outputs_in_order, permutation
 from torch.testing import assert_close
 
 from configs.errors import ConfigError
@@ -66,9 +68,8 @@ def test_where_rounding_changes_nothing_the_reference_is_the_one_without_it(patt
     dy = (2.0 ** whole(48, 16, low=-1, high=2)).double()
     results = []
     for flag in (False, True):
-        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = sparse_feed_forward(*leaves, FeedForwardSparsity(pattern, fp8=flag), family=MASKED)
-        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+        feed_forward = partial(sparse_feed_forward, sparsity=FeedForwardSparsity(pattern, fp8=flag), family=MASKED)
+        results.append(outputs(feed_forward, x, w1, w2, dy))
     for exact, other in zip(*results, strict=True):
         assert_close(other, exact, rtol=1e-6, atol=0)
         assert exact.abs().sum() > 0
@@ -148,63 +149,38 @@ def test_nan_is_the_peak():
 
 # ---- the FFN
 
-# tokens, v, g, keep, sample, balance, window: whole blocks, a short last one, one shorter than v, groups, windows
-SHAPES = [
-    (64, 16, 1, 0.25, 4, 0.0, 0),
-    (75, 16, 1, 0.25, 4, 0.5, 0),
-    (7, 16, 1, 0.25, 3, 0.0, 0),
-    (70, 32, 4, 0.5, 5, 0.25, 0),
-    (40, 16, 1, 0.5, 1, 0.5, 16),
-    (33, 16, 1, 1.0, 16, 0.5, 0),
-]
-
-
-def operands(tokens, width=16, hidden=64, seed=0, dtype=torch.float64):
-    rand = torch.Generator().manual_seed(seed)
-    shapes = (tokens, width), (hidden, width), (width, hidden), (tokens, width)
-    return [torch.randn(shape, generator=rand, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
-
-
-def outputs(family, sparsity, x, w1, w2, dy, order=None):
-    leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-    y = sparse_feed_forward(*leaves, sparsity, order=order, family=family)
-    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
-
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's products round; `test_fp8_on_a_gpu_is_right` measures them")
 @pytest.mark.parametrize("tokens, v, g, keep, sample, balance, window", SHAPES)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_the_feed_forward_is_the_masked_one(tokens, v, g, keep, sample, balance, window, ordered):
     sparsity = FeedForwardSparsity(Groups(v, g, keep, sample, balance, window), fp8=True)
+    reference = partial(sparse_feed_forward, sparsity=sparsity, family=MASKED)
     for seed in range(3):
-        each = operands(tokens, seed=seed)
-        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)) if ordered else None
-        found, expected = (outputs(family, sparsity, *each, order) for family in (LARGE_BLOCKS_FP8, MASKED))
-        exact = outputs(MASKED, replace(sparsity, fp8=False), *each, order)
-        for one, other, without in zip(found, expected, exact, strict=True):
+        given, order = operands(tokens, seed=seed), permutation(tokens, seed) if ordered else None
+        found = outputs(partial(sparse_feed_forward, sparsity=sparsity, order=order, family=LARGE_BLOCKS_FP8), *given)
+        expected = outputs_in_order(reference, order, *given) if ordered else outputs(reference, *given)
+        not_rounded = partial(sparse_feed_forward, sparsity=replace(sparsity, fp8=False), order=order, family=MASKED)
+        for one, other, exact in zip(found, expected, outputs(not_rounded, *given), strict=True):
             assert relative_error(one, other) < 1e-6  # scales are float32
             assert one.is_contiguous()
-            assert not torch.allclose(one, without, rtol=1e-3)  # it does round
+            assert not torch.allclose(one, exact, rtol=1e-3)  # it does round
 
 
 def test_a_compiled_graph_holds_through_it():
-    x, w1, w2, dy = operands(40, dtype=DTYPE)
-    sparsity, order = FeedForwardSparsity(Groups(16, 1, 0.25, sample=4), fp8=True), torch.randperm(40, device=DEVICE)
+    given, order = operands(40, 16, 64, dtype=DTYPE), permutation(40, 0)
+    sparsity = FeedForwardSparsity(Groups(16, 1, 0.25, sample=4), fp8=True)
 
     def call(x, w1, w2):
         return sparse_feed_forward(x, w1, w2, sparsity, order=order, family=LARGE_BLOCKS_FP8)
 
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        leaves = [each.clone().requires_grad_() for each in (x, w1, w2)]
-        y = function(*leaves)
-        results.append((y, *torch.autograd.grad(y, leaves, dy)))
-    for one, other in zip(*results, strict=True):
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, other in zip(outputs(call, *given), outputs(compiled, *given), strict=True):
         assert_close(one, other)
 
 
 def test_nan_reaches_its_block_alone():
-    x, w1, w2, _ = operands(64, dtype=DTYPE)
+    x, w1, w2, _ = operands(64, 16, 64, DTYPE)
     x[17, 3] = torch.nan
     y = sparse_feed_forward(x, w1, w2, FeedForwardSparsity(Groups(16, 1, 0.25), fp8=True), family=LARGE_BLOCKS_FP8)
     assert y[17].isnan().all() and y[:16].isfinite().all() and y[32:].isfinite().all()
@@ -218,11 +194,11 @@ def test_which_patterns_run_in_fp8():
 
     assert chosen(Groups(1024, 1, 0.25, sample=8)) == ("columns_fp8", "")
     for arguments, reason in (
-        ((Groups(256, 1, 0.25),), "v of 512 and more"),
+        ((Groups(256, 1, 0.25),), "v of at least 512"),
         ((Groups(1000, 1, 0.25),), "divisible by 16"),
         ((Groups(1024, 1, 0.2505),), "the kept neurons (1154)"),
-        ((Groups(1024, 1, 0.25), 1), "whole weights"),
-        ((Preceding(Groups(1024, 1, 0.25), 4096),), "from the block before"),
+        ((Groups(1024, 1, 0.25), 1), "dense weights"),
+        ((Preceding(Groups(1024, 1, 0.25), 4096),), "from the preceding block"),
         ((Venom(128, 4, 16),), "no family has kernels for this pattern in fp8"),
     ):
         name, refusal = chosen(*arguments)
@@ -237,7 +213,7 @@ def test_which_patterns_run_in_fp8():
     [
         ("--recipe recipes/venom_4of16.toml", 'pattern = "venom"'),
         ("--recipe recipes/columns_half.toml --activations.v 256", "v = 256"),
-        ("--recipe recipes/columns_half.toml --weights.pattern 2:4", "reads whole weights"),
+        ("--recipe recipes/columns_half.toml --weights.pattern 2:4", "needs dense weights"),
         ("--recipe recipes/columns_half.toml --model.hidden_dim 776 --router.cluster_size 8", "the kept neurons = 388"),
         ("--recipe recipes/columns_half.toml --model.dim 72 --model.n_heads 4", "model.dim = 72"),
         ("--recipe recipes/columns_half.toml --activations.v 520", "activations.v = 520"),
@@ -310,13 +286,13 @@ def test_kernels_compile_for_hopper():
 @pytest.mark.gpu
 def test_a_gpu_s_casts_refuse_what_triton_transposes_wrongly():
     x, inverse = torch.ones(16, 16, device=DEVICE), torch.ones(1, device=DEVICE)
-    with pytest.raises(ValueError, match="read bfloat16"):
+    with pytest.raises(ValueError, match="need bfloat16"):
         fp8.cast(x, torch.arange(16, device=DEVICE).int(), inverse, 16)
     for call in (
         lambda: fp8.cast_square(x[None], inverse),
         lambda: fp8.cast_gradient(x[None], inverse, x[None], inverse),
     ):
-        with pytest.raises(ValueError, match="read bfloat16"):
+        with pytest.raises(ValueError, match="need bfloat16"):
             call()
 
 

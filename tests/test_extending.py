@@ -63,6 +63,6 @@ def test_the_pattern_is_chosen_on_a_gpu_and_without_its_family_runs_on_the_refer
     sparsity = FeedForwardSparsity(halves.Halves(16))
     assert choose(sparsity, *where, here=False) == (halves.HALVES, "")
     family, reason = choose(FeedForwardSparsity(halves.Halves(16), (1,)), *where, here=False)
-    assert family is MASKED and reason == "halves need whole weights"
+    assert family is MASKED and reason == "halves need dense weights"
     monkeypatch.setattr(kernels.feed_forward, "FAMILIES", kernels.feed_forward.FAMILIES[:-1])
     assert choose(sparsity, *where, here=False) == (MASKED, "no family has kernels for this pattern")

@@ -297,7 +297,7 @@ def test_products_can_be_captured_after_their_first_call():
     packed = pack_reference(weight)
     calls = [lambda: sparse_linear(packed, x), lambda: sparse_matmul(packed, x.T.contiguous())]
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         calls[0]()
     for call in calls:
         call()
@@ -428,7 +428,7 @@ def test_impossible_operands_are_refused():
         sparse_matmul(packed, torch.ones(128, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="bf16"):
         sparse_matmul(packed, torch.ones(64, 16))
-    with pytest.raises(ValueError, match=r"2 whole rows of 64 tokens are not .* \[1, 64\]"):
+    with pytest.raises(ValueError, match=r"whole_rows must be .* \[2, 64\], got .* \[1, 64\]"):
         ones = torch.ones(64, 16, dtype=torch.bfloat16)
         reduce_tokens(packed, ones, torch.tensor([0, 1]), torch.ones(1, 64, dtype=torch.bfloat16))
 

@@ -1,22 +1,22 @@
-"""Groups of neurons that a large block of tokens keeps: every block is a small dense FFN of its own.
+"""Column groups of large blocks: each block of tokens is a small dense FFN of the neurons that it keeps.
 
-With blocks of a thousand sorted tokens a block can keep single neurons: the rows of W1 and W2^T that it keeps are
-copied once and used by a thousand tokens, so the copying costs little beside the products, which are batches of dense
-ones, and cuBLAS's. With `[B, V, d]` the tokens in blocks and K the neurons that each keeps:
+A block of a thousand sorted tokens can keep single neurons: the rows of W1 and W2^T that it keeps are copied once and
+used by a thousand tokens, so copying costs little compared with the products, which are batched dense products by
+cuBLAS. With `[B, V, d]` the tokens in blocks and K the number of neurons that each block keeps:
 
-    choose           sums of h over every `sample`-th token of a block, the K neurons of largest sum, of all or of every
-                     window of neighbours, weighed by how active they are elsewhere
+    choose           sum h over every `sample`-th token of a block and keep the K neurons with the largest sums, of all
+                     neurons or of each window; `balance` divides the sums by a power of their mean over the blocks
     sample           (1) x W1^T and (3) dy W2 at the chosen neurons: [B, V, K]
     reduce_neurons   (2) h W2^T and (5) dy1 W1: [B, V, d]
-    reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], added up to the weight's gradient
+    reduce_tokens    (4) dy^T h and (6) dy1^T x: parts [B, K, d], which are added to the gradient of the weight
 
-Product (1) is needed at the kept neurons alone, once they are chosen; and for choosing, a sample of the block's tokens
-does. Of the dense product 1/sample + keep is left. A sample is cheap, and costs loss (docs/studies/windows_12m). Where
-all tokens choose, y1 is known for all neurons and is still computed again at the kept ones: reading them out of y1 took
-longer (see kernels/README.md). The copied rows live as long as a product: the operators hide them from torch.compile,
-which would find the same copying in the backward pass and keep them for it.
+The choice needs product (1) only for a sample of the block's tokens, and after it (1) is needed only at the kept
+neurons. The cost is 1/sample + keep of the dense product. A small sample is cheap but increases the loss
+(docs/studies/windows_12m). With sample = 1, y1 is known for all neurons and is still computed again at the kept ones,
+because gathering them from y1 took longer (see kernels/README.md). Copied rows are freed after each product: they are
+inside the operators, because torch.compile would otherwise store them for the backward pass.
 
-The specification is `kernels.groups.group_mask`; `ffn` puts the operators together. Source: this project.
+The specification is `kernels.groups.group_mask`; `ffn` combines the operators. Source: this project.
 """
 
 import torch
@@ -31,21 +31,22 @@ from kernels.operators import operator, register_fake
 
 
 def in_blocks(x: Tensor, v: int) -> Tensor:
-    """`[T, d]` to `[B, V, d]`, V = min(v, T), the last block filled up with zeros."""
+    """x `[T, d]` as blocks of tokens `[B, V, d]`, V = min(v, T); the last block is padded with zeros."""
     v = min(v, x.shape[0])
     missing = -x.shape[0] % v
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).view(-1, v, x.shape[1])
 
 
 def choose(y1: Tensor, pattern: Groups) -> Tensor:
-    """The neurons that each block of tokens keeps.
+    """Choose the neurons that each block of tokens keeps.
 
     Args:
-        y1: `[B, S, f]`, x W1^T of the S tokens by which each block chooses: every `sample`-th of its tokens.
-        pattern: what a block keeps.
+        y1: `[B, S, f]`, floating point: x W1^T of every `sample`-th token of each block, S = ceil(V / sample).
+        pattern: the column groups to keep.
 
     Returns:
-        place `[B, f]` int32: which of a block's K kept neurons each neuron is, in their order; -1 where it is none.
+        place `[B, f]` int32: the index of a kept neuron among the K kept neurons of the block, ascending; -1 for a
+        neuron that the block drops.
     """
     active = y1.relu()
     h = active * active
@@ -64,11 +65,11 @@ def choose(y1: Tensor, pattern: Groups) -> Tensor:
 def _keep_largest(
     sums, place, rows, windows, groups, kept, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A row is a window of `groups` groups; a block has `windows` of them, one after another."""
+    """Rank the groups of ROWS windows. A window has `groups` groups, and a block has `windows` windows."""
     row, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUPS)
     at, inside = row[:, None] * groups + group[None, :], (row < rows)[:, None] & (group < groups)[None, :]
     key = tl.where(inside, sort_key(tl.load(sums + at, mask=inside, other=0.0)), -1)
-    # The smallest key that is kept, bit by bit: the largest number that `kept` keys reach.
+    # The smallest kept key, found bit by bit: the largest number that at least `kept` keys are not below.
     least = tl.zeros([ROWS], tl.int32)
     for bit in range(31):
         higher = least | (1 << (30 - bit))
@@ -85,7 +86,7 @@ def _copy_rows(
     weight, place, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
     NEURONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight to every block that keeps neurons of it; `_add_rows` is the way back."""
+    """Copy rows of a tile of the weight to every block that keeps them; `_add_rows` is its transpose."""
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = (neuron < hidden_dim)[:, None] & (column < D)[None, :]
@@ -118,7 +119,7 @@ def _add_rows(
 def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     place = sums.new_empty(sums.shape, dtype=torch.int32)
     rows, width = sums.numel() // window, triton.next_power_of_2(window)
-    at_once = max(1, 1024 // width)  # a program of 1024 groups at least
+    at_once = max(1, 1024 // width)  # windows of a program, so that it has at least 1024 groups
     _keep_largest[(triton.cdiv(rows, at_once),)](
         sums.contiguous(), place, rows, sums.shape[1] // window, window, kept,
         ROWS=at_once, GROUPS=width, num_warps=16 if width > 1024 else 4,
@@ -167,24 +168,28 @@ def _copied(weight: Tensor, place: Tensor, kept: int) -> Tensor:
 
 
 def add_rows(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
-    """The sum over blocks of what each has for its kept neurons, `[B, K, d]`: `[f, d]` or, transposed, `[d, f]`."""
+    """Add the rows of each block's kept neurons, parts `[B, K, d]`, over the blocks.
+
+    Returns:
+        `[f, d]` or, transposed, `[d, f]`, contiguous, in the dtype of parts; sums are float32 or wider.
+    """
     with torch.cuda.device_of(parts):
         return (_launch_add if parts.is_cuda else _reference_add)(parts, place, transposed)
 
 
 @operator("columns_keep_largest")
 def keep_largest(sums: Tensor, kept: int, window: int) -> Tensor:
-    """The `kept` largest entries in every window of a row, the first of equals, NaN above all.
+    """Keep the `kept` largest entries in every window of a row; the lower index wins a tie, NaN is the largest.
 
     Args:
-        sums: `[B, G]`, not negative; the kernel ranks float32, any other dtype PyTorch's sort.
+        sums: `[B, G]`, non-negative. On a GPU the kernel ranks float32; PyTorch's sort ranks other dtypes.
         kept: entries that a window keeps.
-        window: entries in a window, a divisor of G; G itself where a row is one window.
+        window: entries in a window, a divisor of G; G: a row is one window.
 
     Returns:
-        `[B, G]` int32: how many kept ones stand before a kept one in its row; -1 for the others.
+        `[B, G]` int32: for a kept entry the number of kept entries before it in its row; -1 for the others.
     """
-    ranked = sums.is_cuda and sums.dtype == torch.float32  # by its bits, as an int32
+    ranked = sums.is_cuda and sums.dtype == torch.float32  # the kernel compares the bits as int32
     with torch.cuda.device_of(sums):
         return (_launch_largest if ranked else _reference_largest)(sums, kept, window)
 
@@ -196,16 +201,16 @@ def _(sums: Tensor, kept: int, window: int) -> Tensor:
 
 @operator("columns_sample")
 def sample(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
-    """x times the transposed weight, at the neurons that a block keeps: products (1) and (3).
+    """Products (1) and (3) at the kept neurons of each block: x W1^T and dy W2.
 
     Args:
-        x: `[B, V, d]`: x, or dy.
-        weight: `[f, d]`, same dtype, any strides: W1, or W2^T.
-        place: `[B, f]` int32, as of `choose`. So below.
-        kept: K, how many neurons a block keeps.
+        x: `[B, V, d]`: x for (1), dy for (3).
+        weight: `[f, d]`, dtype of x, any strides: W1 for (1), W2^T for (3).
+        place: `[B, f]` int32, from `choose`.
+        kept: K, the number of neurons that a block keeps.
 
     Returns:
-        `[B, V, K]`.
+        `[B, V, K]` in the dtype of x.
     """
     return torch.bmm(x, _copied(weight, place, kept).mT)
 
@@ -217,15 +222,15 @@ def _(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
 
 @operator("columns_reduce_neurons")
 def reduce_neurons(h: Tensor, weight: Tensor, place: Tensor) -> Tensor:
-    """The kept columns times a weight's rows: products (2) and (5).
+    """Products (2) and (5): h W2^T and dy1 W1, over the kept neurons of each block.
 
     Args:
-        h: `[B, V, K]`: h, or dy1.
-        weight: `[f, d]`, same dtype, any strides: W2^T, or W1.
-        place: `[B, f]`.
+        h: `[B, V, K]`: h for (2), dy1 for (5).
+        weight: `[f, d]`, dtype of h, any strides: W2^T for (2), W1 for (5).
+        place: `[B, f]` int32, from `choose`.
 
     Returns:
-        `[B, V, d]`.
+        `[B, V, d]` in the dtype of h.
     """
     return torch.bmm(h, _copied(weight, place, h.shape[2]))
 
@@ -237,17 +242,17 @@ def _(h: Tensor, weight: Tensor, place: Tensor) -> Tensor:
 
 @operator("columns_reduce_tokens")
 def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool) -> Tensor:
-    """The transposed kept columns times x, blocks added up in their order: products (6) and, transposed, (4).
+    """Products (4) and (6): dW2 = dy^T h and dW1 = dy1^T x. Blocks are added in ascending order.
 
     Args:
-        h: `[B, V, K]`: h, or dy1.
-        x: `[B, V, d]`, same dtype: dy, or x.
-        place: `[B, f]`.
-        transposed: give `[d, f]` instead of `[f, d]`.
+        h: `[B, V, K]`: h for (4), dy1 for (6).
+        x: `[B, V, d]`, dtype of h: dy for (4), x for (6).
+        place: `[B, f]` int32, from `choose`.
+        transposed: return x^T h `[d, f]`, as (4) needs; otherwise h^T x `[f, d]`.
 
     Returns:
-        `[f, d]` or `[d, f]`, a block's part in the dtype of x, their sum in float32 or wider; zero where no block keeps
-        a neuron.
+        `[d, f]` or `[f, d]` in the dtype of x. The part of each block is rounded to that dtype; the sum over blocks is
+        float32 or wider. Zero for neurons that no block keeps.
     """
     return add_rows(torch.bmm(h.mT, x), place, transposed)
 

@@ -1,4 +1,4 @@
-"""The six products over the neurons that large blocks keep; x, y and their gradients are in blocks, `[B, V, d]`."""
+"""The family `columns`: the six products over the neurons that each large block keeps, in batches `[B, V, d]`."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -23,11 +23,11 @@ from kernels.groups.ffn import groups_of
 from kernels.groups.pattern import Groups
 from kernels.weights import thresholded
 
-LARGE = 512  # tokens in a block from which copying the weights that it keeps is cheap beside its products
+LARGE = 512  # smallest block, in tokens: copying the rows of its neurons is then cheap compared with its products
 
 
 class LargeBlocks(Family):
-    """Patterns are made by the family `groups`."""
+    """Column groups of large blocks; the family `groups` has their names in recipes (`TileGroups.patterns`)."""
 
     name = "columns"
     operators: ClassVar[Mapping[str, Stages]] = {
@@ -46,16 +46,16 @@ class LargeBlocks(Family):
         if refusal := refuses_device(device, dtype):
             return refusal
         if isinstance(sparsity.pattern, Preceding) and sparsity.weight_products:
-            return "a choice made from the block before needs whole weights"
+            return "a choice made from the preceding block needs dense weights"
         pattern = groups_of(sparsity)
         assert pattern is not None
-        return "" if pattern.v >= LARGE else f"large blocks need v of {LARGE} and more"
+        return "" if pattern.v >= LARGE else f"large blocks need v of at least {LARGE}"
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
         pattern = groups_of(sparsity)
         assert pattern is not None
-        kept = "what the block before keeps" if isinstance(sparsity.pattern, Preceding) else "the neurons they keep"
-        return f"blocks of {pattern.v} tokens as dense FFNs of {kept}, cuBLAS"
+        chosen = " by the preceding block" if isinstance(sparsity.pattern, Preceding) else ""
+        return f"blocks of {pattern.v} tokens as dense FFNs of the neurons chosen{chosen}, cuBLAS"
 
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
         pattern = groups_of(sparsity)
@@ -70,7 +70,7 @@ class LargeBlocks(Family):
             chosen_by=1 / pattern.sample,
         )
 
-    # Not inside `forward`: a contiguous view as its result gets gradients of zero where torch 2.11 compiles it.
+    # Not in `forward`: if it returned a contiguous view, compiled code of torch 2.11 would compute zero gradients.
     def arrange(self, x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
         assert isinstance(sparsity.pattern, Groups)
         return in_blocks(x, sparsity.pattern.v)

@@ -1,4 +1,4 @@
-"""The six products over the neurons that large blocks keep, in fp8; see `kernels.columns.fp8` and `kernels.float8`."""
+"""The family `columns_fp8`: the products of `columns` in fp8; see `kernels.columns.fp8` and `kernels.float8`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +13,8 @@ from kernels.family import Cost, Family, FeedForwardSparsity, Operands, Saved, S
 from kernels.float8 import LARGEST, scale_of
 from kernels.groups.pattern import Groups
 
-CAPABILITY = 9, 0  # of the copy engine (TMA) that the products read by
-ALIGNED = 16  # bytes, and so fp8 numbers, that rows of TMA's operands are multiples of
+CAPABILITY = 9, 0  # of GPUs with the tensor memory accelerator (TMA), which loads the operands
+ALIGNED = 16  # bytes, and so fp8 numbers: the row of an operand of the TMA is a multiple of it
 
 
 class LargeBlocksFp8(LargeBlocks):
@@ -41,27 +41,27 @@ class LargeBlocksFp8(LargeBlocks):
             return "fp8 products need a GPU of compute capability 9.0 or higher"
         pattern = sparsity.pattern
         if not isinstance(pattern, Groups):
-            return "a choice made from the block before has no fp8 products"
+            return "a choice made from the preceding block has no fp8 products"
         if sparsity.weight_products:
-            return "fp8 products read whole weights"
+            return "fp8 products need dense weights"
         kept = pattern.kept_groups(shape.hidden_dim) * pattern.g
         if pattern.v < LARGE or pattern.v % ALIGNED or shape.width % ALIGNED or kept % ALIGNED:
             return (
-                f"large blocks in fp8 need v of {LARGE} and more, and v, the width and the kept neurons ({kept}) "
+                f"large blocks in fp8 need v of at least {LARGE}, and v, the width and the kept neurons ({kept}) "
                 f"divisible by {ALIGNED}"
             )
         return ""
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
         assert isinstance(sparsity.pattern, Groups)
-        return f"blocks of {sparsity.pattern.v} tokens as dense FFNs of the neurons they keep, in fp8, Triton"
+        return f"blocks of {sparsity.pattern.v} tokens as dense FFNs of the neurons chosen, in fp8, Triton"
 
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
-        # An fp8 number is half of one: h, and W1 and W2 whole.
+        # Memory is counted in bf16 elements, and an fp8 number is half of one: h, and copies of all of W1 and W2.
         cost = super().cost(sparsity, shape)
         return replace(cost, kept_h=cost.kept_h / 2, kept_weights=1.0)
 
-    arrange, restore = Family.arrange, Family.restore  # `fp8.cast` makes the blocks
+    arrange, restore = Family.arrange, Family.restore  # the operators take `[T, d]`: `fp8.cast` divides it into blocks
 
     def forward(
         self, x: Tensor, weights: Operands, sparsity: FeedForwardSparsity, order: Tensor | None
@@ -98,7 +98,7 @@ class LargeBlocksFp8(LargeBlocks):
         scale_dy = _scales(dy, order, v)
         dy_fp8, dy_t = fp8.cast(dy, order, 1 / scale_dy, v)
         dh, peak = fp8.sample(dy_fp8, w2, kept, scale_dy, scale_w2, False, dtype)  # (3)
-        scale_dy1 = scale_of(2 * (scale_h * LARGEST).sqrt() * peak)  # a bound: a pass over dy1 would cost more
+        scale_dy1 = scale_of(2 * (scale_h * LARGEST).sqrt() * peak)  # of a bound of |dy1|, which saves a pass over dy1
         dy1, dy1_t = fp8.cast_gradient(dh, 1 / scale_dy1, h, scale_h)
         dw2 = fp8.reduce_tokens(h, dy_t, place, scale_h, scale_dy, True, dtype)  # (4)
         dx = fp8.reduce_neurons(dy1, w1, kept, scale_dy1, scale_w1, order, dtype)  # (5)
@@ -107,7 +107,7 @@ class LargeBlocksFp8(LargeBlocks):
 
 
 def _scales(x: Tensor, order: Tensor, v: int) -> Tensor:
-    """The scale of every block of x `[T, d]` in its order: `[B]` float32, B = ceil(T / v)."""
+    """The scale of each block of v rows of x[order], x `[T, d]`: `[B]` float32, B = ceil(T / v)."""
     peaks = x.abs().amax(1).float()[order]
     return scale_of(torch.nn.functional.pad(peaks, (0, -len(peaks) % v)).view(-1, v).amax(1))
 

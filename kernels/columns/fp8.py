@@ -1,22 +1,22 @@
-"""Large blocks in fp8: what casts operands, copies rows and multiplies.
+"""Operators of large blocks in fp8, in Triton: they cast operands, copy rows of weights and multiply.
 
-The tensor cores multiply fp8 twice as fast as bf16, but only operands that lie along the dimension which a product
-reduces over. x and h are reduced over d and f in one product and over tokens in another. So they are written twice, as
-they are and transposed, by the pass that casts them. The FFN has such passes anyhow: tokens are ordered, rows of
-weights are copied, y1 is squared. With `[B, V, d]` the tokens in blocks and K the neurons that each keeps:
+The tensor cores multiply fp8 twice as fast as bf16, but only operands that are contiguous along the reduction
+dimension. x and h are reduced over d and f in one product and over the tokens in another. So the pass that casts them
+writes them twice, once transposed. The FFN needs most of these passes in bf16 as well: it permutes tokens, copies rows
+of weights and squares y1. With `[B, V, d]` the tokens in blocks and K the number of neurons that each block keeps:
 
-    cast             tokens in the blocks' order: x, dy
+    cast             x or dy, permuted into blocks
     quantise         a weight
     chosen_by        y1 of the tokens that each block chooses by
-    sample           (1) x W1^T and (3) dy W2 at the kept neurons, and the peak of each block
+    sample           (1) x W1^T and (3) dy W2 at the kept neurons, and the largest magnitude of each block
     cast_square      h, from y1
-    reduce_neurons   (2) h W2^T and (5) dy1 W1, in the tokens' own order
+    reduce_neurons   (2) h W2^T and (5) dy1 W1, in the original order of the tokens
     cast_gradient    dy1 = 2 sqrt(h) * dh
-    reduce_tokens    (4) dy^T h and (6) dy1^T x, blocks added up
+    reduce_tokens    (4) dy^T h and (6) dy1^T x, added over the blocks
 
-The product is one Triton kernel for all blocks, `_products`: TMA loads, 256 x 128 x 128 tiles, float32 sums. Its end
-does what would be a pass of its own: it finds the peak that the next scale needs, or restores the tokens' own order.
-Scales: `kernels.float8`. kernels/README.md says what was measured. Source: this project.
+One Triton kernel, `_products`, computes the products of all blocks: TMA loads, tiles of 256 x 128 x 128, float32 sums.
+Its epilogue saves a pass: it finds the largest magnitude, which the next scale needs, or restores the order of the
+tokens. Scales: `kernels.float8`. Measurements: kernels/README.md. Source: this project.
 """
 
 import torch
@@ -29,15 +29,15 @@ from kernels.columns import add_rows
 from kernels.float8 import E4M3
 from kernels.operators import operator, register_fake
 
-ROWS, WIDTH = 64, 128  # the tile of a pass
-TILE_M, TILE_N, TILE_K = 256, 128, 128  # of a product
-# The ends of a product.
+ROWS, WIDTH = 64, 128  # tile of the kernels that cast and copy
+TILE_M, TILE_N, TILE_K = 256, 128, 128  # tile of `_products`
+# Epilogues of `_products`: none; the largest magnitude; that of the positive entries; rows in the order of the tokens.
 PLAIN, PEAK, POSITIVE_PEAK, ORDERED = 0, 1, 2, 3
 
 
 @triton.jit
 def _store_both(values, out, out_t, block, row, column, rows, columns):
-    """A tile of out `[B, rows, columns]` and of out_t `[B, columns, rows]`."""
+    """Store a tile to out `[B, rows, columns]` and, transposed, to out_t `[B, columns, rows]`."""
     first = block.to(tl.int64) * rows * columns
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + first + row[:, None] * columns + column[None, :], values, mask=inside)
@@ -62,7 +62,7 @@ def _cast(x, order, inverse, out, out_t, tokens, V, D, ROWS: tl.constexpr, WIDTH
 def _cast_kept(
     y, h, inverse, scale_h, out, out_t, V, K, GRADIENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """h from y = y1, or dy1 from y = dh and h `[B, K, V]`."""
+    """Cast h, from y = y1; or with GRADIENT dy1, from y = dh and h `[B, K, V]`."""
     tiles = tl.cdiv(V, ROWS)
     block, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -110,7 +110,7 @@ def _products(
     a, b, out, scale_a, scale_b, peak, order, tokens, M, N, K,
     END: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """out[b] `[M, N]` = a[b] `[M, K]` times b[b]^T, b `[N, K]`, times two scales; and what its END says."""
+    """out[i] `[M, N]` = a[i] `[M, K]` times b[i]^T, b[i] `[N, K]`, times two scales, with the epilogue END."""
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     tile = tl.program_id(0)
     block, inside = tile // (tiles_m * tiles_n), tile % (tiles_m * tiles_n)
@@ -125,11 +125,11 @@ def _products(
     row, column = m + tl.arange(0, TILE_M), n + tl.arange(0, TILE_N)
     exists = (row < M)[:, None] & (column < N)[None, :]
     at = block.to(tl.int64) * M * N + row[:, None] * N + column[None, :]
-    if END == 1 or END == 2:  # PEAK, POSITIVE_PEAK: integers order as magnitudes do, NaN above all
+    if END == 1 or END == 2:  # PEAK, POSITIVE_PEAK: the bits of magnitudes have their order, NaN is the largest
         size = value.to(tl.float32)
         size = tl.abs(size) if END == 1 else tl.abs(tl.maximum(size, 0.0, propagate_nan=tl.PropagateNan.ALL))
         tl.atomic_max(peak + block, tl.max(tl.where(exists, size, 0.0).to(tl.int32, bitcast=True)))
-    if END == 3:  # ORDERED: rows go to where their tokens are
+    if END == 3:  # ORDERED: each row is written to the row of its token
         exists = exists & (block * M + row < tokens)[:, None]
         token = tl.load(order + block * M + row, mask=(row < M) & (block * M + row < tokens), other=0)
         at = token.to(tl.int64)[:, None] * N + column[None, :]
@@ -148,7 +148,7 @@ def _launch_products(
 ) -> Tensor:
     (blocks, m, k), n = a.shape, b.shape[1]
     grid = (blocks * triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
-    # What an end does not read stands in for its pointer.
+    # The kernel needs a pointer for every argument; one that the epilogue does not use may point anywhere.
     others = (out if each is None else each for each in (peak, order))
     _products[grid](
         TensorDescriptor.from_tensor(a, [1, TILE_M, TILE_K]), TensorDescriptor.from_tensor(b, [1, TILE_N, TILE_K]),
@@ -221,9 +221,9 @@ def _reference_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
 
 
 def _check(x: Tensor) -> None:
-    """Triton 3.6 transposes a tile of fp8 numbers wrongly where it came from float32: entries are not written."""
+    """Refuse float32 on a GPU: Triton 3.6 transposes an fp8 tile that was cast from it wrongly, leaving entries out."""
     if x.is_cuda and x.dtype != torch.bfloat16:
-        raise ValueError(f"fp8 casts on a GPU read bfloat16, got {x.dtype}")
+        raise ValueError(f"fp8 casts on a GPU need bfloat16, got {x.dtype}")
 
 
 def _copied(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
@@ -232,24 +232,28 @@ def _copied(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
 
 
 def kept_neurons(place: Tensor, kept: int) -> Tensor:
-    """The neurons that each block keeps, in their order: `[B, K]` int32, of `kernels.columns.choose`'s `[B, f]`."""
+    """The neurons that each block keeps, `[B, K]` int32, ascending, from `place [B, f]` of `kernels.columns.choose`."""
     neurons = torch.arange(place.shape[1], dtype=torch.int32, device=place.device).expand_as(place)
-    out = torch.zeros(place.shape[0], kept + 1, dtype=torch.int32, device=place.device)  # the last: of those dropped
+    # Dropped neurons are all written to one more column.
+    out = torch.zeros(place.shape[0], kept + 1, dtype=torch.int32, device=place.device)
     return out.scatter(1, torch.where(place < 0, kept, place).long(), neurons)[:, :kept].contiguous()
 
 
 @operator("columns_fp8_cast")
 def cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
-    """Tokens in blocks, as fp8.
+    """Permute tokens into blocks and cast them to fp8: x[order] / scale.
 
     Args:
-        x: `[T, d]`.
+        x: `[T, d]`, bf16 on a GPU.
         order: `[T]` int32, a permutation.
-        inverse: `[B]` float32, one over each block's scale.
-        v: tokens in a block, V.
+        inverse: `[B]` float32, 1 / scale of each block, B = ceil(T / V).
+        v: V, tokens in a block.
 
     Returns:
-        `[B, V, d]` e4m3 and the same transposed, `[B, d, V]`, the last block filled up with zeros.
+        `[B, V, d]` e4m3 and its transpose `[B, d, V]`; the last block is padded with zeros.
+
+    Raises:
+        ValueError: on a GPU, x is not bf16. So do `cast_square` and `cast_gradient`.
     """
     _check(x)
     with torch.cuda.device_of(x):
@@ -264,14 +268,14 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor
 
 @operator("columns_fp8_cast_square")
 def cast_square(y1: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """h = relu(y1)^2 as fp8.
+    """Cast h = relu(y1)^2 to fp8.
 
     Args:
-        y1: `[B, V, K]`.
-        inverse: `[B]` float32, one over h's scales.
+        y1: `[B, V, K]`, bf16 on a GPU.
+        inverse: `[B]` float32, 1 / scale of h.
 
     Returns:
-        `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
+        `[B, V, K]` e4m3 and its transpose `[B, K, V]`.
     """
     _check(y1)
     with torch.cuda.device_of(y1):
@@ -280,15 +284,16 @@ def cast_square(y1: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator("columns_fp8_cast_gradient")
 def cast_gradient(dh: Tensor, inverse: Tensor, h: Tensor, scale_h: Tensor) -> tuple[Tensor, Tensor]:
-    """dy1 = 2 sqrt(h) * dh as fp8.
+    """Cast dy1 = 2 sqrt(h) * dh to fp8.
 
     Args:
-        dh: `[B, V, K]`.
-        inverse: `[B]` float32, one over dy1's scales.
-        h: `[B, K, V]` e4m3, transposed; scale_h: `[B]` float32.
+        dh: `[B, V, K]`, bf16 on a GPU.
+        inverse: `[B]` float32, 1 / scale of dy1.
+        h: `[B, K, V]` e4m3, the transpose from `cast_square`.
+        scale_h: `[B]` float32, scale of h.
 
     Returns:
-        `[B, V, K]` e4m3 and the same transposed, `[B, K, V]`.
+        `[B, V, K]` e4m3 and its transpose `[B, K, V]`.
     """
     _check(dh)
     with torch.cuda.device_of(dh):
@@ -311,7 +316,15 @@ def _(dh: Tensor, inverse: Tensor, h: Tensor, scale_h: Tensor) -> tuple[Tensor, 
 
 @operator("columns_fp8_quantise")
 def quantise(weight: Tensor, inverse: Tensor) -> Tensor:
-    """A weight `[f, d]` of any strides over its scale, as e4m3 `[f, d]`; inverse `[]` float32."""
+    """Cast a weight to fp8.
+
+    Args:
+        weight: `[f, d]`, floating point, any strides.
+        inverse: `[]` float32, 1 / scale of the weight.
+
+    Returns:
+        `[f, d]` e4m3, contiguous.
+    """
     with torch.cuda.device_of(weight):
         return (_launch_quantise if weight.is_cuda else _reference_quantise)(weight, inverse)
 
@@ -323,13 +336,13 @@ def _(weight: Tensor, inverse: Tensor) -> Tensor:
 
 @operator("columns_fp8_chosen_by")
 def chosen_by(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y1 of the tokens by which each block chooses, for all neurons.
+    """y1, without the scale of x, of the tokens that each block chooses by, for all neurons.
 
     Args:
         x: `[B, V, d]` e4m3.
-        weight: `[f, d]` e4m3, W1.
+        weight: `[f, d]` e4m3: W1.
         every: a block chooses by its tokens 0, every, 2 every, ...
-        scale: `[1]` float32, the weight's; x's are not multiplied by.
+        scale: `[1]` float32, scale of the weight. The caller multiplies by the scales of x.
         dtype: of the result.
 
     Returns:
@@ -360,18 +373,19 @@ def sample(
     positive: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """x times the transposed weight, at the neurons that a block keeps: products (1) and (3).
+    """Products (1) and (3) at the kept neurons of each block, x W1^T and dy W2, and the peak of each block.
 
     Args:
-        x: `[B, V, d]` e4m3: x, or dy.
-        weight: `[f, d]` e4m3: W1, or W2^T.
-        kept: `[B, K]` int32, of `kept_neurons`. So below.
-        scale_x, scale_weight: `[B]` float32. So below, whatever they are the scales of.
-        positive: whether the peak is that of the positive entries.
+        x: `[B, V, d]` e4m3: x for (1), dy for (3).
+        weight: `[f, d]` e4m3: W1 for (1), W2^T for (3).
+        kept: `[B, K]` int32, from `kept_neurons`.
+        scale_x, scale_weight: `[B]` float32, for each block the scales of x and of the weight.
+        positive: whether the peak is the largest positive entry, instead of the largest magnitude.
         dtype: of the result.
 
     Returns:
-        `[B, V, K]`, and `[B]` float32, the peak of each block: its largest magnitude, 0 where no entry counts.
+        `[B, V, K]`, and the peaks `[B]` float32: of the entries as rounded to `dtype`; 0 if there is no positive entry,
+        NaN if an entry is NaN.
     """
     rows = _copied(weight, kept, False)
     if not x.is_cuda:
@@ -401,15 +415,18 @@ def _(
 def reduce_neurons(
     h: Tensor, weight: Tensor, kept: Tensor, scale_h: Tensor, scale_weight: Tensor, order: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The kept columns times a weight's rows, in the tokens' own order: products (2) and (5).
+    """Products (2) and (5) over the kept neurons of each block: h W2^T and dy1 W1.
 
     Args:
-        h: `[B, V, K]` e4m3: h, or dy1.
-        weight: `[f, d]` e4m3: W2^T, or W1.
-        order: `[T]` int32: which token each row of the blocks is.
+        h: `[B, V, K]` e4m3: h for (2), dy1 for (5).
+        weight: `[f, d]` e4m3: W2^T for (2), W1 for (5).
+        kept: `[B, K]` int32, from `kept_neurons`.
+        scale_h, scale_weight: `[B]` float32, for each block the scales of h and of the weight.
+        order: `[T]` int32, a permutation: row t of all blocks is written to row order[t].
+        dtype: of the result.
 
     Returns:
-        `[T, d]`.
+        `[T, d]`, in the original order of the tokens.
     """
     tokens, rows = order.shape[0], _copied(weight, kept, True)
     if not h.is_cuda:
@@ -431,16 +448,18 @@ def _(
 def reduce_tokens(
     h: Tensor, x: Tensor, place: Tensor, scale_h: Tensor, scale_x: Tensor, transposed: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The transposed kept columns times x, blocks added up in their order: products (6) and, transposed, (4).
+    """Products (4) and (6): dW2 = dy^T h and dW1 = dy1^T x. Blocks are added in ascending order.
 
     Args:
-        h: `[B, K, V]` e4m3: h, or dy1, transposed.
-        x: `[B, d, V]` e4m3: dy, or x, transposed.
-        place: `[B, f]` int32, as of `kernels.columns.choose`.
-        transposed: give `[d, f]` instead of `[f, d]`.
+        h: `[B, K, V]` e4m3, transposed: h for (4), dy1 for (6).
+        x: `[B, d, V]` e4m3, transposed: dy for (4), x for (6).
+        place: `[B, f]` int32, from `kernels.columns.choose`.
+        scale_h, scale_x: `[B]` float32, for each block the scales of h and of x.
+        transposed: return x^T h `[d, f]`, as (4) needs; otherwise h^T x `[f, d]`.
+        dtype: of the result, and of the part of each block.
 
     Returns:
-        `[f, d]` or `[d, f]`: parts in `dtype`, their sum in float32 or wider.
+        `[d, f]` or `[f, d]`; the sum over blocks is float32 or wider. Zero for neurons that no block keeps.
     """
     if not h.is_cuda:
         return add_rows(_reference_products(h, x, scale_h, scale_x, dtype).to(dtype), place, transposed)

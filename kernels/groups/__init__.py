@@ -1,19 +1,21 @@
-"""Column groups: the FFN whose h keeps whole tiles, 128 tokens by 128 neurons, and computes nothing else.
+"""Column groups in tiles: h keeps whole tiles of 128 tokens by 128 neurons, and only kept tiles are computed.
 
     y1  = x W1^T                                     (1), dense or with a 2:4 W1
-    h   = the tiles of relu(y1)^2 that are kept      `select_tiles`
+    h   = the kept tiles of relu(y1)^2               `select_tiles`
     y   = h W2^T                                     (2), `reduce_neurons`
-    dy1 = 2 sqrt(h) * (dy W2) at those tiles         (3), `sample_dy1`
+    dy1 = 2 sqrt(h) * (dy W2) at the kept tiles      (3), `sample_dy1`
     dW2 = dy^T h                                     (4), `reduce_tokens`
     dx  = dy1 W1                                     (5), `reduce_neurons`
     dW1 = dy1^T x                                    (6), `reduce_tokens`
 
-The gradients are exact for the given choice of tiles. Tokens may be taken in another order, so that the 128 of a block
-want the same neurons: x and dy are gathered once, y and dx are scattered by the products that compute them.
+The gradients are exact for the given choice of tiles. The tokens can be permuted, so that the 128 tokens of a block
+need the same neurons: x and dy are gathered once; the products that compute y and dx scatter their rows.
 
-`reference` is the specification and runs on the CPU; `select` is Triton, `products` CUDA C++ for Hopper, `portable` the
-same products in Triton for other GPUs. All functions here are custom operators of PyTorch, so torch.compile passes
-through them; `ffn` puts them together.
+`reference` is the specification in PyTorch, and the CPU path. `select` is in Triton, `products` in CUDA C++ for Hopper,
+`portable` has the same products in Triton for other GPUs. All functions of this module are custom operators of PyTorch,
+so torch.compile passes through them; `ffn` combines them.
+
+Source: this project.
 """
 
 import functools
@@ -48,7 +50,7 @@ def _products(device: torch.device) -> types.ModuleType:
 
 
 def _check(width: int, **operands: Tensor) -> None:
-    """Raise ValueError where a GPU's kernels would misread the operands of a product."""
+    """Raise ValueError if the GPU kernels cannot read these operands of a product of this width."""
     first = next(iter(operands.values()))
     if not first.is_cuda:
         return
@@ -63,20 +65,21 @@ def _check(width: int, **operands: Tensor) -> None:
 
 @operator("groups_select_tiles")
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The tiles of h = relu(y1)^2 whose sums are the largest of their block of tokens.
+    """Select the tiles of h = relu(y1)^2 with the largest sums in each block of tokens.
 
     Args:
-        y1: `[T, f]`, contiguous, f a multiple of TILE; T need not be one. On a GPU bf16.
-        kept: groups of TILE neurons that a block of TILE tokens keeps.
-        by: `[T', f]`, T' at least T, same dtype and contiguous: a block chooses by the sums of the same block of `by`
-            instead of its own.
-        balance: sums are divided by their mean over all blocks to this power, see `group_mask`.
+        y1: `[T, f]`, contiguous, f a multiple of TILE, any T. bf16 on a GPU, any floating dtype elsewhere.
+        kept: groups of TILE neurons that each block of TILE tokens keeps.
+        by: `[T', f]`, T' at least T, dtype of y1, contiguous: block b chooses by the sums of block b of `by`. None: by
+            its own sums.
+        balance: the sums are divided by their mean over all blocks to this power, see `group_mask`.
 
     Returns:
-        tiles `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and the buffer of their `TileLists`, int32.
+        tiles `[P, TILE, TILE]` in y1's dtype, P = ceil(T / TILE) * kept, and the int32 buffer of their `TileLists`.
 
     Raises:
-        ValueError: on a GPU, y1 of another dtype or not contiguous. So do the products below, and where d does not fit.
+        ValueError: on a GPU, if an operand is not bf16 or not contiguous. The products below raise it for these
+            reasons too, and on Hopper if d is not a multiple of 64.
     """
     _check(0, y1=y1, by=y1 if by is None else by)
     with torch.cuda.device_of(y1):
@@ -93,18 +96,18 @@ def _(y1, kept, by=None, balance=0.0):
 
 @operator("groups_reduce_neurons")
 def reduce_neurons(tiles: Tensor, lists: Tensor, weight: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """The tiles' matrix `[T, f]` times W1, or times W2^T: products (5) and (2).
+    """Products (2) and (5): h or dy1 `[T, f]`, stored as tiles, times W2^T or W1.
 
     Args:
-        tiles: `[P, TILE, TILE]`.
-        lists: the buffer of their lists.
-        weight: W1 `[f, d]`, or W2^T as the transpose of a contiguous W2 `[d, f]`; the tiles' dtype. On Hopper d is a
-            multiple of 64.
-        order: `[T]` int32, the row of the output that each token's result goes to; None: its own.
+        tiles: `[P, TILE, TILE]`: of h for (2), of dy1 for (5).
+        lists: the buffer of their `TileLists`.
+        weight: `[f, d]`, dtype of the tiles: W2^T as the transpose of a contiguous W2 `[d, f]` for (2), W1 for (5). On
+            Hopper d must be a multiple of 64.
+        order: `[T]` int32, a permutation: row t of the product is written to row order[t]. None: to row t.
         tokens: T.
 
     Returns:
-        `[T, d]`.
+        `[T, d]` in the tiles' dtype; sums are float32 or wider.
     """
     _check(weight.shape[1], tiles=tiles, weight=weight)
     of = TileLists.of(lists, tokens, weight.shape[0], tiles.shape[0])
@@ -119,16 +122,16 @@ def _(tiles, lists, weight, order, tokens):
 
 @operator("groups_sample_dy1")
 def sample_dy1(dy: Tensor, weight: Tensor, tiles: Tensor, lists: Tensor) -> Tensor:
-    """dy1 = 2 sqrt(h) * (dy W2) where a tile of h exists: product (3) and the gradient through the square.
+    """Product (3) and the gradient of the square: dy1 = 2 sqrt(h) * (dy W2) at the tiles of h.
 
     Args:
         dy: `[T, d]`, contiguous.
-        weight: W2^T `[f, d]`, as the transpose of a contiguous W2 `[d, f]`; same dtype.
-        tiles: h, `[P, TILE, TILE]`, same dtype.
-        lists: the buffer of their lists.
+        weight: `[f, d]`, dtype of dy: W2^T as the transpose of a contiguous W2 `[d, f]`.
+        tiles: `[P, TILE, TILE]`, dtype of dy: h.
+        lists: the buffer of their `TileLists`.
 
     Returns:
-        `[P, TILE, TILE]`.
+        tiles of dy1 `[P, TILE, TILE]`, with the same lists.
     """
     _check(dy.shape[1], dy=dy, w2=weight.T, tiles=tiles)
     of = TileLists.of(lists, dy.shape[0], weight.shape[0], tiles.shape[0])
@@ -143,17 +146,17 @@ def _(dy, weight, tiles, lists):
 
 @operator("groups_reduce_tokens")
 def reduce_tokens(tiles: Tensor, lists: Tensor, x: Tensor, hidden_dim: int, transposed: bool) -> Tensor:
-    """The transposed tiles' matrix times x: products (6) and, transposed, (4).
+    """Products (4) and (6): dW2 = dy^T h and dW1 = dy1^T x, with h or dy1 `[T, f]` stored as tiles.
 
     Args:
-        tiles: `[P, TILE, TILE]`.
-        lists: the buffer of their lists.
-        x: `[T, d]`, contiguous, same dtype.
+        tiles: `[P, TILE, TILE]`: of h for (4), of dy1 for (6).
+        lists: the buffer of their `TileLists`.
+        x: `[T, d]`, contiguous, dtype of the tiles: dy for (4), x for (6).
         hidden_dim: f.
-        transposed: give `[d, f]` instead of `[f, d]`.
+        transposed: return x^T h `[d, f]`, as (4) needs; otherwise h^T x `[f, d]`.
 
     Returns:
-        `[f, d]` or `[d, f]`.
+        `[d, f]` or `[f, d]`; zero for neurons that no block keeps.
     """
     _check(x.shape[1], tiles=tiles, x=x)
     of = TileLists.of(lists, x.shape[0], hidden_dim, tiles.shape[0])

@@ -1,4 +1,4 @@
-"""The six products over column groups, as tiles of TILE tokens by TILE neurons."""
+"""The family `groups`: the six products over column groups in tiles of TILE tokens by TILE neurons."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -25,7 +25,7 @@ from kernels.weights import linear, refuses_packed, thresholded
 
 
 def groups_of(sparsity: FeedForwardSparsity) -> Groups | None:
-    """The column groups that a sparsity keeps, or that a block before chooses; None: another pattern."""
+    """The column groups of a sparsity, also if the preceding block chooses them; None: it has another pattern."""
     pattern = sparsity.pattern.pattern if isinstance(sparsity.pattern, Preceding) else sparsity.pattern
     return pattern if isinstance(pattern, Groups) else None
 
@@ -54,7 +54,7 @@ class TileGroups(Family):
         if sparsity.weight_products and (refusal := refuses_packed(shape, here)):
             return refusal
         if isinstance(sparsity.pattern, Preceding) and sparsity.weight_products:
-            return "a choice made from the block before needs whole weights"
+            return "a choice made from the preceding block needs dense weights"
         pattern = groups_of(sparsity)
         assert pattern is not None
         if pattern.v != TILE or pattern.g != TILE or pattern.sample > 1 or pattern.window or shape.width % 64:
@@ -63,7 +63,7 @@ class TileGroups(Family):
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
         if isinstance(sparsity.pattern, Preceding):
-            return "column groups chosen by the block before"
+            return "column groups chosen by the preceding block"
         if not here or not hopper.missing(device):
             return "column groups, CUDA C++ for Hopper"
         return f"column groups, Triton: {hopper.missing(device)}"

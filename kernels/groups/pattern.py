@@ -38,18 +38,18 @@ def group_mask(
 ) -> Tensor:
     """Which entries of h lie in a kept group.
 
-    A block of v tokens keeps the `round(keep * f / g)` groups of largest sum, at least one; with a window, the
-    `keep * window / g` of largest sum in every window. Among equal sums the lower index wins, of block and then of
-    group. An exact zero never counts as kept; NaN does, so that it is not hidden.
+    A block of v tokens keeps the `round(keep * f / g)` groups with the largest sums, at least one; with a window, the
+    `keep * window / g` groups with the largest sums in each window. Among equal sums the lower group index wins. An
+    entry that is exactly zero is not in the mask; NaN is, so that it is not hidden.
 
     Args:
         h: `[T, f]`, non-negative. T need not be a multiple of v: the last block is shorter.
         v: tokens in a block, at least 1.
         g: neurons in a group, a divisor of f.
         keep: share of the groups to keep, in (0, 1].
-        sums: `[B, f]` float32, what each of the B = ceil(T/v) blocks makes its choice by instead of its own sums over
-            the v tokens.
-        sample: sums are over the tokens 0, sample, 2 sample, ... of a block.
+        sums: `[B, f]` float32, B = ceil(T/v): sums that each block chooses by, instead of the sums of h over its own
+            tokens.
+        sample: the sums are over the tokens 0, sample, 2 sample, ... of a block.
         balance: a group's sums are divided by their mean over all blocks to this power, in [0, 1].
         window: neurons in a window, a multiple of g that divides f; 0: all f.
 
@@ -79,7 +79,7 @@ def group_mask(
 
 
 def balanced(sums: Tensor, balance: float) -> Tensor:
-    """What a block ranks groups by: sums `[B, G]` over a power of their mean over the blocks."""
+    """The values that blocks rank groups by: sums `[B, G]`, divided by a power of their mean over the B blocks."""
     if not balance:
         return sums
     return sums * sums.mean(0).clamp(min=torch.finfo(sums.dtype).tiny).pow(-balance)
@@ -97,15 +97,15 @@ class Groups:
     window: int = 0
 
     def density(self, hidden_dim: int) -> float:
-        """Share of h that is kept at most in an FFN of width `hidden_dim`."""
+        """Largest share of h that is kept in an FFN of width `hidden_dim`."""
         return self.kept_groups(hidden_dim) * self.g / hidden_dim
 
     def kept_groups(self, hidden_dim: int) -> int:
-        """Groups that a block of tokens keeps in an FFN of width `hidden_dim`."""
+        """Number of groups that a block of tokens keeps in an FFN of width `hidden_dim`."""
         return max(1, round(self.keep * hidden_dim / self.g))
 
     def check(self, hidden_dim: int) -> None:
-        """Raise ValueError, naming the parameter, where the pattern does not fit an FFN of width `hidden_dim`."""
+        """Raise ValueError, naming the parameter, if the pattern does not fit an FFN of width `hidden_dim`."""
         if self.v < 1:
             raise ValueError(f"v = {self.v}: a block needs at least one token")
         if self.g < 1:
@@ -135,7 +135,7 @@ class Groups:
         return group_mask(h, self.v, self.g, self.keep, sums, self.sample, self.balance, self.window)
 
     def causal(self) -> "Groups":
-        return replace(self, balance=0.0)  # a mean over all blocks would tell of later tokens
+        return replace(self, balance=0.0)  # the mean over all blocks depends on later tokens
 
     def of_one_token(self) -> "Groups":
         return replace(self, v=1, sample=1)

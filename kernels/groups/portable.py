@@ -1,7 +1,7 @@
-"""The five products over kept tiles in Triton, without an instruction of Hopper's: for A100 and what has no other path.
+"""Products (2) to (6) over kept tiles in Triton, without Hopper's instructions: for A100 and other GPUs.
 
-The same functions as `kernels.groups.products`, which is faster where it runs. A program computes one tile of the
-output; its reduction walks the block's tiles, or the group's, in steps of BK.
+These are the functions of `kernels.groups.products`, which is faster on Hopper. A program computes one tile of the
+output. Its reduction goes over the tiles of the block, or of the group, in steps of BK.
 """
 
 import torch

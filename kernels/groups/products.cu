@@ -1,22 +1,21 @@
-// Products (2) to (6) of the column-group FFN on Hopper (sm_90a): one main loop, three ways to walk the tiles.
+// Products (2) to (6) of the column-group FFN on Hopper (sm_90a): one main loop, three ways to go over the tiles.
 //
-// h is cut into tiles of 128 tokens x 128 neurons, and only the kept tiles exist, one after the other: tiles
-// [P, 128, 128] bf16, tile p in block of tokens tile_block[p] and group of neurons tile_group[p].
+// h is divided into tiles of 128 tokens x 128 neurons, and only the kept tiles are stored, contiguously: tiles
+// [P, 128, 128] bf16; tile p belongs to the block of tokens tile_block[p] and the group of neurons tile_group[p].
 //
 //   reduce_neurons   (2) y  = h W2^T, (5) dx = dy1 W1     a block of tokens sums over the groups that it keeps
 //   sample           (3) dy1 = 2 sqrt(h) * (dy W2)        computed only where a tile exists, the factor in the epilogue
 //   reduce_tokens    (4) dW2 = dy^T h, (6) dW1 = dy1^T x  a group of neurons sums over the blocks that keep it
 //
 // All of them multiply a 128 x 64 operand A by a 64 x 256 operand B, step by step, into a 128 x 256 tile of the output;
-// a list says which slab of which matrix the next step reads. The loop is warp-specialised: one thread of the first
-// warpgroup keeps STAGES steps in flight with the tensor memory accelerator (TMA), the other two warpgroups issue wgmma
-// m64n256k16 on 64 rows each. The grid is persistent: while the consumers write a tile, the producer is already loading
-// the next one. Rows of tiles differ in length, so a cluster takes its next work from a counter, the longest rows
-// first.
+// a list gives the slab of each matrix that the next step reads. The loop is warp-specialised: one thread of the first
+// warpgroup keeps STAGES steps in flight with the tensor memory accelerator (TMA); the other two warpgroups issue wgmma
+// m64n256k16 on 64 rows each. The grid is persistent: while the consumers write a tile, the producer already loads the
+// next one. Rows of tiles differ in length, so a cluster takes its next work from a counter, the longest rows first.
 //
-// A step moves 48 KB through L2 for 4.2 MFLOP, which L2 cannot give to all SMs at full rate. The CTAs of a cluster work
-// on neighbouring output tiles of the same row: they need the same A, and each fetches its share of it and multicasts
-// that to all: 40 KB a step in a cluster of two, and tensor cores and L2 are both near their limits.
+// A step moves 48 KB through L2 for 4.2 MFLOP, which L2 cannot supply to all SMs at full rate. The CTAs of a cluster
+// compute neighbouring output tiles of the same row, so they need the same A: each CTA fetches its share of A and
+// multicasts it to all. That is 40 KB a step in a cluster of two, and tensor cores and L2 are both near their limits.
 //
 // Shared memory holds an operand as rows of 64 elements (128 bytes, the TMA's swizzle-128B): K-major [rows][64 of K],
 // or MN-major [64-wide chunk][64 rows of K][64 of M or N], which wgmma reads transposed.
@@ -99,7 +98,7 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// What L2 does with a line when it needs room.
+// L2 eviction priorities of a load.
 constexpr u64 EVICT_NORMAL = 0x1000000000000000, EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
 __device__ __forceinline__ void load(const TensorMap& map, u32 to, u32 barrier, u64 policy, int x, int y) {
@@ -218,7 +217,7 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 
 enum Walk { REDUCE_NEURONS, SAMPLE, REDUCE_TOKENS };
 
-// What a launch is given; a walk reads the fields that its comment names.
+// Arguments of a launch; a field whose comment names products is read only by those.
 struct Arguments {
     bf16* out;
     int* counter;            // zero at launch, and again at the end
@@ -226,12 +225,12 @@ struct Arguments {
     const int* tile_group;   // REDUCE_NEURONS, SAMPLE
     const int* tile_block;   // REDUCE_TOKENS
     const int* group_tiles;  // REDUCE_TOKENS: [groups, blocks], the tiles of each group
-    const int* group_count;  // REDUCE_TOKENS: how many there are
+    const int* group_count;  // REDUCE_TOKENS: the number of tiles of each group
     const int* group_order;  // REDUCE_TOKENS: groups, fullest first
     const int* row_order;    // REDUCE_NEURONS: output row of each token, or null
     int rows;                // rows of output tiles: blocks of tokens, or groups of neurons
-    int strips;              // strips of output tiles in a row, at most
-    int together;            // rows whose tiles are worked on together, to share B in L2
+    int strips;              // largest number of strips of output tiles in a row
+    int together;            // rows whose tiles are computed at the same time, to share B in L2
     int tokens;              // T
     int width;               // d
     int leading;             // row pitch of out: d, or f where the output is transposed
@@ -241,7 +240,7 @@ struct Arguments {
 // A strip of neighbouring output tiles, one for each CTA of the cluster.
 struct Work {
     int row;    // block of tokens or group of neurons; -1: there is no more work
-    int strip;  // which of the row's
+    int strip;  // index of the strip in its row
     int tiles;  // tiles of h in the row
     int first;  // REDUCE_NEURONS, SAMPLE: the first of them
 };
@@ -264,9 +263,9 @@ __device__ __forceinline__ Work work_at(const Arguments& g, int q) {
     return {row, strip, g.start[row + 1] - g.start[row], g.start[row]};
 }
 
-// One thread of a cluster takes work and sends it to the producer and the consumers of every CTA. The first too comes
-// from the counter: where a cluster starts late, because another stream holds its SMs, nobody waits for what would be its.
-// Every cluster asks once in vain; the last to do so leaves the counter as it was.
+// One thread of a cluster takes work and sends it to the producer and the consumers of every CTA. The first unit of
+// work comes from the counter as well: if a cluster starts late, because another stream occupies its SMs, the others do
+// its work. Every cluster asks once when no work is left; the last one to do so resets the counter to zero.
 template <Walk WALK>
 __device__ __forceinline__ void schedule(const Arguments& g, u32 slots, u32 ready, u32 taken) {
     int slot = 0, parity = 1;
@@ -303,8 +302,8 @@ struct Inbox {
 template <Walk WALK, bool A_MN, bool B_MN>
 __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, const TensorMap& h, const Arguments& g,
                                         u32 a_smem, u32 b_smem, u32 full, u32 empty, Inbox inbox, int rank) {
-    // Groups walk their lists at different paces: what they share is x or dy, so these stay. In the other walks all
-    // clusters read B in step, and both operands are soon dead.
+    // In REDUCE_TOKENS, groups go over their lists at different rates and share x or dy, so L2 keeps these. In the
+    // other products all clusters read B at the same time, and both operands are soon no longer needed.
     constexpr u64 POLICY_A = WALK == REDUCE_TOKENS ? EVICT_FIRST : EVICT_NORMAL;
     constexpr u64 POLICY_B = WALK == REDUCE_TOKENS ? EVICT_LAST : EVICT_NORMAL;
     int stage = 0, parity = 1;
@@ -315,7 +314,7 @@ __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, 
         if (WALK == SAMPLE)
             for (int i = 0; i < 2; ++i) {
                 int slot = 2 * (CLUSTER * work.strip + rank) + i;
-                // Where there is none, outside of the matrices: the TMA fills in zeros and reads nothing.
+                // If there is no such tile, coordinates outside the matrices: the TMA fills in zeros and reads nothing.
                 tile[i] = slot < work.tiles ? work.first + slot : 1 << 22;
                 group[i] = slot < work.tiles ? g.tile_group[tile[i]] : 1 << 22;
             }
@@ -336,7 +335,7 @@ __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, 
             u32 into_a = a_smem + stage * A_BYTES, into_b = b_smem + stage * B_BYTES, barrier = full + 8 * stage;
             barrier_wait(empty + 8 * stage, parity);
             barrier_expect(barrier, A_BYTES + B_BYTES);
-            // This CTA's share of A, for all: rows of it, or rows of one chunk.
+            // This CTA's share of A, multicast to all CTAs: some of its rows, or rows of one chunk.
             if (A_MN)
                 load_all(a, into_a + rank * A_SHARE, barrier, POLICY_A, 0, ay + rank * (TILE / CLUSTER) % BK,
                          rank * 2 / CLUSTER);
@@ -353,7 +352,7 @@ __device__ __forceinline__ void produce(const TensorMap& a, const TensorMap& b, 
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         if (WALK == SAMPLE)
-            // The two tiles of h that the epilogue needs come down the same pipeline, one in the place of a B.
+            // The two tiles of h that the epilogue needs pass through the same pipeline, one in the place of a B.
             for (int i = 0; i < 2; ++i) {
                 barrier_wait(empty + 8 * stage, parity);
                 barrier_expect(full + 8 * stage, B_BYTES);
@@ -376,7 +375,7 @@ struct Pipeline {
         return passed;
     }
 
-    // To all CTAs: each overwrites its share of this one's A.
+    // To all CTAs, because each writes its share of A into this CTA's shared memory.
     __device__ __forceinline__ void release(int passed) {
         if (threadIdx.x % 128 < CLUSTER) barrier_arrive(empty + 8 * passed, threadIdx.x % 128);
     }
@@ -444,7 +443,7 @@ __device__ __forceinline__ void store(const float (&acc)[128], const Arguments& 
                 *(uint4*)(g.out + (TRANSPOSED ? to * (long long)g.leading + neuron : neuron * g.leading + to)) = v;
             }
         }
-        // h has been read as memory, and the TMA will write there.
+        // h was read with ordinary loads, and the TMA writes to the same place next.
         if (WALK == SAMPLE && chunk % 2) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     if (WALK == SAMPLE) {

@@ -1,7 +1,7 @@
-"""Launching products.cu: the five products over kept tiles on Hopper, bf16 with float32 accumulation.
+"""Launches of products.cu: products (2) to (6) over kept tiles on Hopper, bf16 with float32 accumulation.
 
-The allocator hands out the same addresses at every step. So a launch is prepared once for its addresses and sizes, by
-`_reduce_neurons`, `_sample` and `_reduce_tokens`, and the host has little to do when they come again.
+PyTorch's allocator returns the same addresses at every training step. So `_reduce_neurons`, `_sample` and
+`_reduce_tokens` prepare a launch once for its addresses and sizes and cache it, which saves host time.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ from torch import Tensor
 from kernels.groups.tiles import COUNTERS, TILE, TileLists, bounds
 from kernels.hopper import Kernel, Launch, tensor_map
 
-CLUSTER = 2  # CTAs that share an operand
+CLUSTER = 2  # CTAs in a cluster, which share an operand
 BN = 256  # columns of an output tile
 SHARED_BYTES = 4 * (128 + BN) * 64 * 2 + 4 * 64 * 64 * 2 + 256 + 1024  # stages, staged output, barriers, alignment
 THREADS = 384
-LISTS = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"  # as they are in the buffer
+LISTS = "start", "tile_group", "tile_block", "group_count", "group_order", "group_tiles"  # in the buffer's order
 
 
 class _Arguments(ctypes.Structure):
-    """`Arguments` of products.cu."""
+    """The struct `Arguments` of products.cu."""
 
     _fields_ = [
         (name, ctypes.c_void_p)
@@ -56,7 +56,7 @@ assert len(KERNELS) == COUNTERS
 
 
 class _Lists(NamedTuple):
-    """Where a TileLists is, and its sizes."""
+    """Device, address and sizes of a TileLists: a key for the cached launches."""
 
     device: int
     address: int
@@ -71,7 +71,7 @@ def _lists(lists: TileLists) -> _Lists:
 
 
 def _prepare(name: str, lists: _Lists, a: Any, b: Any, h: Any, **fields: int | None) -> Launch:
-    """The launch of a kernel: three tensor maps, and what `_Arguments` holds beside the lists."""
+    """The launch of a kernel, from its three tensor maps and the fields of `_Arguments` besides the lists."""
     device, address, *sizes = lists
     *starts, counters, _ = (address + 4 * bound for bound in bounds(*sizes))
     fields |= dict(zip(LISTS, starts, strict=True)) | {"blocks": lists.blocks}

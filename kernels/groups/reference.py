@@ -1,4 +1,4 @@
-"""Selection and products of column groups in plain PyTorch: what the kernels are tested against, and the CPU path.
+"""Selection and products of column groups in plain PyTorch: the specification of the kernels, and the CPU path.
 
 The pattern itself is specified in `kernels.groups.pattern`.
 """
@@ -12,17 +12,7 @@ from kernels.groups.tiles import TILE, TileLists
 
 
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float = 0.0) -> tuple[Tensor, TileLists]:
-    """The tiles of h = relu(y1)^2 that `group_mask` keeps with v = g = TILE, and their lists.
-
-    Args:
-        y1: `[T, f]`, f a multiple of TILE.
-        kept: groups that a block of TILE tokens keeps.
-        by: `[T', f]`, T' at least T: a block chooses by the sums of relu(by)^2 over the same block; None: by its own.
-        balance: as of `group_mask`.
-
-    Returns:
-        tiles `[P, TILE, TILE]`, P = ceil(T / TILE) * kept, and their lists.
-    """
+    """See `kernels.groups.select_tiles`: the tiles that `group_mask` keeps with v = g = TILE, and their lists."""
     tokens, hidden_dim = y1.shape
     blocks, groups = -(-tokens // TILE), hidden_dim // TILE
 
@@ -54,7 +44,7 @@ def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float
 
 
 def _matrix(tiles: Tensor, lists: TileLists) -> Tensor:
-    """The tiles at their places in a matrix `[B * TILE, f]` of zeros."""
+    """The dense matrix `[B * TILE, f]` of the tiles, zero where no tile is kept."""
     matrix = tiles.new_zeros(lists.blocks, TILE, lists.groups, TILE)
     matrix[lists.tile_block.long(), :, lists.tile_group.long(), :] = tiles
     return matrix.view(lists.blocks * TILE, lists.groups * TILE)

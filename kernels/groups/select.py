@@ -1,8 +1,8 @@
-"""Selection of tiles on a GPU, in Triton: reads y1 = x W1^T twice, without a device-to-host synchronisation.
+"""Selection of tiles on a GPU, in Triton, without a device-to-host synchronisation.
 
-The first pass sums h = relu(y1)^2 over every tile; the groups of each block are ranked, and the lists by block and by
-group are made from the ranks; the second pass reads the kept share of y1 again and stores its tiles of h. The number
-of tiles is known from the shapes, so the host never waits for the device.
+The first pass reads y1 = x W1^T and sums h = relu(y1)^2 over each tile. The groups of each block are then ranked by
+their sums, and the lists by block and by group are built from the ranks. The second pass reads the kept tiles of y1
+again and stores the tiles of h. The number of tiles follows from the shapes, so the host need not wait for the device.
 """
 
 import torch
@@ -16,14 +16,14 @@ from kernels.groups.tiles import COUNTERS, TILE, TileLists
 
 @triton.jit
 def squared_relu(y1):
-    # As the reference rounds: h is in y1's dtype. NaN stays.
+    # Rounded like the reference: h has y1's dtype. NaN propagates.
     active = tl.maximum(y1.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     return (active * active).to(y1.dtype)
 
 
 @triton.jit
 def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
-    """sums[b, j] = the sum of h over tile (b, j), in float32."""
+    """sums[b, j] = sum of h over tile (b, j), in float32."""
     group, block = tl.program_id(0), tl.program_id(1)
     rows = block * TILE + tl.arange(0, TILE)
     columns = group * TILE + tl.arange(0, TILE)
@@ -34,7 +34,7 @@ def _tile_sums(y1, sums, tokens, groups, TILE: tl.constexpr):
 
 @triton.jit
 def sort_key(value):
-    """Integers that order as non-negative floats do, NaN above all."""
+    """Integers with the order of non-negative floats; NaN is the largest."""
     return tl.where(value != value, 0x7FFFFFFF, value.to(tl.int32, bitcast=True))
 
 
@@ -42,7 +42,10 @@ def sort_key(value):
 def _choose(
     sums, start, tile_group, tile_block, slot, counters, groups, kept, GROUPS: tl.constexpr, COUNTERS: tl.constexpr
 ):  # fmt: skip
-    """A block's `kept` groups of largest sum, the lower index among equals, NaN before all. slot[b, j]: tile or -1."""
+    """Choose the `kept` groups with the largest sums in a block: NaN first, the lower index among equal sums.
+
+    slot[b, j] becomes the number of the tile of group j in block b, or -1 if the block drops the group.
+    """
     block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     inside = group < groups
@@ -66,7 +69,7 @@ def _choose(
 
 @triton.jit
 def _by_group(slot, group_tiles, group_count, blocks, groups, BLOCKS: tl.constexpr):
-    """The lists of `slot`'s columns."""
+    """Write group_tiles and group_count of one group from its column of `slot`."""
     group = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     tile = tl.load(slot + block * groups + group, mask=block < blocks, other=-1)
@@ -101,17 +104,7 @@ def _store_tiles(y1, tiles, tile_group, tile_block, tokens, groups, TILE: tl.con
 
 
 def select_tiles(y1: Tensor, kept: int, by: Tensor | None = None, balance: float = 0.0) -> tuple[Tensor, TileLists]:
-    """Keep the `kept` groups of largest sum of relu(by)^2 of every block of tokens of h = relu(y1)^2.
-
-    Args:
-        y1: `[T, f]` bf16, contiguous, f a multiple of TILE, on a CUDA device.
-        kept: groups that a block keeps.
-        by: `[T', f]`, as y1, T' at least T: whose sums decide; None: y1's own.
-        balance: as of `group_mask`.
-
-    Returns:
-        tiles of h `[P, TILE, TILE]`, same dtype, P = ceil(T / TILE) * kept, and their lists.
-    """
+    """See `kernels.groups.select_tiles`; y1 and `by` are bf16 on a CUDA device."""
     by = y1 if by is None else by
     tokens, hidden_dim = y1.shape
     blocks, groups = triton.cdiv(tokens, TILE), hidden_dim // TILE

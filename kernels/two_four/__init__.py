@@ -4,8 +4,8 @@ A 2:4 product is only faster if packing its operand is cheap. The family has two
 format of cuSPARSELt, 9/16 of the dense bytes:
 
     reference   the soft threshold of weights (S-STE), and the packed format
-    pack        dense to packed in one pass, thresholded or cut on the way; and back
-    products    what multiplies packed matrices, by cusparselt: the calls of that library
+    pack        dense to packed in one pass, with soft threshold or selection of the two largest; and back
+    products    products with a packed matrix; `cusparselt` has the calls of that library
 """
 
 from kernels.two_four.pack import (

@@ -1,10 +1,10 @@
-"""cuSPARSELt's matrix product, planned once for a shape.
+"""cuSPARSELt's matrix product with a plan for each shape that is made once and reused.
 
-`torch._cslt_sparse_mm` describes its operands and plans anew at every call, which takes the host longer than many a
-product takes the GPU. A plan depends on nothing but shapes, layouts and the kernel that it names, so here it is kept,
-and a product is one call of the library.
+`torch._cslt_sparse_mm` creates its descriptors and its plan at every call, which can take the host longer than the
+product takes the GPU. A plan depends only on the shapes, the layouts and the kernel. So `Product` keeps its plan, and a
+product is one call of the library.
 
-Source: the public header of cuSPARSELt 0.8.0, of whose names and numbers those used here are the same in 0.7.1.
+Source: the public header of cuSPARSELt 0.8.0. The names and constants used in this module are the same in 0.7.1.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPAQUE_BYTES = 4096  # at least those of any structure: 512 in 0.8.0, 1024 in 0.7.1
-ALIGNMENT = 16  # bytes, of operands and result
+OPAQUE_BYTES = 4096  # enough for any structure of the library: they have 512 bytes in 0.8.0, 1024 in 0.7.1
+ALIGNMENT = 16  # of operands and result, in bytes
 SPARSITY_50_PERCENT, ALG_DEFAULT = 0, 0
 NON_TRANSPOSE, TRANSPOSE = 0, 1
 ORDER_COL, ORDER_ROW = 1, 2
@@ -40,7 +40,7 @@ _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
 @functools.cache
 def _function(name: str) -> Any:
-    # PyTorch has loaded the library. PyDLL keeps the interpreter's lock, so that threads take turns with a plan.
+    # PyTorch has loaded the library. PyDLL holds the GIL during a call, so threads do not use a plan at the same time.
     function = getattr(ctypes.PyDLL("libcusparseLt.so.0"), f"cusparseLt{name}")
     function.argtypes = _SIGNATURES[name]
     if name == "GetErrorString":
@@ -58,13 +58,13 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _opaque() -> Any:
-    """A structure of the library's; malloc aligns it to the 16 bytes that 0.8.0 asks for."""
+    """Memory for a structure of the library; malloc aligns it to 16 bytes, which 0.8.0 requires."""
     return ctypes.create_string_buffer(OPAQUE_BYTES)
 
 
 @functools.cache
 def _handle(device: int) -> Any:
-    """The library's handle for a device, which must be the current one."""
+    """The library's handle for a device, which must be the current device."""
     handle = _opaque()
     _call("Init", handle)
     return handle
@@ -74,15 +74,15 @@ class Product:
     """The product of a packed `[R, K]` and a dense `[K, N]` bf16 matrix, by a given kernel of the library.
 
     Args:
-        device: index of the device, which must be the current one here and in calls.
+        device: index of the device, which must be the current device for the constructor and for calls.
         rows, inner, columns: R, K, N.
-        by_rows: rows of the dense operand are contiguous, else its columns.
+        by_rows: whether the rows of the dense operand are contiguous; otherwise its columns are.
         transposed: write the transpose, `[N, R]`.
-        algorithm: the kernel's number.
-        split_k, split_k_mode: parts into which it cuts the reduction, and how it adds them up; 1 or less: it does not.
+        algorithm: number of the kernel.
+        split_k, split_k_mode: number of parts of the reduction, and how their sums are added; 1 or less: no split.
 
     Raises:
-        RuntimeError: with the library's words.
+        RuntimeError: a call of the library failed; with the library's message.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Product:
         split_k_mode: int,
     ) -> None:
         self._device, self._handle = device, _handle(device)
-        # A plan may refer to the others, so all live as long.
+        # A plan may refer to the other structures, so they must live as long as it does.
         self._structures = [_opaque() for _ in range(6)]
         sparse, dense, result, matmul, selection, plan = self._structures
         self._plan = plan
@@ -126,9 +126,12 @@ class Product:
         self._matmul = _function("Matmul")
 
     def __call__(self, packed: Tensor, dense: Tensor, out: Tensor) -> None:
-        """Write the product into `out` on the current stream.
+        """Write the product to `out`, `[R, N]` or `[N, R]` bf16, on the current stream.
 
-        The workspace is PyTorch's, which knows in what order a stream, or a graph's replay, uses it.
+        PyTorch's allocator provides the workspace, so streams and CUDA graphs do not share it wrongly.
+
+        Raises:
+            RuntimeError: the library refused the call; with its message.
         """
         workspace = packed.new_empty(self._workspace_bytes, dtype=torch.uint8) if self._workspace_bytes else None
         status = self._matmul(

@@ -1,4 +1,4 @@
-"""The six products with packed 2:4 operands: 2:4 activations, and 2:4 weights beside whole activations."""
+"""The family `two_four`: the six products with packed 2:4 operands, activations or weights."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -37,7 +37,7 @@ def _two_of_four() -> Venom:
 
 
 class PackedWeights(Masked):
-    """2:4 weights alone: the reference, with products (1) and (3) on the sparse tensor cores."""
+    """2:4 weights with dense activations: the reference, with products (1) and (3) on the sparse tensor cores."""
 
     name = "two_four"
     packed = True
@@ -59,7 +59,7 @@ class PackedWeights(Masked):
 
 
 class PackedActivations(Family):
-    """2:4 activations: h and dy1 are packed, and multiplied on the sparse tensor cores."""
+    """2:4 activations: h and dy1 are packed, and the sparse tensor cores multiply them."""
 
     name = "two_four"
     operators: ClassVar[Mapping[str, Stages]] = {
@@ -85,12 +85,12 @@ class PackedActivations(Family):
         along_tokens = (4, 6) if sparsity.cut_along_tokens else ()
         return Cost(
             halved=(*sparsity.weight_products, 2, 5, *along_tokens),
-            # The neurons that stay whole along the tokens are computed twice: with all others, and dense.
+            # Neurons that stay dense along the tokens are computed twice: with all others, and densely.
             beside=DENSE_FEATURES * len(along_tokens),
-            kept_h=1 / 2 + 1 / 16,  # half of the numbers, and two bits for each of them
+            kept_h=1 / 2 + 1 / 16,  # half of the entries, and two bits of metadata for each of them
         )
 
-    # The second cut groups tokens of four quarters of a micro-batch, so each quarter is padded.
+    # With cut_along_tokens, a group of four has one token from each quarter of the micro-batch, so each is padded.
     def arrange(self, x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
         x = x.unflatten(0, (COLUMNS if sparsity.cut_along_tokens else 1, -1))
         parts, tokens, _ = x.shape

@@ -1,20 +1,19 @@
-"""Packing in one pass: a dense matrix is read once, its 2:4 form is written in cuSPARSELt's format, nothing between.
-Unpacking, for the products that it does not serve.
+"""Packing in one pass over the dense matrix, in Triton, into cuSPARSELt's 2:4 format; and unpacking.
 
-The format (see `reference`) suits a kernel that takes a group of four at a time:
+The format (see `reference`) suits a kernel that processes groups of four entries:
 
-    in    a group of four entries is one 64-bit word where they are neighbours, else four loads
+    in    a group of four entries is one 64-bit word if they are contiguous, otherwise four loads
     out   its kept pair is one 32-bit word at the same place in `[R, K/4]`
     out   the nibbles of rows r and r + 8, groups g and g + 4 are one 16-bit word; in a tile of 64 rows by 8 groups the
-          words are `[32, 4]`, by r without its bit 3 and g without its bit 2
+          words are `[32, 4]`, indexed by r without its bit 3 and g without its bit 2
 
-So a program takes 64 rows by TILES tiles, and goes four times over an array `[32, 4 * TILES]`, once for each nibble of
-the metadata's words. Nothing is exchanged between threads, unless the entries are neighbours along the rows.
+So a program processes 64 rows by TILES tiles, in four passes over an array `[32, 4 * TILES]`, one pass for each nibble
+of the metadata words. Threads exchange no data, unless the entries are contiguous along the rows.
 
-Which two of four are kept is decided on integers. For bf16 the bits without the sign order as magnitudes do, NaN
-above all; with 3 minus the index appended they are four distinct keys among which the lower index wins a tie. A
-network of minima and maxima finds the second-smallest of the four, two are above it, and for the soft threshold
-it is the threshold.
+The two kept entries are chosen by integer comparisons. The bits of a bf16 number without the sign have the order of the
+magnitudes, with NaN as the largest. With 3 minus the index appended, they are four distinct keys, of which the lower
+index wins a tie. A network of minima and maxima finds the second-smallest key. The two larger ones are kept, and for
+the soft threshold the second-smallest magnitude is the threshold.
 """
 
 import torch
@@ -33,12 +32,12 @@ from kernels.two_four.reference import (
     split_packed,
 )
 
-TILES = 8  # tiles of the metadata that a program takes, and its warps
+TILES = 8  # metadata tiles of a program, and its number of warps
 
 
 @triton.jit
 def _load_groups(dense, offset, stride_entry, mask):
-    """Groups of four as they are in memory: a word, or four entries one `stride_entry` apart."""
+    """Load groups of four entries: as one 64-bit word, or as four entries that are `stride_entry` apart."""
     if dense.dtype.element_ty == tl.int64:
         return (tl.load(dense + offset, mask, other=0),)
     else:
@@ -50,7 +49,7 @@ def _load_groups(dense, offset, stride_entry, mask):
 
 @triton.jit
 def _entries(group):
-    """The bits of the four entries of each group that `_load_groups` loaded, int32."""
+    """The bits of the four entries of each group from `_load_groups`, int32."""
     if len(group) == 1:
         low, high = group[0].to(tl.int32), (group[0] >> 32).to(tl.int32)
         w0, w1, w2, w3 = low, low >> 16, high, high >> 16
@@ -78,21 +77,21 @@ def _relu_squared(bits):
 
 @triton.jit
 def _relu_squared_grad(h, dh):
-    """2 sqrt(h) dh, rounded where the reference rounds."""
+    """2 sqrt(h) dh, rounded like the reference."""
     active = _to_float(_to_bits(tl.sqrt_rn(_to_float(h))))
     return _to_bits(2 * active * _to_float(dh))
 
 
 @triton.jit
 def _above_threshold(bits, threshold, scale):
-    """scale * sign(w) * (|w| - t), rounded where the reference rounds, for |w| >= t."""
+    """scale * sign(w) * (|w| - t) for |w| >= t, rounded like the reference."""
     excess = _to_bits(_to_float(bits & 0x7FFF) - _to_float(threshold))
     return _to_bits(scale * _to_float(excess)) ^ (bits & 0x8000)
 
 
 @triton.jit
 def _choose_two(w0, w1, w2, w3):
-    """Of four bit patterns: the indices of the two largest magnitudes, ascending, and the next magnitude."""
+    """The indices of the two largest magnitudes of four bit patterns, ascending, and the third largest magnitude."""
     k0, k1, k2, k3 = (w0 & 0x7FFF) * 4 + 3, (w1 & 0x7FFF) * 4 + 2, (w2 & 0x7FFF) * 4 + 1, (w3 & 0x7FFF) * 4
     # Second-smallest of four: the smaller of "the larger of both minima" and "the smaller of both maxima".
     low, high = tl.minimum(k0, k1), tl.maximum(k0, k1)
@@ -118,18 +117,18 @@ def _pack_kernel(
     mode: tl.constexpr,
     tiles: tl.constexpr,
 ):
-    """Pack 64 rows by `tiles` tiles; `steps` tiles are in a row, strides count what `dense` points to.
+    """Pack 64 rows by `tiles` tiles. A row has `steps` tiles; strides are in elements of `dense`.
 
-    The mode says which two of four are kept and what becomes of them:
+    The mode says which two of four entries are kept, and the values that are stored:
 
-        soft_threshold               the largest; scale * S(w)
-        keep_largest                 the largest, as they are
-        keep_largest_relu_squared    the largest of relu(y1)^2
-        like                         those of the metadata `like_metadata`, as they are
-        relu_squared_grad            those; 2 sqrt(h) * dh with h from `like_values`
+        soft_threshold               the two largest magnitudes of w; scale * S(w)
+        keep_largest                 the two largest magnitudes; unchanged
+        keep_largest_relu_squared    the two largest of relu(y1)^2; relu(y1)^2
+        like                         those of the metadata `like_metadata`; unchanged
+        relu_squared_grad            those of the metadata `like_metadata`; 2 sqrt(h) * dh, h from `like_values`
     """
     slab, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * tiles
-    # Offsets into this program's part fit 32 bits, its beginning need not.
+    # Offsets within the part of a program fit into 32 bits; the offset of the part may not.
     dense += slab * 64 * stride_row + start.to(tl.int64) * 8 * stride_group
     first_pair = slab * 64 * steps * 8 + start * 8
     first_word = slab * 128 * steps + start * 128
@@ -141,7 +140,7 @@ def _pack_kernel(
     mask = start + step < steps
     word_offset = first_word + (step * 128 + tl.arange(0, 32)[:, None] * 4 + lane)
 
-    # All loads come before the first store: the compiler cannot tell that they do not depend on one.
+    # All loads come before the first store: the compiler cannot prove that they do not alias it.
     below, beside, offset = 8 * stride_row, 4 * stride_group, row * stride_row + group * stride_group
     loaded = (
         _load_groups(dense, offset, entry, mask),
@@ -178,7 +177,7 @@ def _pack_kernel(
 
 @triton.jit
 def _unpack_kernel(values, metadata, dense, steps, tiles: tl.constexpr):
-    """Undo `_pack_kernel`, a group of four a word; `steps` tiles are in a row."""
+    """The reverse of `_pack_kernel`; a group of four entries is one 64-bit word. A row has `steps` tiles."""
     slab, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * tiles
     first_group = slab * 64 * steps * 8 + start * 8
     row, group = tl.arange(0, 64)[:, None], tl.arange(0, 8 * tiles)[None, :]
@@ -270,15 +269,15 @@ def _as_groups(dense: Tensor) -> Tensor:
 
 
 def token_groups(h: Tensor) -> Tensor:
-    """h^T with groups of four tokens that stand T/4 apart, as `token_mask` in `kernels.venom` has them.
+    """h^T in groups of four tokens that are T/4 apart, the groups of `kernels.venom.token_mask`.
 
-    A product that reduces over the packed h^T takes its other operand's rows in the same order, see `token_rows`.
+    A product that reduces over the packed h^T needs the rows of its other operand in the same order, see `token_rows`.
 
     Args:
         h: `[T, f]`, T a multiple of 4.
 
     Returns:
-        A view `[f, T/4, 4]`, which the functions of this module take.
+        A view `[f, T/4, 4]`, for `keep_largest_pack` and `pack_like`.
     """
     return h.unflatten(0, (4, -1)).permute(2, 1, 0)
 
@@ -289,16 +288,16 @@ def token_rows(x: Tensor) -> Tensor:
 
 
 def soft_threshold_pack(weight: Tensor, scale: Tensor) -> Tensor:
-    """Pack scale * S(weight), S the soft threshold of `reference`; for what becomes of gradients see there.
+    """Pack scale * S(weight), S being the soft threshold of `reference`. Not differentiable.
 
-    Reads are coalesced where the rows or the columns of the weight are contiguous: W2^T needs no copy.
+    Reads are coalesced if the rows or the columns of the weight are contiguous, so W2^T needs no copy.
 
     Args:
         weight: `[R, K]` or `[R, K/4, 4]`, bf16, any strides.
-        scale: `[]`, float32, on the same device; rounded to bf16 first, as `scale.to(weight.dtype)` is.
+        scale: `[]`, float32, on the same device; it is rounded to bf16 first, like `scale.to(weight.dtype)`.
 
     Returns:
-        `[R, 9K/16]` bf16. A NaN stays one.
+        `[R, 9K/16]` bf16. NaN propagates.
 
     Raises:
         ValueError: another dtype, R or K not a multiple of 64.
@@ -307,14 +306,14 @@ def soft_threshold_pack(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def keep_largest_pack(h: Tensor, relu_squared: bool = False) -> Tensor:
-    """Pack the two largest of every four along the last dimension; the lower index wins a tie.
+    """Pack the two largest of every four entries along the last dimension; the lower index wins a tie.
 
-    This is what `venom_mask` with V:N:M = 1:2:4 keeps, if no entry is NaN: here NaN is largest, there it is kept in
-    addition to the two.
+    Without NaN these are the entries of `venom_mask` with V:N:M = 1:2:4. This function counts NaN as the largest;
+    `venom_mask` keeps it in addition to the two largest.
 
     Args:
         h: `[R, K]` or `[R, K/4, 4]`, bf16, any strides, non-negative.
-        relu_squared: what is packed is relu(h)^2, rounded to bf16; then h is y1, of any sign.
+        relu_squared: pack relu(h)^2, rounded to bf16, instead of h; the argument is then y1, of any sign.
 
     Returns:
         `[R, 9K/16]` bf16.
@@ -326,19 +325,19 @@ def keep_largest_pack(h: Tensor, relu_squared: bool = False) -> Tensor:
 
 
 def pack_like(dense: Tensor, packed: Tensor, relu_squared_grad: bool = False) -> Tensor:
-    """Pack a matrix at the places that a packed one keeps.
+    """Pack the entries of a dense matrix at the places that a packed matrix keeps.
 
     Args:
         dense: `[R, K]` or `[R, K/4, 4]`, bf16, any strides.
         packed: `[R, 9K/16]`, bf16.
-        relu_squared_grad: what is packed is 2 sqrt(h) * dense for the h that is packed: with dense the gradient of h,
-            the gradient of y1.
+        relu_squared_grad: pack 2 sqrt(h) * dense instead, with h from `packed`: the gradient of y1 if dense is that of
+            h.
 
     Returns:
-        `[R, 9K/16]` bf16, the metadata that of `packed`.
+        `[R, 9K/16]` bf16, with the metadata of `packed`.
 
     Raises:
-        ValueError: another dtype or shape.
+        ValueError: another dtype, R or K not a multiple of 64, or shapes that differ.
     """
     groups = _as_groups(dense)
     if packed_shape(packed) != (groups.shape[0], groups.shape[1] * 4) or packed.dtype != torch.bfloat16:
@@ -347,7 +346,7 @@ def pack_like(dense: Tensor, packed: Tensor, relu_squared_grad: bool = False) ->
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The dense matrix of a packed one.
+    """The dense matrix of a packed matrix. Not differentiable.
 
     Args:
         packed: `[R, 9K/16]`, bf16, contiguous.
@@ -356,7 +355,7 @@ def unpack(packed: Tensor) -> Tensor:
         `[R, K]` bf16, contiguous.
 
     Raises:
-        ValueError: another dtype, or a shape that no packed matrix has.
+        ValueError: another dtype, or a shape that is not that of a packed matrix.
     """
     packed_shape(packed)
     if packed.dtype != torch.bfloat16:

@@ -6,36 +6,36 @@ Of every four consecutive weights, let t be the second-smallest magnitude. Then
 
     S(w)_i = sign(w_i) * max(|w_i| - t, 0)
 
-keeps at most two of the four. A hard cut jumps when two weights of a group swap ranks; here the one that
-leaves and the one that enters are both zero at that moment, so the loss stays continuous in w and weights do
-not oscillate in and out of the mask. The shrinkage is undone by one scalar a tensor, fixed when sparsity
-starts,
+has at most two non-zero entries of four. Without the shrinkage, S jumps when two weights of a group swap ranks. With
+it, both are zero at that moment, so the loss is continuous in w and weights do not oscillate in and out of the mask.
+One scalar for each tensor compensates the shrinkage. It is fixed when sparsity starts:
 
-    beta = <w, S(w)> / <S(w), S(w)>      the least-squares fit of beta * S(w) to w,
+    beta = <w, S(w)> / <S(w), S(w)>      the least-squares fit of beta * S(w) to w
 
-since re-fitting it at every step makes masks flip more often. Gradients pass to the dense weight unchanged
-(straight-through).
+Fitting it again at every step makes masks flip more often. Gradients pass unchanged to the dense weight
+(straight-through estimator).
 
 Source: S-STE, Hu et al., NeurIPS 2024.
 
-The packed format is what cuSPARSELt's compression writes for 16-bit matrices `[R, K]`, and what its product reads:
-9/16 of the dense bytes, in one buffer. First the values, `[R, K/2]`: the two kept entries of every four, in their
-order. Then the metadata, a nibble for every four: the index of the first kept entry, plus four times the index of the
-second. Nibbles are laid out for the tensor cores, in tiles of 64 rows by 8 groups (32 columns). With r and g the row
-and the group inside the tile, in binary r5..r0 and g2..g0, the place of a nibble in its tile is, from the highest bit,
+The packed format is the one that cuSPARSELt's compression writes for 16-bit matrices `[R, K]` and its product reads.
+It has 9/16 of the dense bytes, in one buffer. First the values, `[R, K/2]`: the two kept entries of every four, in
+their order. Then the metadata, a nibble for every four entries: the index of the first kept entry, plus four times the
+index of the second. The nibbles are in tiles of 64 rows by 8 groups (32 columns), for the tensor cores. With r and g
+the row and the group within the tile, in binary r5..r0 and g2..g0, the place of a nibble in its tile is, from the
+highest bit,
 
     r5 r4 | r2 r1 r0 | g1 g0 | g2 | r3
 
-and the tiles follow one another along a row of tiles. The first nibble of a byte is its low half. Where fewer than
-two of four are non-zero, two are stored all the same.
+and the tiles are stored row by row. The first nibble of a byte is its low half. If fewer than two of four entries are
+non-zero, two are stored nevertheless.
 
-Source: measured on cuSPARSELt 0.8.0; NVIDIA documents the buffer's size and calls its contents opaque.
+Source: measured with cuSPARSELt 0.8.0; NVIDIA documents the size of the buffer but not its contents.
 """
 
 import torch
 from torch import Tensor
 
-# Whole tiles of the metadata, and an even number of them in a row: cuSPARSELt pads an odd one, which `pack` does not.
+# Whole tiles of the metadata, and an even number of them in a row: cuSPARSELt pads an odd number, `pack` does not.
 ROWS, COLUMNS = 64, 64
 
 
@@ -83,7 +83,7 @@ def soft_threshold_scale(weight: Tensor) -> Tensor:
         weight: `[..., K]`, floating point, K a multiple of 4.
 
     Returns:
-        A tensor of shape `[]` in at least float32; 1 where S(weight) is zero everywhere.
+        A tensor of shape `[]` in at least float32; 1 if S(weight) is zero everywhere.
     """
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     sparse = soft_threshold_2_4(weight)
@@ -92,7 +92,7 @@ def soft_threshold_scale(weight: Tensor) -> Tensor:
 
 
 def check_packable(rows: int, columns: int) -> None:
-    """Raise ValueError where the packed format has no place for a `[rows, columns]` matrix."""
+    """Raise ValueError if the packed format does not support a `[rows, columns]` matrix."""
     if rows < 1 or rows % ROWS or columns < 1 or columns % COLUMNS:
         raise ValueError(
             f"2:4 packing needs rows divisible by {ROWS} and columns divisible by {COLUMNS}, got [{rows}, {columns}]"
@@ -100,16 +100,16 @@ def check_packable(rows: int, columns: int) -> None:
 
 
 def packed_shape(packed: Tensor) -> tuple[int, int]:
-    """`(R, K)` of the matrix that `packed [R, 9K/16]` stands for."""
+    """The shape `(R, K)` of the dense matrix of `packed [R, 9K/16]`."""
     rows, columns = packed.shape[0], packed.shape[1] * 16 // 9
     check_packable(rows, columns)
     if columns * 9 != packed.shape[1] * 16:
-        raise ValueError(f"not a packed 2:4 matrix: {tuple(packed.shape)}")
+        raise ValueError(f"a packed 2:4 matrix is [R, 9K/16] with R and K divisible by 64, got {list(packed.shape)}")
     return rows, columns
 
 
 def largest_two(values: Tensor) -> Tensor:
-    """Indices, ascending, of the two largest magnitudes of every four; the lower index wins a tie, NaN is largest.
+    """Indices of the two largest magnitudes of every four, ascending; the lower index wins a tie, NaN is the largest.
 
     Args:
         values: `[R, K/4, 4]`, floating point.
@@ -122,11 +122,11 @@ def largest_two(values: Tensor) -> Tensor:
 
 
 def join_packed(values: Tensor, index: Tensor) -> Tensor:
-    """The packed buffer of kept entries.
+    """Pack kept entries and their indices into one buffer.
 
     Args:
         values: `[R, K/4, 2]`, a 16-bit dtype: the kept entries of every four.
-        index: `[R, K/4, 2]`, integer: where in the four they stand, ascending.
+        index: `[R, K/4, 2]`, integer: their indices within the four, ascending.
 
     Returns:
         `[R, 9K/16]` in the dtype of `values`.
@@ -144,7 +144,7 @@ def join_packed(values: Tensor, index: Tensor) -> Tensor:
 
 
 def split_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """What `join_packed` joined: values `[R, K/4, 2]`, and index `[R, K/4, 2]` int64."""
+    """The reverse of `join_packed`: values `[R, K/4, 2]`, and index `[R, K/4, 2]` int64."""
     rows, columns = packed_shape(packed)
     values, metadata = packed.flatten().split((rows * columns // 2, rows * columns // 16))
     metadata = metadata.view(torch.uint8).view(-1, columns // 32, 4, 8, 4, 2)
@@ -154,14 +154,14 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_reference(sparse: Tensor, order: Tensor | None = None) -> Tensor:
-    """Pack a 2:4 matrix: of every four entries along a row the two of largest magnitude.
+    """Pack the two entries with the largest magnitudes of every four along a row.
 
     Args:
         sparse: `[R, K]`, a 16-bit dtype.
-        order: `[R, K]`: the magnitudes that choose; None: `sparse` itself.
+        order: `[R, K]`: choose by the magnitudes of these entries; None: by those of `sparse`.
 
     Returns:
-        `[R, 9K/16]` in the dtype of `sparse`, as the module docstring lays it out.
+        `[R, 9K/16]` in the dtype of `sparse`; for the layout see the module docstring.
 
     Raises:
         ValueError: R or K is not a multiple of 64.
@@ -173,10 +173,10 @@ def pack_reference(sparse: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The dense `[R, K]` of `packed [R, 9K/16]`.
+    """The dense matrix `[R, K]` of `packed [R, 9K/16]`.
 
     Raises:
-        ValueError: a shape that no packed matrix has.
+        ValueError: a shape that is not that of a packed matrix.
     """
     values, index = split_packed(packed)
     dense = values.new_zeros(*values.shape[:2], 4)

@@ -1,4 +1,4 @@
-"""The six products over V:N:M activations in compact form."""
+"""The family `venom`: the six products over V:N:M activations in compact form."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -34,7 +34,7 @@ class CompactVenom(Family):
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
         pattern = sparsity.pattern
-        return isinstance(pattern, Venom) and (pattern.n, pattern.m) != (2, COLUMNS)  # that is `kernels.two_four`'s
+        return isinstance(pattern, Venom) and (pattern.n, pattern.m) != (2, COLUMNS)  # 2:4 is in `kernels.two_four`
 
     def refuses(
         self, sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
@@ -46,7 +46,7 @@ class CompactVenom(Family):
         pattern = sparsity.pattern
         assert isinstance(pattern, Venom)
         if pattern.m > 256 or not 16 <= pattern.v <= 256 or pattern.v & (pattern.v - 1):
-            return f"tiles need v a power of two from 16 to 256 and m up to 256, not {pattern.v}, {pattern.m}"
+            return f"tiles need v, a power of two from 16 to 256, and m up to 256, not v = {pattern.v}, m = {pattern.m}"
         return ""
 
     def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
@@ -55,7 +55,7 @@ class CompactVenom(Family):
     def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
         pattern = sparsity.pattern
         assert isinstance(pattern, Venom)
-        gathered = COLUMNS / pattern.m  # whatever n
+        gathered = COLUMNS / pattern.m  # for any n
         return Cost(
             (1.0, gathered, gathered, 1.0, gathered, 1.0),
             halved=tuple(n for n in sparsity.weight_products if n == 1),

@@ -1,18 +1,18 @@
-"""Products (2), (3) and (5) over the compact form, in Triton: dense tiles against gathered rows.
+"""Products (2), (3) and (5) over the compact form, in Triton: dense tiles times gathered rows of a weight.
 
-Because V rows share their columns, a block's product is an ordinary matrix product whose second operand is
-picked row by row, and with the weights stored a row a neuron a picked row is a contiguous run of memory:
+The V tokens of a block share their columns, so the product of a block is a dense matrix product with gathered rows of
+the weight as its second operand. The weights are stored with one row a neuron, so a gathered row is contiguous:
 
     reduce_neurons  y[block]      = sum over kept columns c:  tile[:, c] weight_rows[c, :]           (2) (5)
-    sample_dy1  dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
+    sample_dy1      dy1[block, c] = 2 sqrt(h[block, c]) sum over d: dy[block, d] weight_rows[c, d]   (3)
 
-Everything is addressed by pointers and loaded by cp.async, so the same code runs on Ampere and Hopper; operands are
-bf16, sums float32, outputs are rounded once.
+The kernels address memory by pointers and load it with cp.async, so the same code runs on Ampere and Hopper. Operands
+are bf16, sums float32; outputs are rounded once.
 
-A picked row is read again by every block of tokens that keeps it. Programs therefore run slab by slab: GROUP slabs of
-the second operand, narrow enough for the L2 cache, against all blocks before the next slabs.
+Every block of tokens that keeps a row reads it again. For L2 reuse, GROUP slabs of the second operand, narrow enough
+for the L2 cache, are multiplied with all blocks before the next slabs.
 
-Source: the gather along the reduction dimension is VENOM's, Castro et al., SC 2023.
+Source: the gather along the reduction dimension is from VENOM, Castro et al., SC 2023.
 """
 
 import torch
@@ -22,11 +22,11 @@ from torch import Tensor
 
 
 def _tile(v: int) -> dict[str, int]:
-    """How a program is cut, for tiles of v rows: sums stay in registers, the stages in Ampere's shared memory too."""
+    """Tile sizes and launch options for blocks of v tokens: sums fit into registers, stages into shared memory."""
     return {
         "BLOCK_N": min(256, 32768 // v),
         "BLOCK_K": 64,
-        "GROUP": 4,  # slabs that the L2 cache holds
+        "GROUP": 4,  # slabs that fit into the L2 cache
         "num_warps": 8 if v >= 128 else 4,
         "num_stages": 3,
     }
@@ -34,7 +34,7 @@ def _tile(v: int) -> dict[str, int]:
 
 @triton.jit
 def _block_and_slab(blocks, slabs, GROUP: tl.constexpr):
-    """Which block and slab a program computes: slab by slab in a group, then block by block, then the next group."""
+    """The block and the slab of a program: all slabs of a group for one block, all blocks, then the next group."""
     pid = tl.program_id(0)
     first = pid // (GROUP * blocks) * GROUP
     size = min(slabs - first, GROUP)
@@ -58,7 +58,7 @@ def _gather_reduce(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # KEPT and D are known when compiling, which drops the masks of loops without a remainder.
+    # KEPT and D are compile-time constants, so loops without a remainder need no masks.
     block, slab = _block_and_slab(tl.cdiv(rows, V), tl.cdiv(D, BLOCK_N), GROUP)
     row = tl.arange(0, V)
     n = slab * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,7 +75,7 @@ def _gather_reduce(
             mask=(k < KEPT)[:, None] & (n < D)[None, :],
             other=0,
         )
-        # A step ahead, so that the rows that a step needs are known when it begins.
+        # Loaded one step ahead, so that the indices of a step's rows are in registers when it begins.
         picked = tl.load(index + BLOCK_K + k, mask=k + BLOCK_K < KEPT, other=0)
         sums = tl.dot(left, right, sums)
     row = block * V + row
@@ -92,6 +92,7 @@ def _gather_reduce(
 def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
+    """See `kernels.venom.reduce_neurons`."""
     weight_rows = weight_rows.contiguous()
     v, d = tiles.shape[1], weight_rows.shape[1]
     blocks, tile = triton.cdiv(tokens, v), _tile(v)
@@ -151,6 +152,7 @@ def _sample_dy1(
 
 
 def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor) -> Tensor:
+    """See `kernels.venom.sample_dy1`."""
     dy, weight_rows = dy.contiguous(), weight_rows.contiguous()
     tokens, d = dy.shape
     v, width = h_tiles.shape[1:]

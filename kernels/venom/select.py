@@ -1,12 +1,12 @@
-"""Selection in Triton: what a block of V tokens keeps of h, written in the compact form in one pass over y1.
+"""Selection of columns in Triton: one pass over y1 writes the kept part of h in compact form.
 
-A program holds V tokens by a few windows of M neurons on chip: it squares, sums every column over the tokens, ranks
-the sums of a window among each other, and writes the four columns that win. So y1, the largest tensor of
-a training step, is read once, and h, of the same size, is never written.
+A program loads V tokens by a few windows of M neurons. It computes h = relu(y1)^2, sums each column over the tokens,
+ranks the sums within each window, and writes the four columns with the largest sums. So y1, the largest tensor of a
+training step, is read once, and the dense h, of the same size, is not written.
 
-    y1 [T, f]  ->  tiles [B * C/W, V, W],  columns [B * C/W, W]        C = 4f/M kept columns, W of them a tile
+    y1 [T, f]  ->  tiles [B * C/W, V, W],  columns [B * C/W, W]        C = 4f/M kept columns, W of them in a tile
 
-Source: the pattern is VENOM's, Castro et al., SC 2023; the one-pass selection is this project's.
+Source: the pattern is from VENOM, Castro et al., SC 2023; the selection in one pass is from this project.
 """
 
 import torch
@@ -24,7 +24,7 @@ SELECT_WARPS = 4
 @triton.jit
 def _four_largest(sums):
     """Rank 0 to 3, by index, of the four largest of every row of `sums [R, M]`; 4 for the others."""
-    # Non-negative floats order as their bits do. NaN, the largest for a sort, is made one number, equal to itself.
+    # The bits of non-negative floats have the order of the floats. All NaN become one key, the largest, as in a sort.
     key = tl.where(sums != sums, 0x7FFFFFFF, sums.to(tl.int32, bitcast=True))
     index = tl.arange(0, sums.shape[1])
     mine, other = key[:, :, None], key[:, None, :]
@@ -35,7 +35,7 @@ def _four_largest(sums):
 
 @triton.jit
 def _two_largest(a, b, c, d):
-    """a, b, c and d, zero where two of the others are larger; an equal one to the left counts as larger."""
+    """a, b, c and d, with zero for the two smallest; among equal values the left one counts as larger."""
     zero = tl.zeros_like(a)
     behind_a = (b > a).to(tl.int32) + (c > a).to(tl.int32) + (d > a).to(tl.int32)
     behind_b = (a >= b).to(tl.int32) + (c > b).to(tl.int32) + (d > b).to(tl.int32)
@@ -51,7 +51,7 @@ def _two_largest(a, b, c, d):
 
 @triton.jit
 def _interleave(a, b, c, d):
-    """`[..., 2, 2]` that reads a, b, c, d when flattened."""
+    """`[..., 2, 2]` whose flattened order is a, b, c, d."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
@@ -62,9 +62,10 @@ def _or(a, b):
 
 @triton.jit
 def _pick(bits, rank, place: tl.constexpr):
-    """The entry of that rank of every row of `bits [..., M]` int32.
+    """The entry with rank `place` in every row of `bits [..., M]` int32.
 
-    With all others masked a bitwise or yields it: one instruction an entry, and exact for NaN and infinity.
+    All other entries are masked to zero and a bitwise or reduces the row: one instruction an entry, exact for NaN and
+    infinity.
     """
     return tl.reduce(bits & (((rank ^ place) - 1) >> 31), len(bits.shape) - 1, _or)
 
@@ -89,13 +90,13 @@ def _select_columns(
     token = block * V + row
     m = tl.arange(0, PADDED_M)
     neuron = window[:, None] * M + m[None, :]
-    # Windows first: the layout that Triton gives this order lets a warp read neighbouring windows of a token.
+    # Windows are the first dimension: in Triton's layout a warp then reads neighbouring windows of a token.
     y = tl.load(
         y1 + token[None, :, None] * hidden_dim + neuron[:, None, :],
         mask=(token < tokens)[None, :, None] & (m < M)[None, None, :],
         other=0,
     )
-    active = tl.where(y.to(tl.float32) < 0, tl.zeros_like(y), y).to(tl.float32)  # so NaN stays
+    active = tl.where(y.to(tl.float32) < 0, tl.zeros_like(y), y).to(tl.float32)  # NaN propagates
     h = (active * active).to(tl.bfloat16).to(tl.float32)
     rank = _four_largest(tl.where((m < M)[None, :], tl.sum(h, 1), -1.0))
 
@@ -107,7 +108,7 @@ def _select_columns(
     if N == 2:
         a, b, c, d = _two_largest(a, b, c, d)
     four = tl.permute(_interleave(a, b, c, d).to(tl.bfloat16), (1, 0, 2, 3))
-    CHUNKS: tl.constexpr = WIDTH // (4 * WINDOWS)  # programs that fill a tile
+    CHUNKS: tl.constexpr = WIDTH // (4 * WINDOWS)  # programs that write one tile
     tile = block * (hidden_dim // M * 4 // WIDTH) + tl.program_id(0) // CHUNKS
     column = tl.program_id(0) % CHUNKS * (4 * WINDOWS) + tl.arange(0, 4 * WINDOWS)
     place = (tile * V + row)[:, None] * WIDTH + column[None, :]
@@ -117,6 +118,7 @@ def _select_columns(
 
 
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """See `kernels.venom.select_columns`."""
     y1 = y1.contiguous()
     tokens, hidden_dim = y1.shape
     blocks, windows = triton.cdiv(tokens, v), hidden_dim // m
