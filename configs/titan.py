@@ -71,7 +71,7 @@ from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noq
 from torchtitan.components.dataloader import DataloaderExhaustedError, ParallelAwareDataloader  # noqa: E402
 from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
-from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger  # noqa: E402
 from torchtitan.components.optimizer import build_optimizers  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer  # noqa: E402
 from torchtitan.components.validate import BaseValidator  # noqa: E402
@@ -108,6 +108,7 @@ __all__ = [
     "ParallelDims",
     "RoPEScalingArgs",
     "SwiGLU",
+    "TensorBoardLogger",
     "TokenizerHooks",
     "TrainSpec",
     "Trainer",
@@ -172,15 +173,11 @@ class CheckpointHooks(CheckpointManager):
         """Wait for an asynchronous save that is under way."""
         super()._async_wait()
 
-    def delete_stale(self) -> None:
-        """Delete what checkpoint.keep_latest_k does not keep; called after each save."""
-        super()._purge_stale_checkpoints()
-
     def _async_wait(self) -> None:
         self.wait_for_save()
 
     def _purge_stale_checkpoints(self) -> None:
-        self.delete_stale()
+        """Nothing: torchtitan deletes when a save begins. A subclass deletes once the new checkpoint is complete."""
 
 
 class TokenizerHooks(HuggingFaceTokenizer):

@@ -187,19 +187,6 @@ class SafeCheckpointManager(CheckpointHooks):
             self._resumable = ""
             raise self._save_error(reason) from error
 
-    def delete_stale(self) -> None:
-        """Delete all but the newest keep_latest_k complete checkpoints and the one that `latest` names."""
-        if self.keep_latest_k == 0 or dist.get_rank() != 0:
-            return
-        complete = [step for step in self._steps() if self._is_complete(step)]
-        for step in complete[self.keep_latest_k :]:
-            if f"step-{step}" != self._read_pointer():
-                # Deleting takes time, and a half-deleted step-<N> would look like a damaged checkpoint.
-                self._rename(step, "purged")
-        for name in self._names():
-            if name.startswith("purged-"):
-                self.purge_queue.put(os.path.join(self.folder, name))
-
     def has_begun(self) -> bool:
         """Whether the run's folder has a complete checkpoint to resume from."""
         return self.enable and any(self._is_complete(step) for step in self._steps())
@@ -225,6 +212,7 @@ class SafeCheckpointManager(CheckpointHooks):
         write_manifest(checkpoint_id)
         self._move_pointer(int(os.path.basename(checkpoint_id).removeprefix("step-")))
         logger.info("saved %s", checkpoint_id)
+        self.delete_stale()
 
     def _commit_after(self, upload: Future) -> Future:
         """Return a future that is done once the upload is done and, on rank 0, committed."""
@@ -245,6 +233,19 @@ class SafeCheckpointManager(CheckpointHooks):
 
         upload.add_done_callback(commit)
         return committed
+
+    def delete_stale(self) -> None:
+        """Delete all but the newest keep_latest_k complete checkpoints and the one that `latest` names. On rank 0."""
+        if self.keep_latest_k == 0:
+            return
+        complete = [step for step in self._steps() if self._is_complete(step)]
+        for step in complete[self.keep_latest_k :]:
+            if f"step-{step}" != self._read_pointer():
+                # Deleting takes time, and a half-deleted step-<N> would look like a damaged checkpoint.
+                self._rename(step, "purged")
+        for name in self._names():
+            if name.startswith("purged-"):
+                self.purge_queue.put(os.path.join(self.folder, name))
 
     def _save_error(self, reason: str) -> ConfigError:
         return ConfigError(

@@ -29,6 +29,8 @@ import os
 import secrets
 import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ import torch.distributed as dist
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig
-from configs.titan import MetricsProcessor, ParallelDims, get_peak_flops
+from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, get_peak_flops
+from recipes.schedule import Span
 
 logger = logging.getLogger("sparsetitan")
 
@@ -54,7 +57,11 @@ class Metrics(MetricsProcessor):
             _name_wandb_run(job_config)
         # Before a writer opens one of its own.
         self._events = list((Path(job_config.job.dump_folder) / job_config.metrics.save_tb_folder).rglob("*tfevents*"))
+        # TensorBoard's writer makes its file at once: it is made for the first row, so that a failed start has none.
+        metrics, self.tag, self.tensorboard = job_config.metrics, tag, None
+        enabled, metrics.enable_tensorboard = metrics.enable_tensorboard, False
         super().__init__(job_config, parallel_dims, tag)
+        metrics.enable_tensorboard = enabled
         if wandb and not _wandb_runs():
             raise ConfigError(
                 "metrics.enable_wandb = true, but Weights & Biases did not start, as said above: run `wandb login`, "
@@ -68,7 +75,8 @@ class Metrics(MetricsProcessor):
         self.log_next = False
         self.switch_seconds = 0.0
         self.graphs_compiled = 0
-        self.row: dict[str, Any] = {}
+        self.row: dict[str, Any] = {}  # the newest
+        self.time_left = TimeLeft()
         # FLOPs executed over those of the dense model, a phase; the trainer knows what its backend executes.
         self.executed_share = {"dense": 1.0, "sparse": 1.0}
 
@@ -76,12 +84,17 @@ class Metrics(MetricsProcessor):
         """Whether this step gets a row: as torchtitan decides, and where the trainer asks for one."""
         return self.log_next or super().should_log(step)
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, spans: Sequence[Span]) -> None:
         """
         Begin after `step`, resumed or 0: rows and TensorBoard's points of steps that will be run again are dropped,
         those of an earlier run are set aside.
+
+        Args:
+            step: the last step that was done before.
+            spans: the run's phases.
         """
         self.time_last_log = time.perf_counter()
+        self.time_left = TimeLeft(spans)
         if not self.writes:
             return
         for events in self._events:
@@ -130,7 +143,7 @@ class Metrics(MetricsProcessor):
 
     def finish(self, phase: str, extra: dict[str, float]) -> None:
         """Complete the row with what was measured after the training step, and write it everywhere."""
-        row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
+        row = self.row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
         row |= {"switch_seconds": self.switch_seconds, "graphs_compiled": self.graphs_compiled}
         if "mfu" in row:
             row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
@@ -139,13 +152,12 @@ class Metrics(MetricsProcessor):
                 # JSON has no NaN: a validation loss of that is written as null.
                 plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
                 file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self.logger.log(
-            {
-                "sparse" if key == "phase" else key: value == "sparse" if key == "phase" else value
-                for key, value in row.items()
-            },
-            row["step"],
-        )
+        numbers = {key: value for key, value in row.items() if key != "phase"} | {"sparse": phase == "sparse"}
+        self.logger.log(numbers, row["step"])
+        if tensorboard := self._open_tensorboard():
+            tensorboard.log(numbers, row["step"])
+        seconds = time.perf_counter() - self.time_last_log - self.switch_seconds
+        self.time_left.add(phase, self.steps_since_last_log, seconds, compiled=self.graphs_compiled > 0)
         logger.info(self._line(row))
         self.ntokens_since_last_log = 0
         self.steps_since_last_log = 0
@@ -154,6 +166,21 @@ class Metrics(MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
+
+    def close(self) -> None:
+        super().close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _open_tensorboard(self) -> TensorBoardLogger | None:
+        """The writer of TensorBoard's points; None where this rank writes none."""
+        metrics = self.job_config.metrics
+        if self.tensorboard is None and metrics.enable_tensorboard and (self.writes or metrics.save_for_all_ranks):
+            folder = Path(self.job_config.job.dump_folder) / metrics.save_tb_folder / time.strftime("%Y%m%d-%H%M")
+            if metrics.save_for_all_ranks:
+                folder /= f"rank_{dist.get_rank()}"
+            self.tensorboard = TensorBoardLogger(str(folder), self.tag)
+        return self.tensorboard
 
     def _line(self, row: dict[str, Any]) -> str:
         """A row as one console line."""
@@ -173,8 +200,41 @@ class Metrics(MetricsProcessor):
             parts.append(f"{color.yellow}val {row['val_loss']:.4f}{sparse} {row['val_bpb']:.3f} bpb{color.reset}")
         if row["graphs_compiled"]:
             parts.append(f"{row['graphs_compiled']} graphs compiled")
-        parts.append(f"{_duration((steps - row['step']) * row['step_seconds'])} left")
+        parts.append(f"{duration(self.time_left.after(row['step']))} left")
         return "  ".join(parts)
+
+
+class TimeLeft:
+    """Estimates how long the rest of a run takes, from the mean time of its steps so far, dense and sparse apart.
+
+    The time of validations and of saves between two rows counts as that of the steps between them. The first row and
+    rows in which graphs were compiled count only as long as there is no other of their mode.
+
+    Args:
+        spans: the run's phases.
+    """
+
+    def __init__(self, spans: Sequence[Span] = ()) -> None:
+        self._spans = spans
+        self._steps: Counter[tuple[str, bool]] = Counter()  # by mode, and whether the interval is representative
+        self._seconds: defaultdict[tuple[str, bool], float] = defaultdict(float)
+
+    def add(self, mode: str, steps: int, seconds: float, compiled: bool = False) -> None:
+        """Count an interval between two rows."""
+        steady = not compiled and bool(self._steps)
+        self._steps[mode, steady] += steps
+        self._seconds[mode, steady] += seconds
+
+    def after(self, step: int) -> float:
+        """Seconds that the steps after this one are expected to take; a mode not seen yet is as slow as the other."""
+        return sum(max(0, span.stop - max(span.start, step)) * self._step_seconds(span.mode) for span in self._spans)
+
+    def _step_seconds(self, mode: str) -> float:
+        other = "dense" if mode == "sparse" else "sparse"
+        for key in ((mode, True), (other, True), (mode, False), (other, False)):
+            if self._steps[key]:
+                return self._seconds[key] / self._steps[key]
+        return 0.0
 
 
 def _name_wandb_run(config: JobConfig) -> None:
@@ -230,7 +290,8 @@ def _short(number: float) -> str:
     return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as 3m05s or 2h07m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

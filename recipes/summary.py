@@ -1,6 +1,9 @@
-"""What a checked job would do, for a person to read before it runs: `python train.py ... --check`."""
+"""What a job would do (`python train.py ... --check`), and what a finished run did, for a person to read."""
 
 import os
+import shlex
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -9,6 +12,7 @@ from configs.titan import TORCH_DTYPE_MAP, device_type
 from models.llama import Llama, LlamaArgs
 from recipes.data import num_rows
 from recipes.files import Report
+from recipes.metrics import duration
 from recipes.schedule import Span
 from recipes.sources import LOCAL, find_source
 from recipes.sparsity import computes_in, sparse_family
@@ -54,3 +58,40 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         "This job can run.",
     ]
     return "\n".join(lines)
+
+
+def outcome(config: JobConfig, about: dict[str, Any], row: dict[str, Any], first: int, seconds: float) -> Iterator[str]:
+    """The lines that a run ends with: its cost, its loss, and the commands that use its model.
+
+    Args:
+        about: the run's run.json; empty on ranks that do not log.
+        row: its last row of metrics.
+        first: the first step of this process; a resumed run did the steps before it in another one.
+        seconds: this process's time for its steps, with validations and saves.
+    """
+    if not about:
+        return
+    steps, tokens = row["step"], row["tokens"]
+    sparse = sum(stop - start + 1 for mode, start, stop in about["phases"] if mode == "sparse") / steps
+    did = f"{steps:,} steps" if first == 1 else f"steps {first:,} to {steps:,}"
+    yield (
+        f"finished: {did} in {duration(seconds)}; {tokens / 1e6:,.1f} M tokens, {tokens / about['parameters']:,.1f} a "
+        f"parameter; {100 * sparse:.0f}% of the steps sparse"
+    )
+    if "val_loss" in row:
+        entropy, loss = about["unigram_entropy"], row["val_loss"]
+        than = f"{entropy - loss:.3f} below" if loss < entropy else f"{loss - entropy:.3f} ABOVE"
+        yield (
+            f"validation loss {loss:.4f} nats a token ({row['val_bpb']:.3f} bits a byte): {than} the unigram entropy "
+            f"{entropy:.3f}, the loss of a model that knows only how frequent each token is"
+        )
+    else:
+        yield f"training loss {row['loss']:.4f} nats a token; validation.enable = false, so there is no other"
+    folder = config.job.dump_folder
+    named, export = shlex.quote(folder), shlex.quote(f"{folder.rstrip('/')}-hf")
+    yield "next:"
+    yield f"  python -m scripts.plot {named}"
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        yield f'  python -m scripts.generate {named} --prompt "The"'
+        yield f"  python -m scripts.evaluate {named} --text FILE"
+        yield f"  python -m scripts.export_hf {named} {export}"

@@ -44,6 +44,7 @@ from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span
 from recipes.sparsity import Sparsity, computes_in, flops_per_token, sparse_family
+from recipes.summary import outcome
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator, reshard
 
@@ -97,7 +98,16 @@ class SparseTrainer(titan.Trainer):
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         set_up_process(config)
+        new_folder = not Path(config.job.dump_folder).exists()
         self.lock = _lock(config)
+        try:
+            self._set_up(config, args, spans)
+        except BaseException:
+            if new_folder:  # a start that failed leaves no empty folder
+                _remove_if_empty(self.lock)
+            raise
+
+    def _set_up(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         self.interrupted = False
         self.received: set[int] = set()
         self.skips = False  # whether the step at hand left its batch out
@@ -141,7 +151,8 @@ class SparseTrainer(titan.Trainer):
         # The first batch is taken before anything is written: a loader that refuses its state leaves the run as it was.
         batches = _Batches(self.batch_generator(self.dataloader))
         batches.peek()
-        self.metrics_processor.start(self.step)
+        self.metrics_processor.start(self.step, self.sparsity.spans)
+        began = time.perf_counter()
         device, tensor = torch.device(titan.device_type), self.parallel_dims.tp
         dtype = titan.TORCH_DTYPE_MAP[computes_in(config.training, tensor, self.parallel_dims.fsdp_enabled)]
         spans = self.sparsity.spans
@@ -175,7 +186,10 @@ class SparseTrainer(titan.Trainer):
                     # Compilation and lazy initialisation are over: a stuck collective is noticed sooner from here on.
                     timeout = timedelta(seconds=config.comm.train_timeout_seconds)
                     titan.dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
-        if self.step < config.training.steps:
+        if self.step == config.training.steps:
+            for line in outcome(config, self._about, self.metrics_processor.row, first, time.perf_counter() - began):
+                logger.info(line)
+        else:
             logger.info(f"stopped by a signal after step {self.step}")
             if self.step >= first:  # else nothing is new, and the first batch has been taken from the loader
                 self._check_finite()
@@ -380,6 +394,7 @@ class SparseTrainer(titan.Trainer):
             "corpus": corpus_facts(config),
             "parameters": parameters,
             "vocabulary": args.vocab_size,
+            "unigram_entropy": self.validator.unigram_entropy if config.validation.enable else None,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
             "flops_per_token": flops,
             "peak_flops": self.metrics_processor.peak_flops,
@@ -445,6 +460,15 @@ def _lock(config: JobConfig) -> FileLock:
                 "another folder"
             ) from None
     return lock
+
+
+def _remove_if_empty(lock: FileLock) -> None:
+    """Remove the folder of a lock that was acquired, if it holds nothing but the lock's file."""
+    folder = Path(lock.lock_file).parent
+    if lock.is_locked and [each.name for each in folder.iterdir()] == [".lock"]:
+        os.remove(lock.lock_file)
+        lock.release()
+        folder.rmdir()
 
 
 def set_up_process(config: JobConfig) -> None:

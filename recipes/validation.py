@@ -67,10 +67,11 @@ class Validator(BaseValidator):
         self.inputs, self.labels = sequences[:, :-1], sequences[:, 1:]
         self.bytes = token_bytes(job_config.model.hf_assets_path)[self.labels].sum(1)
         share = self.labels.flatten().bincount().double() / self.labels.numel()
-        entropy = -torch.xlogy(share, share).sum().item()
+        # Nats a token of a model that knows only how frequent each token is.
+        self.unigram_entropy = -torch.xlogy(share, share).sum().item()
         logger.info(
             f"validation on {len(sequences)} sequences, {int(self.bytes.sum())} bytes, "
-            f"of unigram entropy {entropy:.3f} nats a token"
+            f"of unigram entropy {self.unigram_entropy:.3f} nats a token"
         )
         self.batch_size = job_config.training.local_batch_size
         # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.

@@ -416,6 +416,14 @@ def test_purge_keeps_k_complete_ones_and_latest(folder):
     assert read_latest(folder) == "step-40"
 
 
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_finished_run_keeps_as_many_as_it_was_told(tmp_path, async_mode):
+    run = Run(tmp_path, keep_latest_k=2, async_mode=async_mode).train_to(39)
+    run.manager.save(39, last_step=True)
+    run.manager.close()
+    assert names(tmp_path / "checkpoint") == {"step-30", "step-39", "latest"}
+
+
 def test_purge_spares_what_latest_names(folder):
     run = Run(folder.parent, keep_latest_k=2)
     (folder / "latest").write_text("step-10")

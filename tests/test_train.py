@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,7 @@ def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path)
 
     (folder,) = (tmp_path / "run" / "tb").iterdir()
     events = EventAccumulator(str(folder)).Reload()
+    assert kept["unigram_entropy"] > 2
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses(run))
     assert [event.value for event in events.Scalars("sparse")] == [0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert events.Scalars("layers/1/energy_kept")[-1].step == 8
@@ -475,6 +477,49 @@ def test_a_complete_run_says_so_and_changes_nothing(train, tmp_path, caplog):
     kept = (tmp_path / "run.json").read_bytes()
     assert train(tmp_path) == whole
     assert (tmp_path / "run.json").read_bytes() == kept
+
+
+def test_a_start_that_fails_leaves_nothing_behind(train, tmp_path, monkeypatch):
+    """No folder where the trainer was never built, no empty run in TensorBoard where the first step failed."""
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        train(tmp_path / "run", "--data.sources", f'[{{path = "{tmp_path}/nowhere"}}]')
+    train(tmp_path / "dense", *DENSE, "--training.steps", "2", "--validation.enable", "false", recipe="dense")
+    start = str(tmp_path / "dense" / "checkpoint" / "step-2")
+    with pytest.raises(ConfigError, match="is a model of n_layers"):
+        train(tmp_path / "new" / "run", "--checkpoint.initial_load_path", start, "--model.n_layers", "1")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "new" / "run").exists()
+    words = ("--metrics.enable_tensorboard", "true")
+
+    def fail(*_):
+        raise ConfigError("the first step failed")
+
+    monkeypatch.setattr(SparseTrainer, "train_step", fail)
+    with pytest.raises(ConfigError, match="the first step failed"):
+        train(tmp_path / "run", *words)
+    assert (tmp_path / "run" / "run.json").is_file()
+    assert not (tmp_path / "run" / "tb").exists()
+
+
+def test_a_run_ends_with_a_summary(train, tmp_path, capfd):
+    train(tmp_path / "a run", stop_after=6)
+    capfd.readouterr()
+    train(tmp_path / "a run")
+    said = [line.split(" ", 1)[1] for line in capfd.readouterr().out.splitlines()]
+    end = said[said.index("next:") - 2 :]
+    assert re.fullmatch(
+        r"finished: steps 7 to 12 in 0m\d\ds; 0.0 M tokens, 0.\d a parameter; 42% of the steps sparse", end[0]
+    )
+    assert re.fullmatch(
+        r"validation loss \d\.\d{4} nats a token \(.* bits a byte\): \d\.\d{3} (below|ABOVE) the unigram entropy .*",
+        end[1],
+    )
+    folder = tmp_path / "a run"
+    assert end[3:] == [
+        f"  python -m scripts.plot '{folder}'",
+        f"  python -m scripts.generate '{folder}' --prompt \"The\"",
+        f"  python -m scripts.evaluate '{folder}' --text FILE",
+        f"  python -m scripts.export_hf '{folder}' '{folder}-hf'",
+    ]
 
 
 def test_a_diverged_run_ends_before_it_saves(train, tmp_path):
