@@ -200,6 +200,28 @@ class Job(titan_config.Job):
 
 
 @dataclass
+class RopeScaling:
+    """
+    Llama 3's scaling of RoPE for long contexts (rope_type "llama3" of a Hugging Face folder), for a model that was
+    trained with it. A pair of entries that turns once in w positions keeps its angle where w is below
+    original_max_position_embeddings / high_freq_factor, is slowed down by `factor` where w is above
+    original_max_position_embeddings / low_freq_factor, and between the two by a mixture.
+    """
+
+    factor: float = _in(1.0, 1.0)
+    """How much slower long wavelengths turn; 1: no scaling."""
+
+    low_freq_factor: float = _in(1.0, 1e-6)
+    """original_max_position_embeddings over the shortest wavelength that is slowed down by the whole factor."""
+
+    high_freq_factor: float = _in(4.0, 1e-6)
+    """original_max_position_embeddings over the longest wavelength that stays as it is; above low_freq_factor."""
+
+    original_max_position_embeddings: int = _in(8192, 1)
+    """Positions that the model was trained at before its context was extended."""
+
+
+@dataclass
 class Model(titan_config.Model):
     name: Literal["llama_relu2", "llama_swiglu"] = "llama_relu2"
     """
@@ -226,6 +248,14 @@ class Model(titan_config.Model):
 
     rope_theta: float | None = _in(None, 1.0)
     """Base of the rotary embedding's wavelengths, instead of the flavor's."""
+
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+    max_position_embeddings: int | None = _in(None, 1)
+    """
+    Positions that an export's config.json says the model takes, instead of training.seq_len: for a model that was
+    trained on longer sequences before this run.
+    """
 
     norm_eps: float | None = _in(None, 0.0, 1.0)
     """What RMSNorm adds to the mean square, instead of the flavor's."""

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import os
+from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 
 import kernels
 from configs.errors import ConfigError, first_line
-from configs.titan import Llama3StateDictAdapter
+from configs.titan import Llama3StateDictAdapter, RoPEScalingArgs
 from models.llama import LlamaArgs
 
 
@@ -42,11 +43,15 @@ def export_config(
     """The contents of config.json.
 
     Args:
-        args: the model's; `max_seq_len` is what it was trained at.
+        args: the model's; `max_seq_len` is what it was trained at, unless `max_position_embeddings` is given.
         hidden_dim: rows of W1; of a SwiGLU two thirds of the arguments'.
         dtype: of the weights.
         bos, eos: ids of the tokens that begin and end a document; None if there is none.
     """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    scaling = asdict(args.rope_scaling_args)
+    if (factor := scaling.pop("scaling_factor")) != 1:
+        rope = {"rope_type": "llama3", "factor": factor, **scaling}
     return {
         "architectures": ["LlamaForCausalLM" if args.swiglu else "ArceeForCausalLM"],
         "model_type": "llama" if args.swiglu else "arcee",
@@ -58,11 +63,12 @@ def export_config(
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_kv_heads or args.n_heads,
         "head_dim": args.dim // args.n_heads,
-        "max_position_embeddings": args.max_seq_len,
+        "max_position_embeddings": args.max_position_embeddings or args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
-        # transformers 5 reads rope_parameters, older releases and other engines rope_theta.
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(args.rope_theta)},
+        # transformers 5 reads rope_parameters, older releases and other engines rope_theta and rope_scaling.
+        "rope_parameters": {**rope, "rope_theta": float(args.rope_theta)},
         "rope_theta": float(args.rope_theta),
+        **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -103,9 +109,9 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{source}: rope_parameters = {json.dumps(rope)} is no object: restore the model's own")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise refuse("rope_type", scaling, "its RoPE is not scaled; give the model as it was before that")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise refuse("rope_type", rope_type, 'its RoPE is not scaled, or scaled as "llama3" does')
     try:
         width, layers, heads, hidden_dim, vocab_size, length = (
             number(key, config[key])
@@ -116,6 +122,15 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
         )
         norm_eps = number("rms_norm_eps", config["rms_norm_eps"], float)
         theta = number("rope_theta", rope.get("rope_theta") or config["rope_theta"], float)
+        scaling = RoPEScalingArgs(scaling_factor=1.0)
+        if rope_type == "llama3":
+            factor, low, high = (
+                number(key, rope[key], float) for key in ("factor", "low_freq_factor", "high_freq_factor")
+            )
+            original = number("original_max_position_embeddings", rope["original_max_position_embeddings"])
+            if high <= low:
+                raise refuse("high_freq_factor", high, f"a number above low_freq_factor = {low} is needed")
+            scaling = RoPEScalingArgs(factor, low, high, original)
     except KeyError as error:
         raise ConfigError(f"{source}: {error} is missing: give the config.json that the model was saved with") from None
     kv_heads = number("num_key_value_heads", config.get("num_key_value_heads") or heads)
@@ -135,6 +150,7 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
         max_seq_len=length,
         norm_eps=norm_eps,
         rope_theta=theta,
+        rope_scaling_args=scaling,
     )
     if swiglu and hidden_dim % args.multiple_of:
         raise refuse("intermediate_size", hidden_dim, f"its SwiGLU's width is a multiple of {args.multiple_of}")

@@ -27,6 +27,7 @@ class LlamaArgs(TransformerModelArgs):
     """torchtitan's arguments and the FFN's: its width f, its kind, and what a sparse phase does to it.
 
     dense_layers: so many first layers stay dense in a sparse phase.
+    max_position_embeddings: positions that an export says the model takes; None: max_seq_len, the length in training.
     """
 
     hidden_dim: int = 768
@@ -34,8 +35,9 @@ class LlamaArgs(TransformerModelArgs):
     sparsity: FeedForwardSparsity = field(default_factory=FeedForwardSparsity)
     dense_layers: int = 0
     multiple_of: int = 64
+    max_position_embeddings: int | None = None
     rope_theta: float = 500000
-    # torchtitan stretches RoPE for long contexts by default, as Llama 3.1 does; a factor of 1 leaves it as it is.
+    # torchtitan scales RoPE by default, as Llama 3.1 does; a factor of 1 leaves it unscaled.
     rope_scaling_args: RoPEScalingArgs = field(default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0))
 
 

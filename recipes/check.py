@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import Activations, JobConfig
-from configs.titan import device_type
+from configs.schema import Activations, JobConfig, RopeScaling
+from configs.titan import RoPEScalingArgs, device_type
 from kernels import Groups
 from kernels.columns.ffn import LARGE
 from kernels.columns.ffn_fp8 import ALIGNED
@@ -73,7 +73,9 @@ def model_args(config: JobConfig) -> LlamaArgs:
         n_kv_heads=model.n_kv_heads,
         hidden_dim=model.hidden_dim,
         rope_theta=model.rope_theta,
+        rope_scaling_args=_rope_scaling(model.rope_scaling),
         norm_eps=model.norm_eps,
+        max_position_embeddings=model.max_position_embeddings,
         swiglu=model.name == "llama_swiglu",
         max_seq_len=config.training.seq_len,
     )
@@ -88,6 +90,16 @@ def model_args(config: JobConfig) -> LlamaArgs:
             f"model.n_kv_heads = {kv_heads} does not divide model.n_heads = {args.n_heads}: change one of them"
         )
     return args
+
+
+def _rope_scaling(scaling: RopeScaling) -> RoPEScalingArgs:
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor} is not above low_freq_factor = "
+            f"{scaling.low_freq_factor}: give the two of the model's config.json"
+        )
+    values = dataclasses.asdict(scaling)
+    return RoPEScalingArgs(scaling_factor=values.pop("factor"), **values)
 
 
 def _check_schedule(config: JobConfig) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,13 @@ def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None
 def model_facts(args: LlamaArgs) -> dict[str, Any]:
     """The keys of [model] that define the model, whatever its flavor, with the values of `args`."""
     name = "llama_swiglu" if args.swiglu else "llama_relu2"
-    return {"name": name} | {key: getattr(args, key) for key in FACTS} | {"n_kv_heads": args.n_kv_heads or args.n_heads}
+    scaling = asdict(args.rope_scaling_args)
+    return {
+        "name": name,
+        **{key: getattr(args, key) for key in FACTS},
+        "n_kv_heads": args.n_kv_heads or args.n_heads,
+        "rope_scaling": {"factor": scaling.pop("scaling_factor"), **scaling},
+    }
 
 
 def check_initial_model(config: JobConfig, args: LlamaArgs) -> None:

@@ -3,7 +3,7 @@
 A run's folder keeps, in run.json, the configuration of its last start. A resume compares the two before it reads or
 writes anything. These must stay as they were:
 
-    the model          its name and sizes (FACTS of recipes/restore.py), whatever keys say them
+    the model          its name, sizes and RoPE (`model_facts` of recipes/restore.py), whatever keys say them
     what is read       data.seed, data.validation_share, each source but its path, training.seq_len,
                        training.global_batch_size, training.dtype; the path of a local source may change if the
                        corpus has as many documents and bytes as before
@@ -29,7 +29,7 @@ from configs.schema import RECIPE_SECTIONS, JobConfig
 from models.llama import LlamaArgs
 from recipes.check import model_args
 from recipes.data import num_rows
-from recipes.restore import FACTS
+from recipes.restore import model_facts
 
 FIXED = (
     "data.seed",
@@ -60,9 +60,9 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
         before = restored(about["config"], str(file))
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is damaged: restore it, or start another run with another job.dump_folder") from None
-    old = model_args(before)
-    for name in ("swiglu", *FACTS):
-        _compare(f"the model's {name}", getattr(args, name), getattr(old, name), file, REMEDY)
+    facts = model_facts(model_args(before))
+    for name, value in model_facts(args).items():
+        _compare(f"the model's {name}", value, facts[name], file, REMEDY)
     for key in FIXED:
         section, name = key.split(".")
         _compare(key, getattr(getattr(config, section), name), getattr(getattr(before, section), name), file, REMEDY)

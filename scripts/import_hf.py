@@ -1,10 +1,15 @@
-"""Make a Hugging Face folder the start of a run, to continue its pretraining sparsely.
+"""Make a Hugging Face folder the start of a run, to continue its pretraining, sparsely where its FFNs allow.
 
-    python -m scripts.import_hf path/to/AFM outputs/afm
+    python -m scripts.import_hf path/to/AFM outputs/afm --data path/to/corpus
+    torchrun --nproc_per_node=1 train.py --config outputs/afm/continue.toml
 
-reads a folder of architecture `ArceeForCausalLM` (or, for dense runs, `LlamaForCausalLM`), writes the model as
-checkpoint 0 of a run that has taken no step, with its tokenizer, and prints the keys of the configuration that
-continues it. A run whose [model] is another one is refused (recipes/restore.py).
+reads a folder of architecture `ArceeForCausalLM` or `LlamaForCausalLM`, writes the model as checkpoint 0 of a run that
+has taken no step, with its tokenizer and a configuration that continues it, and says what stays dense. A SwiGLU
+(`LlamaForCausalLM`) is dense in every phase; `--relufy` makes squared-ReLU FFNs of it, which can be sparse
+(models/relufication.py). A run whose [model] is another one is refused (recipes/restore.py).
+
+The configuration warms up again to a tenth of the rate that a model of this width begins with, and decays to zero: from
+the whole rate, a continuation loses more at first than it gains (Gupta et al. 2023, arXiv 2308.04014).
 """
 
 import argparse
@@ -23,14 +28,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.errors import ConfigError, exit_with
+from configs.loader import load_config
+from configs.schema import JobConfig
 from models.hugging_face import StateDictAdapter, import_args
 from models.llama import FLAVORS, Llama, LlamaArgs, llama_args
+from models.relufication import relufy
+from recipes.check import check_keys
 from recipes.checkpoint import POINTER, write_manifest
 from recipes.restore import copy_tokenizer, model_facts
 from recipes.tokenizer import token_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CONTINUE = "continue.toml"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -98,7 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the Hugging Face folder: config.json, safetensors, tokenizer")
     parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--relufy", action="store_true", help="make squared-ReLU FFNs of the SwiGLU, to be trained on")
+    parser.add_argument(
+        "--data", action="append", default=[], help="a file, folder or glob to train on; may be repeated"
+    )
+    parser.add_argument("--recipe", help="of the configuration; default: columns_half, of a SwiGLU dense")
+    parser.add_argument("--steps", type=int, default=1000, help="of the configuration")
     options = parser.parse_args()
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}: give a number above 0")
     folder, out = Path(options.folder), Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")
@@ -115,34 +133,137 @@ def main() -> None:
         print(f"leaving out {args.vocab_size - vocab_size} rows of the embedding that stand for no token")
     args.vocab_size = vocab_size
     state = import_weights(weights, args, folder, bool(values.get("tie_word_embeddings")))
+    if options.relufy:
+        if not args.swiglu:
+            raise ConfigError(f"--relufy: the FFNs of {folder} are squared ReLU as they are: leave it out")
+        state, args = relufy(state, args)
 
     dtypes = {value.dtype for value in weights.values()}
     dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
-    step, tokenizer = out / "checkpoint" / "step-0", str(out / "tokenizer")
     config = {
         "model": model_facts(args),
-        "tokenizer": {"path": tokenizer},
+        "tokenizer": {"path": str(out / "tokenizer")},
         "training": {"seq_len": args.max_seq_len, "mixed_precision_param": dtype},
     }
     run = {"config": config, "vocabulary": vocab_size, "imported_from": str(folder)}
-    _write(out, folder, state, run)
-    keys = {
-        "model": _model_keys(args),
-        "tokenizer": {"path": tokenizer},
-        "checkpoint": {"initial_load_path": str(step)},
-    }
-    print(f"wrote {step}; a configuration that continues it says")
-    for section, pairs in keys.items():
-        print(f"\n[{section}]")
-        for key, value in pairs.items():
-            print(f"{key} = {json.dumps(value)}")
+    recipe = options.recipe or ("dense" if args.swiglu else "columns_half")
+    text = continuation(args, folder, out, options.data, recipe, options.steps)
+    job = _write(out, folder, state, run, text)
+    print(f"wrote {out}: checkpoint 0, its tokenizer, and a configuration that continues it")
+    print("\n".join(describe(args, job, bool(options.data))))
+    print(f"\n    torchrun --nproc_per_node=1 train.py --config {out / CONTINUE}")
 
 
-def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any]) -> None:
-    """Write the run's folder, which gets its name last: an import that fails leaves nothing behind."""
+def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], recipe: str, steps: int) -> str:
+    """The configuration, in TOML, of a run that continues the imported model.
+
+    Args:
+        args: of the model.
+        folder: the Hugging Face folder.
+        out: where the import is written.
+        data: paths of the corpora; empty: the embedded one.
+        recipe: a recipe's file or name.
+        steps: of the run.
+    """
+    seq_len = min(args.max_seq_len, 2048) // 2 * 2
+    tokens = 8192 if torch.cuda.is_available() else 2048
+    sources = [{"path": path} for path in data] or [{"type": "stdlib"}]
+    parts = [
+        f"# Continues the pretraining of {json.dumps(str(folder))}, made by python -m scripts.import_hf.\n"
+        "# Set global_batch_size, and local_batch_size to what fits the GPU: python -m scripts.estimate.\n",
+        _table("", {"recipe": recipe}),
+        _table("job", {"description": f"{folder.name}, continued", "dump_folder": f"{out}_continued"}),
+    ]
+    facts = _model_keys(args)
+    scaling = facts.pop("rope_scaling", {"factor": 1.0})
+    parts.append(_table("model", facts | {"max_position_embeddings": args.max_seq_len}))
+    if scaling["factor"] != 1:
+        parts.append(_table("model.rope_scaling", scaling))
+    parts.append(_table("tokenizer", {"path": str(out / "tokenizer")}))
+    parts += [_table("[data.sources]", source) for source in sources]
+    parts += [
+        _table(
+            "training",
+            {
+                "steps": steps,
+                "seq_len": seq_len,
+                "local_batch_size": max(1, tokens // seq_len),
+                "global_batch_size": -1,
+                "max_norm": 1.0,
+            },
+        ),
+        _table("optimizer", {"name": "AdamW", "lr": continued_rate(args.dim), "beta2": 0.95, "weight_decay": 0.1}),
+        _table(
+            "lr_scheduler",
+            {
+                "warmup_steps": max(1, steps // 10),
+                "decay_ratio": 0.25,
+                "decay_type": "linear",
+                "min_lr_factor": 0.0,
+            },
+        ),
+        _table("compile", {"enable": torch.cuda.is_available()}),
+        _table("activation_checkpoint", {"mode": "none"}),
+        _table("validation", {"freq": max(1, steps // 10), "sequences": 64}),
+        _table("metrics", {"log_freq": 10}),
+        _table(
+            "checkpoint",
+            {
+                "initial_load_path": str(out / "checkpoint" / "step-0"),
+                "interval": max(1, steps // 4),
+                "keep_latest_k": 2,
+            },
+        ),
+        _table("debug", {"seed": 0}),
+    ]
+    return "\n".join(parts)
+
+
+def continued_rate(dim: int) -> float:
+    """A tenth of the peak learning rate that configs/ have for a model of this width, about 0.8 / dim."""
+    return float(f"{min(3e-3, 0.8 / dim) / 10:.1e}")
+
+
+def describe(args: LlamaArgs, job: JobConfig, has_data: bool) -> list[str]:
+    """What will be sparse in the run that continues the model, and what stays dense."""
+    if args.swiglu:
+        lines = [
+            "dense: all of it. Its FFNs are SwiGLU, which has no sparse mode: recipes other than dense are refused. "
+            "Import it with --relufy for squared-ReLU FFNs, which can be sparse"
+        ]
+    else:
+        first = f", and the first {job.schedule.dense_layers} FFNs" if job.schedule.dense_layers else ""
+        sparse = any(phase.mode == "sparse" for phase in job.schedule.phases)
+        lines = [
+            f"sparse: the FFNs, in the sparse phases of {job.recipe}"
+            if sparse
+            else f"sparse: nothing, by {job.recipe}",
+            f"dense: attention, embedding, head{first}, and everything in dense phases",
+        ]
+    if not has_data:
+        lines.append("data: the embedded corpus (Python's standard library); give your own by --data or data.sources")
+    lines.append(f"learning rate: {job.optimizer.lr:g} after {job.lr_scheduler.warmup_steps} steps of warm-up")
+    return lines
+
+
+def _table(name: str, values: dict[str, Any]) -> str:
+    """A section in TOML, which shares JSON's notation of strings, numbers and booleans."""
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join([f"[{name}]"] * bool(name) + lines) + "\n"
+
+
+def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any], text: str) -> JobConfig:
+    """Write the run's folder, which gets its name last: an import that fails leaves nothing behind.
+
+    Returns:
+        The configuration that `text` is, checked.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out.parent))
     try:
+        (unfinished / CONTINUE).write_text(text, encoding="utf-8")
+        job, _ = load_config(["--config", str(unfinished / CONTINUE)])
+        check_keys(job, 1)
         copy_tokenizer(folder, unfinished / "tokenizer")
         step = unfinished / "checkpoint" / "step-0"
         with warnings.catch_warnings():
@@ -153,6 +274,7 @@ def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any
         (unfinished / "run.json").write_text(json.dumps(run, indent=2) + "\n")
         unfinished.chmod(0o755)  # mkdtemp's folders are private
         os.replace(unfinished, out)
+        return job
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

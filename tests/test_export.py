@@ -10,17 +10,23 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, merge, rows
+import torch.nn.functional as F
+from conftest import ROOT, fork, launch, merge, rows
 from packaging.version import Version
 
 import kernels
 from configs.errors import ConfigError
+from configs.loader import load_config
 from models.hugging_face import import_transformers
+from models.llama import Llama, llama_args
+from models.relufication import relufy
+from recipes.check import check_config
 from recipes.data import validation_sequences
-from recipes.restore import find_checkpoint
+from recipes.restore import check_initial_model, find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from recipes.trainer import SparseTrainer
 from scripts import check_vllm, export_hf, generate, import_hf
@@ -134,9 +140,12 @@ def test_large_weights_are_sharded(train, trained, script, tmp_path, monkeypatch
 def test_a_round_trip_is_bit_equal_and_a_run_goes_on_from_it(train, trained, script, tmp_path, capsys):
     run = trained(train)
     script(export_hf, run, tmp_path / "hf")
-    script(import_hf, tmp_path / "hf", tmp_path / "imported")
+    with pytest.raises(ConfigError, match="dense_layers = 3 leaves none of the 2 layers"):  # by the default recipe
+        script(import_hf, tmp_path / "hf", tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+    script(import_hf, tmp_path / "hf", tmp_path / "imported", "--recipe", "dense")
     said = capsys.readouterr().out
-    assert "n_kv_heads = 2" in said and 'name = "llama_relu2"' in said
+    assert "sparse: nothing, by recipes/dense.toml" in said
     before, after = (find_checkpoint(str(folder)) for folder in (run, tmp_path / "imported"))
     state = after.weights()
     assert all(torch.equal(value, state[name]) for name, value in before.weights().items())
@@ -237,7 +246,7 @@ def test_a_folder_that_is_no_model_of_ours_is_refused(train, trained, script, tm
     script(export_hf, trained(train), tmp_path / "hf")
     edit(tmp_path / "hf", **values)
     with pytest.raises(ConfigError, match=message):
-        script(import_hf, tmp_path / "hf", tmp_path / "out")
+        script(import_hf, tmp_path / "hf", tmp_path / "out", "--recipe", "dense")
     assert not (tmp_path / "out").exists()
 
 
@@ -260,11 +269,11 @@ def test_damaged_files_of_a_folder_are_named(train, trained, script, tmp_path):
         else:
             (folder / name).write_text(content)
         with pytest.raises(ConfigError, match=message):
-            script(import_hf, folder, tmp_path / "out")
+            script(import_hf, folder, tmp_path / "out", "--recipe", "dense")
         shutil.rmtree(folder)
     # Nothing is left behind, so the same command works once the folder has been mended.
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
-    script(import_hf, tmp_path / "hf", tmp_path / "out")
+    script(import_hf, tmp_path / "hf", tmp_path / "out", "--recipe", "dense")
     assert find_checkpoint(str(tmp_path / "out")).step == 0
 
 
@@ -284,6 +293,117 @@ def test_a_run_json_of_another_size_is_one_message(train, trained, script, tmp_p
             script(export_hf, run, tmp_path / "hf")
 
 
+SIZES = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+HEADS_OF_HF = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+# As Llama 3.1's, for a model of this size: of the wavelengths 6.3, 22, ... some stay, some mix, some are slowed down.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
+
+
+def pretrained(folder: Path, **values) -> Any:
+    """Let transformers save a random Llama in a folder that has a tokenizer."""
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, **HEADS_OF_HF, initializer_range=0.2, **values)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_the_scaled_rope_of_llama_3(train, trained, script, tmp_path, capsys):
+    """Imported, exported and imported again; and refused where the keys that continue it leave the scaling out."""
+    hf, again = tmp_path / "hf", tmp_path / "again"
+    script(export_hf, trained(train), hf)
+    ids = torch.arange(384).remainder(380).view(2, 192)
+    scaled, plain = (
+        pretrained(hf, rope_parameters=rope) for rope in (LLAMA3, {"rope_type": "default", "rope_theta": 5e5})
+    )
+    scaled.save_pretrained(hf)
+    script(import_hf, hf, tmp_path / "out")
+    ours, _ = find_checkpoint(str(tmp_path / "out")).model()
+    with torch.no_grad():
+        logits = ours(ids)
+        assert (logits - scaled(ids).logits).abs().max() < 1e-4
+        assert (logits - plain(ids).logits).abs().max() > 0.1
+    script(export_hf, tmp_path / "out", again, "--dtype", "float32")
+    config = json.loads((again / "config.json").read_text())
+    assert config["rope_parameters"] == LLAMA3 and config["max_position_embeddings"] == 256
+    assert config["rope_scaling"] == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    with torch.no_grad():
+        exported = import_transformers().AutoModelForCausalLM.from_pretrained(again)
+        assert (exported(ids).logits - logits).abs().max() < 1e-4
+    # As older folders have it.
+    edit(hf, rope_parameters=None, rope_theta=5e5, rope_scaling=config["rope_scaling"])
+    script(import_hf, hf, tmp_path / "older")
+    assert find_checkpoint(str(tmp_path / "older")).args == find_checkpoint(str(tmp_path / "out")).args
+    capsys.readouterr()
+
+    words = ["--config", str(tmp_path / "out" / "continue.toml")]
+    config, _ = load_config([*words, "--model.rope_scaling.factor", "1"])
+    config.training.seq_len = 256
+    args, _ = check_config(config)
+    args.vocab_size = 384
+    with pytest.raises(ConfigError, match=r"is a model of rope_scaling = .*'factor': 8.0"):
+        check_initial_model(config, args)
+    for key, value, message in (
+        ("factor", "0.5", "factor = 0.5 is out of bounds: at least 1.0"),
+        ("high_freq_factor", "1", "high_freq_factor = 1.0 is not above low_freq_factor = 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_config(load_config([*words, f"--model.rope_scaling.{key}", value])[0])
+
+
+@pytest.mark.parametrize("relufy", [False, True])
+def test_the_configuration_of_an_import_continues_it(train, trained, script, tmp_path, capsys, corpus, relufy):
+    """A SwiGLU model, trained on the corpus, goes on from its export: densely, or sparsely as squared ReLU."""
+    run = trained(train, *SWIGLU, recipe="dense")
+    script(export_hf, run, tmp_path / "hf")
+    capsys.readouterr()
+    for index, file in enumerate(sorted(corpus.iterdir()) * 6):  # enough for the validation of the configuration
+        (tmp_path / f"{index}.py").write_text(f"# {index}\n{file.read_text()}")
+    words = ["--data", tmp_path / "*.py", "--steps", "20"]
+    words += ["--relufy", "--recipe", "venom_2of16"] if relufy else []
+    script(import_hf, tmp_path / "hf", tmp_path / "out", *words)
+    said = capsys.readouterr().out
+    assert ("sparse: the FFNs, in the sparse phases of recipes/venom_2of16.toml" in said) == relufy
+    assert ("Its FFNs are SwiGLU, which has no sparse mode" in said) != relufy
+    assert f"--config {tmp_path / 'out' / 'continue.toml'}" in said
+    found = train_as_is(tmp_path / "out" / "continue.toml", tmp_path / "out_continued")
+    phases = {row["phase"] for row in found.values()}
+    assert phases == ({"dense", "sparse"} if relufy else {"dense"})
+    before = rows(run)[12]["val_loss"]
+    assert found[20]["val_loss"] < before, (found, before)
+
+
+def train_as_is(file: Path, folder: Path) -> dict[int, dict]:
+    """Run a configuration file without another key."""
+    result = fork("--config", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return rows(folder)
+
+
+def test_relufication_is_close_to_the_gated_ffn():
+    """Closest where g is large; the naive swap, without the gate, has nothing to do with the function."""
+    torch.manual_seed(0)
+    args = llama_args("debug", n_layers=1, swiglu=True, vocab_size=64, max_seq_len=16, hidden_dim=192)
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+    x = F.rms_norm(torch.randn(4096, args.dim), (args.dim,)) * (norm := torch.rand(args.dim) + 0.5)
+    model.layers["0"].ffn_norm.weight.data.copy_(norm)
+    for std, limit in ((4.0, 0.1), (1.0, 0.35)):
+        gated = model.layers["0"].feed_forward
+        gated.w1.weight.data.normal_().mul_(std / gated.w1.weight.mul(norm).norm(dim=1, keepdim=True))
+        state, new = relufy(model.state_dict(), args)
+        ungated = Llama(new)
+        ungated.load_state_dict(state)
+        with torch.no_grad():
+            expected, y = gated(x), ungated.layers["0"].feed_forward(x)
+        assert (y - expected).norm() / expected.norm() < limit
+        naive = gated.w2(F.relu(gated.w1(x)) ** 2)
+        assert (naive - expected).norm() > expected.norm()
+
+
 def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, script):
     """As other folders have them: the head is the embedding, and both have rows that stand for no token."""
     transformers = import_transformers()
@@ -293,7 +413,7 @@ def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, sc
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(tmp_path / "hf")
-    script(import_hf, tmp_path / "hf", tmp_path / "out")
+    script(import_hf, tmp_path / "hf", tmp_path / "out", "--recipe", "dense")
     ours, _ = find_checkpoint(str(tmp_path / "out")).model()
     with torch.no_grad():
         assert (ours(IDS) - model(IDS).logits[..., :384]).abs().max() < 1e-4
@@ -302,7 +422,7 @@ def test_tied_and_filled_up_embeddings_are_imported(tmp_path, train, trained, sc
     config = tmp_path / "hf" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     with pytest.raises(ConfigError, match=r"lm_head.weight is missing, and config.json does not set tie_word_emb"):
-        script(import_hf, tmp_path / "hf", tmp_path / "other")
+        script(import_hf, tmp_path / "hf", tmp_path / "other", "--recipe", "dense")
     assert not (tmp_path / "other").exists()
 
 
