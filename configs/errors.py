@@ -1,10 +1,12 @@
 """Refuse bad input in one way: a message that names the key or file, the value and the remedy, without a traceback."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
@@ -27,6 +29,25 @@ class TooLargeError(ConfigError):
 def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
     """The error for a key's value, in the form that all of them have."""
     return ConfigError(f"{key} = {json.dumps(value)}: {problem}; {remedy}")
+
+
+@contextlib.contextmanager
+def writing(name: str, folder: str) -> Iterator[None]:
+    """Report a full disk, or another error of the file system, as one message.
+
+    Args:
+        name: what is written, of the run in `folder`.
+        folder: job.dump_folder.
+
+    Raises:
+        ConfigError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = f"{name} cannot be written ({error.strerror or first_line(error)})"
+        remedy = "free space or make it writable, then run the same command again: it resumes"
+        raise refuse("job.dump_folder", folder, problem, remedy) from error
 
 
 def first_line(error: BaseException) -> str:

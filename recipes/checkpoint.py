@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -456,11 +456,27 @@ def _on_rank0(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _first_of_all_ranks(reason: str | None) -> str | None:
+def _first_of_all_ranks(reason: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """Return the reason of the lowest rank that has one, on every rank. A collective."""
     reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
+    dist.all_gather_object(reasons, reason, group)
     return next((r for r in reasons if r), None)
+
+
+@contextlib.contextmanager
+def fail_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise a ConfigError of one rank on all: the others would wait for it in their next collective. A collective.
+
+    Args:
+        group: of all ranks; None: the default one.
+    """
+    error: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as raised:
+        error = raised
+    if reason := _first_of_all_ranks(str(error) if error else None, group):
+        raise error or ConfigError(reason)
 
 
 def what_failed(error: BaseException) -> str:

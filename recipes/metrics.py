@@ -28,6 +28,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -36,9 +37,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, writing
 from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, get_peak_flops
+from recipes.checkpoint import write_atomically
 from recipes.schedule import Span
 
 logger = logging.getLogger("sparsetitan")
@@ -52,16 +54,20 @@ class Metrics(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         job_config.metrics.disable_color_printing |= not sys.stdout.isatty()
         self.writes = dist.get_rank() == 0
+        self.folder = Path(job_config.job.dump_folder)
         wandb = job_config.metrics.enable_wandb and self.writes
         if wandb:
-            _name_wandb_run(job_config)
+            with writing("wandb_run", str(self.folder)):
+                _name_wandb_run(job_config)
         # Before a writer opens one of its own.
-        self._events = list((Path(job_config.job.dump_folder) / job_config.metrics.save_tb_folder).rglob("*tfevents*"))
+        self._events = list((self.folder / job_config.metrics.save_tb_folder).rglob("*tfevents*"))
         # TensorBoard's writer makes its file at once: it is made for the first row, so that a failed start has none.
         metrics, self.tag, self.tensorboard = job_config.metrics, tag, None
         enabled, metrics.enable_tensorboard = metrics.enable_tensorboard, False
         super().__init__(job_config, parallel_dims, tag)
         metrics.enable_tensorboard = enabled
+        self._shown = threading.excepthook
+        threading.excepthook = self._show_unless_reported
         if wandb and not _wandb_runs():
             raise ConfigError(
                 "metrics.enable_wandb = true, but Weights & Biases did not start, as said above: run `wandb login`, "
@@ -70,7 +76,7 @@ class Metrics(MetricsProcessor):
         # For a device it does not know torchtitan falls back to the A100's peak.
         known = "A100" in self.device_memory_monitor.device_name or self.gpu_peak_flops != get_peak_flops("A100")
         self.peak_flops = self.gpu_peak_flops if known else None
-        self.file = Path(job_config.job.dump_folder) / "metrics.jsonl"
+        self.file = self.folder / "metrics.jsonl"
         self.steps_since_last_log = 0
         self.log_next = False
         self.switch_seconds = 0.0
@@ -97,8 +103,13 @@ class Metrics(MetricsProcessor):
         self.time_left = TimeLeft(spans)
         if not self.writes:
             return
-        for events in self._events:
-            _set_aside(events) if step == 0 else _keep_events(events, step)
+        with writing("TensorBoard's file", str(self.folder)):
+            for events in self._events:
+                _set_aside(events) if step == 0 else _keep_events(events, step)
+        with writing(self.file.name, str(self.folder)):
+            self._start_file(step)
+
+    def _start_file(self, step: int) -> None:
         if not self.file.exists():
             return
         if step == 0:
@@ -109,9 +120,7 @@ class Metrics(MetricsProcessor):
             logger.info(f"{self.file} is of an earlier run: kept as {aside.name}")
             return
         kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.file)
+        write_atomically(str(self.file), "".join(line + "\n" for line in kept))
 
     def log(
         self,
@@ -148,14 +157,15 @@ class Metrics(MetricsProcessor):
         if "mfu" in row:
             row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
         if self.writes:
-            with self.file.open("a") as file:
-                # JSON has no NaN: a validation loss of that is written as null.
-                plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            # JSON has no NaN: a validation loss of that is written as null.
+            plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            with writing(self.file.name, str(self.folder)), self.file.open("a") as file:
                 file.write(json.dumps(plain, allow_nan=False) + "\n")
         numbers = {key: value for key, value in row.items() if key != "phase"} | {"sparse": phase == "sparse"}
         self.logger.log(numbers, row["step"])
-        if tensorboard := self._open_tensorboard():
-            tensorboard.log(numbers, row["step"])
+        with writing("TensorBoard's file", str(self.folder)):
+            if tensorboard := self._open_tensorboard():
+                tensorboard.log(numbers, row["step"])
         seconds = time.perf_counter() - self.time_last_log - self.switch_seconds
         self.time_left.add(phase, self.steps_since_last_log, seconds, compiled=self.graphs_compiled > 0)
         logger.info(self._line(row))
@@ -168,15 +178,30 @@ class Metrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def close(self) -> None:
+        """Write what TensorBoard and W&B have not yet.
+
+        Raises:
+            ConfigError: the disk is full.
+        """
         super().close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        try:
+            if self.tensorboard is not None:
+                with writing("TensorBoard's file", str(self.folder)):
+                    self.tensorboard.close()
+        finally:
+            threading.excepthook = self._shown
+
+    def _show_unless_reported(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread fails on a full disk, and its next call raises that again: no traceback beside it."""
+        from_tensorboard = type(error.thread).__module__.startswith("tensorboard.")
+        if not (from_tensorboard and isinstance(error.exc_value, OSError)):
+            self._shown(error)
 
     def _open_tensorboard(self) -> TensorBoardLogger | None:
         """The writer of TensorBoard's points; None where this rank writes none."""
         metrics = self.job_config.metrics
         if self.tensorboard is None and metrics.enable_tensorboard and (self.writes or metrics.save_for_all_ranks):
-            folder = Path(self.job_config.job.dump_folder) / metrics.save_tb_folder / time.strftime("%Y%m%d-%H%M")
+            folder = self.folder / metrics.save_tb_folder / time.strftime("%Y%m%d-%H%M")
             if metrics.save_for_all_ranks:
                 folder /= f"rank_{dist.get_rank()}"
             self.tensorboard = TensorBoardLogger(str(folder), self.tag)

@@ -31,12 +31,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import configs.titan as titan
-from configs.errors import STOPPING, ConfigError
+from configs.errors import STOPPING, ConfigError, writing
 from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs
-from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, write_atomically
+from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
 from recipes.data import Loader, build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
@@ -151,7 +151,8 @@ class SparseTrainer(titan.Trainer):
         # The first batch is taken before anything is written: a loader that refuses its state leaves the run as it was.
         batches = _Batches(self.batch_generator(self.dataloader))
         batches.peek()
-        self.metrics_processor.start(self.step, self.sparsity.spans)
+        with fail_together(self.signals):
+            self.metrics_processor.start(self.step, self.sparsity.spans)
         began = time.perf_counter()
         device, tensor = torch.device(titan.device_type), self.parallel_dims.tp
         dtype = titan.TORCH_DTYPE_MAP[computes_in(config.training, tensor, self.parallel_dims.fsdp_enabled)]
@@ -160,7 +161,7 @@ class SparseTrainer(titan.Trainer):
         dense = self.metrics_processor.num_flops_per_token
         flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, family, tensor)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
-        if dist.get_rank() == 0:
+        with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
         if self.step:
             logger.info(f"resumed after step {self.step}")
@@ -216,10 +217,12 @@ class SparseTrainer(titan.Trainer):
 
     def close(self) -> None:
         self.dataloader.close()
-        super().close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.release()
+        try:
+            super().close()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.lock.release()
 
     def _enter_phase(self, batches: "_Batches") -> None:
         def forward() -> None:
@@ -263,7 +266,8 @@ class SparseTrainer(titan.Trainer):
             extra["skipped_batches"] = self.bad_batches.skipped
         if masks is not None:
             extra |= self.sparsity.flip_rate(masks)
-        metrics.finish(self.sparsity.phase, extra)
+        with fail_together(self.signals):
+            metrics.finish(self.sparsity.phase, extra)
 
     def train_step(self, data_iterator) -> None:
         """torchtitan's training step; with training.skip_bad_batches the optimizer takes no step of a bad batch."""
@@ -304,7 +308,7 @@ class SparseTrainer(titan.Trainer):
             f"step {self.step}: the loss or the gradient is not finite: the batch is skipped "
             f"({self.bad_batches.skipped} of at most {limit})"
         )
-        if dist.get_rank() == 0:
+        with fail_together(self.signals):
             self._write_about()
 
     def _saves(self) -> bool:
@@ -376,13 +380,18 @@ class SparseTrainer(titan.Trainer):
         return bool(flag)
 
     def _write_about(self) -> None:
-        """Write run.json, with how many batches were skipped so far."""
+        """Write run.json on rank 0, with how many batches were skipped so far."""
+        if dist.get_rank() != 0:
+            return
         self._about["skipped_batches"] = self.bad_batches.skipped
-        file = Path(self.job_config.job.dump_folder) / "run.json"
-        write_atomically(str(file), json.dumps(self._about, indent=2) + "\n")
+        folder = self.job_config.job.dump_folder
+        with writing("run.json", folder):
+            write_atomically(str(Path(folder) / "run.json"), json.dumps(self._about, indent=2) + "\n")
 
     def _describe_run(self, family: str, reason: str, flops: dict[str, float]) -> None:
-        """Say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
+        """On rank 0, say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""
+        if dist.get_rank() != 0:
+            return
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
         (model,) = self.model_parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -406,15 +415,11 @@ class SparseTrainer(titan.Trainer):
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         folder = Path(config.job.dump_folder)
-        try:  # a resume needs both files of the run so far, so they are replaced as a whole
+        # A resume needs both files of the run so far, so they are replaced as a whole.
+        with writing("the tokenizer", config.job.dump_folder):
             copy_tokenizer(config.model.hf_assets_path, folder / "tokenizer")
-            self._about = run
-            self._write_about()
-        except OSError as error:
-            raise ConfigError(
-                f'job.dump_folder = "{folder}" cannot be written ({error.strerror}): free space or make it writable, '
-                "then run the same command again"
-            ) from error
+        self._about = run
+        self._write_about()
         logger.info(
             f"{config.model.name} {config.model.flavor}: {parameters / 1e6:.1f} M parameters, "
             f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"

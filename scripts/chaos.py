@@ -62,6 +62,7 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "in a training step": ("recipes.trainer", "SparseTrainer.forward_backward_step", 12),
     "as a data process starts": ("multiprocessing.process", "BaseProcess.start", 1),
     "before a save": ("recipes.checkpoint", "SafeCheckpointManager.dcp_save", 6),
+    "before a row of metrics": ("recipes.metrics", "Metrics.finish", 12),
 }
 ON_RANK0 = tuple(MOMENTS)[:2]
 AT_RANDOM = "at a random time"
@@ -77,7 +78,7 @@ KINDS: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [
     ("SIGTERM", (AT_RANDOM, *list(MOMENTS)[:7]), (1, 2), 6),
     (SIGNALS[2], (AT_RANDOM, *list(MOMENTS)[:7]), (1, 2), 3),
     (STOPPED, ("in a training step", "in validation", "while a checkpoint's data is written"), (2,), 1),
-    (FULL, ("before a save",), (1, 2), 3),
+    (FULL, ("before a save", "before a row of metrics"), (1, 2), 4),
     (READ_ONLY, ("before a save",), (1, 2), 2),
     (NAN, ("in a training step",), (1, 2), 2),
     *((kind, ("after SIGKILL",), (1, 2), 2) for kind in DAMAGES),
@@ -330,7 +331,9 @@ def _aim(moment: tuple[str, str, int], call: int, act: Callable[[tuple], None]) 
 def _bring_about(fault: Fault, output: Path, arguments: tuple) -> None:
     """What a process does to itself at the moment that a fault is aimed at."""
     output.with_suffix(".happened").touch()
-    if fault.kind == FULL:  # a write fails in the middle of a file, as on a full disk, with EFBIG instead of ENOSPC
+    if fault.kind == FULL and fault.moment == "before a row of metrics":
+        arguments[0].file = Path("/dev/full")  # nothing fits into it
+    elif fault.kind == FULL:  # a write fails in the middle of a file, as on a full disk, with EFBIG instead of ENOSPC
         # More than the output that this process writes into a file, less than a shard.
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(20_000 + 200_000 * fault.time), resource.RLIM_INFINITY))
     elif fault.kind == READ_ONLY:

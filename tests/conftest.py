@@ -244,7 +244,7 @@ def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> sub
         started = []
         for rank in range(processes or 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
-            started.append(PROCESSES.Process(target=_run_train, args=(words, shared | own, outputs)))
+            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs)))
             started[-1].start()
         deadline, running = time.monotonic() + timeout, started
         try:
@@ -260,7 +260,7 @@ def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> sub
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
 
 
-def _run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+def run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
     """A process of `fork`: train.py with its output in files."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)

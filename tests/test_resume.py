@@ -1,22 +1,33 @@
 """What may change when a run resumes, what is refused; nothing spoilt is saved, and no code of a checkpoint runs."""
 
+import contextlib
+import ctypes
+import errno
 import io
 import json
+import os
 import pickle
 import re
 import resource
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROCESSES, losses, merge, rows, run_train
+from tensorboard.compat.proto.event_pb2 import Event
 
+import recipes.metrics
 import recipes.trainer
 from configs.errors import ConfigError
 from configs.safe_load import _Pickle
+from recipes.metrics import Metrics
 from recipes.restore import find_checkpoint
 from recipes.trainer import SparseTrainer
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +159,126 @@ def test_a_full_disk_leaves_what_the_next_resume_reads(stopped, train, tmp_path,
     train(run)
     assert not (run / "tokenizer" / "vocab.json").exists()
     assert not [file for file in (run / "tokenizer").iterdir() if file.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The losses of a run that nothing happened to, made once."""
+    known: dict[int, float] = {}
+
+    def get(train) -> dict[int, float]:
+        if not known:
+            known.update(losses(train(tmp_path_factory.mktemp("straight"))))
+        return known
+
+    return get
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_row_that_does_not_fit_ends_the_run_with_one_message(train, straight, tmp_path, monkeypatch):
+    """The file ends in the middle of a row; the step is run again, and its row is there once."""
+    finish = Metrics.finish
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(self, *arguments) -> None:
+        if self.row["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file.stat().st_size + 100, limits[1]))
+        try:
+            finish(self, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "finish", on_a_full_disk)
+        said = r"job.dump_folder = .*: metrics.jsonl cannot be written \(File too large\); .* the same command again"
+        with pytest.raises(ConfigError, match=said):
+            train(tmp_path)
+    assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
+    full = (tmp_path / "metrics.jsonl").read_bytes()
+    assert len(full.splitlines()) == 6 and not full.endswith(b"\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.metrics, "write_atomically", no_room)
+        with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
+            train(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == full
+    assert losses(train(tmp_path)) == straight(train)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_points_that_do_not_fit_end_the_run_with_one_message(train, straight, tmp_path, monkeypatch):
+    """TensorBoard writes in a thread of its own, whose error the next point or the end of the run raises."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    shown: list = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    write, words = RecordWriter.write, ("--metrics.enable_tensorboard", "true")
+    for last in (6, 12):  # between two steps, or when nothing follows
+
+        def on_a_full_disk(self, data, last=last):
+            no_room() if Event.FromString(data).step >= last else write(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordWriter, "write", on_a_full_disk)
+            with pytest.raises(ConfigError, match=r"TensorBoard's file cannot be written \(No space left on device\)"):
+                train(tmp_path, *words)
+    assert not shown
+    assert threading.excepthook == shown.append
+    assert losses(train(tmp_path, *words)) == straight(train)
+
+
+def test_a_full_disk_in_the_middle_of_a_run(tiny, train, straight, tmp_path):
+    """A real one: a small file system in memory, full after step 5; the run ends, and goes on where there is room."""
+    words = ["--config", "configs/debug.toml", *merge(tiny, ["--checkpoint.interval", "4"])]
+    process = PROCESSES.Process(target=_train_on_a_small_disk, args=(words, tmp_path))
+    process.start()
+    process.join(120)
+    if process.exitcode == 77:
+        pytest.skip("no file system can be mounted")
+    first, second = ((tmp_path / name).read_text() for name in ("first", "second"))
+    assert process.exitcode == 0, first + second
+    assert "Traceback" not in first + second and len(re.findall("^error: ", first, re.M)) == 1, first
+    assert re.search(
+        r"metrics.jsonl cannot be written \(No space left|step-8 could not be saved: OSError: .*space", first
+    )
+    assert "resumed after step 4" in second
+    assert losses(rows(tmp_path)) == straight(train)
+
+
+def _train_on_a_small_disk(words: list[str], results: Path) -> None:
+    """Mount a file system for this process alone, fill it in the middle of a run, make room, and run again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder = results / "disk"
+    folder.mkdir()
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        os._exit(77)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if libc.mount(b"none", bytes(folder), b"tmpfs", 0, b"size=64m"):
+        os._exit(77)
+    filler, enter_phase = folder / "filler", SparseTrainer._enter_phase
+
+    def fill(self, batches) -> None:
+        enter_phase(self, batches)
+        if self.step == 6:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    statuses = []
+    for name in ("first", "second"):
+        SparseTrainer._enter_phase = fill if name == "first" else enter_phase  # type: ignore[method-assign]
+        if not (child := os.fork()):
+            output = results / name
+            run_train((*words, "--job.dump_folder", str(folder / "run")), dict(os.environ), [output, output])
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        filler.unlink(missing_ok=True)
+    shutil.copyfile(folder / "run" / "metrics.jsonl", results / "metrics.jsonl")
+    os._exit(int(statuses != [2, 0]))
 
 
 def test_tensorboard_has_every_step_once(train, tmp_path):

@@ -1,11 +1,14 @@
 """Batches whose loss or gradient is not finite: never saved, and skipped where the configuration allows it."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 from conftest import losses, rows
 
+import recipes.trainer
 from configs.errors import ConfigError
 from configs.titan import Trainer, dist_utils
 from recipes.trainer import SparseTrainer
@@ -53,6 +56,25 @@ def test_one_bad_batch_too_many_ends_the_run_before_it_is_taken(train, tmp_path,
     with pytest.raises(ConfigError, match=said):
         train(tmp_path, "--training.skip_bad_batches", "1", "--metrics.log_freq", "100", "--validation.freq", "100")
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
+
+
+def test_a_full_disk_while_a_batch_is_skipped_loses_nothing(train, tmp_path, poison, monkeypatch):
+    poison("nan", 3, 6)
+    words = "--training.skip_bad_batches", "2"
+    straight = train(tmp_path / "straight", *words)
+    write = recipes.trainer.write_atomically
+
+    def on_a_full_disk(path, text):
+        if '"skipped_batches": 2' in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.trainer, "write_atomically", on_a_full_disk)
+        with pytest.raises(ConfigError, match=r"run.json cannot be written \(No space left on device\)"):
+            train(tmp_path / "full", *words)
+    assert losses(train(tmp_path / "full", *words)) == losses(straight)
+    assert json.loads((tmp_path / "full" / "run.json").read_text())["skipped_batches"] == 2
 
 
 def test_skipping_costs_nothing_where_it_is_off_and_changes_no_loss(train, tmp_path, monkeypatch):
