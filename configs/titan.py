@@ -79,6 +79,7 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.config import job_config as titan_config  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
 from torchtitan.models.llama3.model.model import Attention  # noqa: E402
@@ -120,11 +121,13 @@ __all__ = [
     "device_module",
     "device_type",
     "dist_utils",
+    "generate_llm_fqn_per_model_part",
     "get_peak_flops",
     "lacking",
     "maybe_enable_memory_snapshot",
     "maybe_enable_profiling",
     "parallelize_llama",
+    "pipeline_llm",
     "titan_config",
     "torchtitan",
     "trunc_normal_",
@@ -142,6 +145,11 @@ PRIVATE: list[tuple[Any, str, str]] = [
     (HuggingFaceTokenizer, "_load_tokenizer_from_path", "overridden: truncation, padding and dropout are taken out"),
     (dist_utils, "clip_grad_norm_", "watched: the norm of the gradient is known before the optimizer's step, and kept"),
     (_train_spec, "_extra_train_specs", "a name can be registered once, and a process may train several jobs"),
+    (
+        torchtitan.components.metrics,
+        "_get_metrics_rank",
+        "replaced: rank 0 has the loss of a pipeline, too, and writes",
+    ),
     (torchtitan.train, "CheckpointManager", "replaced: the Trainer constructs this class, TrainSpec names no other"),
     (torchtitan.tools.utils, "_get_available_device_type", "replaced while torchtitan is imported without a GPU"),
     (torchtitan.tools.utils, "_get_device_module", "replaced while torchtitan is imported without a GPU"),
@@ -156,6 +164,9 @@ def lacking() -> list[str]:
         # Defined or imported once, used at least once more: an override of what nothing calls would do nothing.
         if not hasattr(owner, name) or inspect.getsource(owner).count(name) < 2
     ]
+
+
+torchtitan.components.metrics._get_metrics_rank = lambda parallel_dims, job_config: 0
 
 
 class CheckpointHooks(CheckpointManager):

@@ -63,7 +63,16 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class Llama(Transformer):
-    """torchtitan's Llama with the FFN that `model_args` names: tokens `[B, S]` int64 to logits `[B, S, vocabulary]`."""
+    """torchtitan's Llama with the FFN that `model_args` names: tokens `[B, S]` int64 to logits `[B, S, vocabulary]`.
+
+    A stage of pipeline parallelism is a copy without the modules of the other stages. Its modules keep their names, so
+    its parameters are in a checkpoint under the names that they have in the whole model.
+
+    Attributes:
+        init_seed: of a stage: what the whole model is drawn from, the same for all stages. None in a whole model.
+    """
+
+    init_seed: int | None = None
 
     def __init__(self, model_args: LlamaArgs) -> None:
         super().__init__(model_args)
@@ -76,30 +85,40 @@ class Llama(Transformer):
 
         What DTensor draws depends on how a tensor is sharded: on GPUs every shard has random numbers of its own, on
         CPU ranks all shards have the same. So each rank draws the whole model, for a moment all of it in float32, and
-        keeps its own shards.
+        keeps its own shards. A stage does the same and keeps its own layers.
         """
-        sharded = [parameter for parameter in self.parameters() if isinstance(parameter, DTensor)]
-        if not sharded:
+        parameters = {_plain_name(name): parameter for name, parameter in self.named_parameters()}
+        if self.init_seed is None and not any(isinstance(each, DTensor) for each in parameters.values()):
             super().init_weights(buffer_device)
             return
+        if self.init_seed is not None:
+            torch.manual_seed(self.init_seed)
         with torch.device("meta"):
             whole = Llama(self.model_args)
-        whole.to_empty(device=sharded[0].device).init_weights()
-        for mine, theirs in zip(self.parameters(), whole.parameters(), strict=True):
+        whole.to_empty(device=next(iter(parameters.values())).device).init_weights()
+        for name, mine in parameters.items():
+            theirs = whole.get_parameter(name)
             if isinstance(mine, DTensor):
                 mine.copy_(distribute_tensor(theirs, mine.device_mesh, mine.placements, src_data_rank=None))
             else:
                 mine.copy_(theirs)
-        for mine, theirs in zip(self.buffers(), whole.buffers(), strict=True):
-            mine.copy_(theirs)
+        for name, buffer in self.named_buffers():
+            buffer.copy_(whole.get_buffer(_plain_name(name)))
 
     def feed_forwards(self) -> dict[str, FeedForward]:
         """The squared-ReLU FFNs in order of depth, by name ("layers.0.feed_forward"); none in a SwiGLU model."""
-        return {
-            ".".join(part for part in name.split(".") if part not in WRAPPERS): module
-            for name, module in self.named_modules()
-            if isinstance(module, FeedForward)
-        }
+        return {_plain_name(name): module for name, module in self.named_modules() if isinstance(module, FeedForward)}
+
+
+def count_parameters(args: LlamaArgs) -> int:
+    """Parameters of a model, all stages together."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(args).parameters())
+
+
+def _plain_name(name: str) -> str:
+    """The name of a module or parameter without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _feed_forward(args: LlamaArgs, layer: int) -> nn.Module:

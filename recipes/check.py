@@ -18,6 +18,7 @@ from kernels.columns.ffn_fp8 import ALIGNED
 from kernels.feed_forward import recipe_patterns
 from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
+from recipes.pipeline import check_pipeline, micro_batch_size
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
 
@@ -45,6 +46,7 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     spans = resolve_phases(config.schedule.phases, config.training.steps)
     args = model_args(config)
     _check_schedule(config)
+    check_pipeline(config, args.n_layers)
     _check_pattern_name(config.activations.pattern)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
@@ -148,16 +150,21 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         except ValueError as error:
             why = f" (model.hidden_dim{of})" if of else ""
             raise ConfigError(f"activations.{error}{why}; change it or what it has to fit") from None
-    tokens = config.training.local_batch_size * config.training.seq_len
+    tokens = micro_batch_size(config) * config.training.seq_len
+    batch = (
+        "training.local_batch_size"
+        if config.parallelism.pipeline_parallel_degree == 1
+        else "parallelism.pipeline_parallel_microbatch_size"
+    )
     if pattern is not None and pattern.v > tokens:
         raise ConfigError(
             f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
-            "(training.local_batch_size x training.seq_len): lower v or raise those"
+            f"({batch} x training.seq_len): lower v or raise those"
         )
     if activations.cut_along_tokens and tokens % COLUMNS:
         raise ConfigError(
             f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {COLUMNS}: "
-            "change training.local_batch_size or training.seq_len"
+            f"change {batch} or training.seq_len"
         )
     if router.enable:
         if neurons % router.cluster_size:
@@ -223,8 +230,8 @@ def _check_activation_keys(activations: Activations) -> None:
 def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
     parallelism = config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    tensor = parallelism.tensor_parallel_degree
-    for name in ("pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree"):
+    tensor, pipeline = parallelism.tensor_parallel_degree, parallelism.pipeline_parallel_degree
+    for name in ("context_parallel_degree", "expert_parallel_degree"):
         if (degree := getattr(parallelism, name)) != 1:
             raise ConfigError(
                 f"parallelism.{name} = {degree} is not supported: set it to 1, shard with data_parallel_shard_degree"
@@ -235,14 +242,16 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
             f"parallelism.enable_async_tensor_parallel = true works with dense phases only, but {config.recipe} has "
             "a sparse one: set it to false"
         )
-    if shard == 0 or world % (replicate * tensor) or (shard > 0 and replicate * shard * tensor != world):
+    others = replicate * tensor * pipeline
+    if shard == 0 or world % others or (shard > 0 and shard * others != world):
+        piped = f" x pipeline_parallel_degree = {pipeline}" if pipeline > 1 else ""
         raise ConfigError(
             f"parallelism: data_parallel_replicate_degree = {replicate} x data_parallel_shard_degree = {shard} x "
-            f"tensor_parallel_degree = {tensor} is not the {world} process{'es' if world > 1 else ''} of this run: "
-            "change a degree (data_parallel_shard_degree = -1 takes what is left) or torchrun's --nproc_per_node"
+            f"tensor_parallel_degree = {tensor}{piped} is not the {world} process{'es' if world > 1 else ''} of this "
+            "run: change a degree (data_parallel_shard_degree = -1 takes what is left) or torchrun's --nproc_per_node"
         )
     if shard < 0:
-        shard = world // (replicate * tensor)
+        shard = world // others
     if replicate > 1 and shard == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree = {replicate} without sharding halves gradients in "
@@ -262,7 +271,7 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
 
 def _check_batch(config: JobConfig, world: int) -> None:
     parallelism, training = config.parallelism, config.training
-    ranks = world // parallelism.tensor_parallel_degree
+    ranks = world // (parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree)
     local, batch = training.local_batch_size, training.global_batch_size
     if batch != -1 and (batch < 1 or batch % (local * ranks)):
         raise ConfigError(

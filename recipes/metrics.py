@@ -35,11 +35,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from configs.errors import ConfigError, writing
 from configs.schema import JobConfig
-from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, get_peak_flops
+from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, device_type, get_peak_flops
 from recipes.checkpoint import write_atomically
 from recipes.schedule import Span
 
@@ -130,7 +131,11 @@ class Metrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Begin the row of a step; called by torchtitan at the end of its training step."""
+        """Begin the row of a step; called by torchtitan at the end of its training step, on all ranks."""
+        if (pipeline := self.parallel_dims.get_optional_mesh("pp")) is not None:  # the last stage has the loss
+            losses = torch.tensor([global_avg_loss, global_max_loss], dtype=torch.float64, device=device_type)
+            dist.broadcast(losses, group=pipeline.get_group(), group_src=pipeline.size() - 1)
+            global_avg_loss, global_max_loss = losses.tolist()
         seconds = time.perf_counter() - self.time_last_log
         # Counted a rank; over the ranks that share a batch it is the same tokens.
         tokens_per_second = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size

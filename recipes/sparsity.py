@@ -11,6 +11,10 @@ spread, every C-th).
 
 Under tensor parallelism neurons are clustered inside a rank's shard, so that none moves to another rank; every rank has
 the centroids of all shards. The run is that of one process whose pattern chooses inside each shard.
+
+Under pipeline parallelism a rank has the FFNs of its stages. Their neurons are clustered by the ranks that have the
+same stages, by the tokens of the step's first pipeline micro-batch: what a run without a pipeline, with micro-batches
+of that size, would read.
 """
 
 import ast
@@ -18,20 +22,20 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
-from configs.titan import titan_config
 from kernels import (
     Family,
     FeedForwardSparsity,
@@ -46,6 +50,7 @@ from kernels import (
 from kernels.feed_forward import recipe_patterns
 from models.feed_forward import FeedForward
 from models.llama import LlamaArgs
+from recipes.pipeline import micro_batches
 from recipes.schedule import Span, span_at
 
 logger = logging.getLogger("sparsetitan")
@@ -130,9 +135,16 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
     )
 
 
-def computes_in(training: titan_config.Training, tensor_parallel: int, shards: bool) -> str:
-    """The dtype of products: tensor parallelism alone has neither FSDP's mixed precision nor autocast."""
-    return training.dtype if tensor_parallel > 1 and not shards else training.mixed_precision_param
+def computes_in(config: JobConfig, shards: bool) -> str:
+    """The dtype of products: tensor or pipeline parallelism alone has neither FSDP's mixed precision nor autocast.
+
+    Args:
+        config: the job.
+        shards: whether FSDP shards the parameters.
+    """
+    parallelism, training = config.parallelism, config.training
+    splits = parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree > 1
+    return training.dtype if splits and not shards else training.mixed_precision_param
 
 
 def sparse_family(
@@ -159,12 +171,11 @@ def sparse_family(
 def flops_per_token(
     dense: float,
     args: LlamaArgs,
-    feed_forwards: Iterable[FeedForward],
     family: Family | None,
     tensor_parallel: int = 1,
 ) -> dict[str, float]:
     """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes."""
-    ffn = 6 * sum(ffn.w1.weight.numel() + ffn.w2.weight.numel() for ffn in feed_forwards if not ffn.always_dense)
+    ffn = 0 if args.swiglu else 6 * (args.n_layers - args.dense_layers) * 2 * args.dim * args.hidden_dim
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
     executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
     return {
@@ -192,9 +203,11 @@ class Sparsity(Stateful):
 
     Args:
         config: the job.
-        feed_forwards: the FFNs in order of depth, by name; none in a model that has no sparse mode.
+        feed_forwards: the FFNs of this rank in order of depth, by name; none in a model that has no sparse mode.
         optimizers: those that hold the FFNs' moments.
         spans: the run's phases.
+        depth: FFNs of the whole model; None: this rank has them all.
+        peers: the ranks that have the same FFNs; None: all.
     """
 
     def __init__(
@@ -203,12 +216,18 @@ class Sparsity(Stateful):
         feed_forwards: Mapping[str, FeedForward],
         optimizers: Sequence[Optimizer],
         spans: Sequence[Span],
+        depth: int | None = None,
+        peers: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config
         self.names = list(feed_forwards)
         self.feed_forwards = list(feed_forwards.values())
         self.optimizers = optimizers
         self.spans = spans
+        self.depth = len(feed_forwards) if depth is None else depth
+        self.layers = [int(name.split(".")[1]) for name in feed_forwards]  # their numbers in the whole model
+        self.peers = peers
+        self.micro_batches = micro_batches(config)
         self.shards = config.parallelism.tensor_parallel_degree
         self.phase = "dense"
         # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
@@ -283,23 +302,24 @@ class Sparsity(Stateful):
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 
     def _inputs(self, forward: Callable[[], Any] | None) -> list[Tensor]:
-        """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'."""
+        """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'.
+
+        A pipeline runs a stage on several micro-batches, of which the first is read.
+        """
         if forward is None:
             raise ValueError("neurons are clustered by activations: give the step's forward pass")
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        inputs: list[Tensor] = []
+        ranks, _ = self._ranks()
+        calls: Counter[nn.Module] = Counter()
+        samples: dict[nn.Module, list[Tensor]] = {feed_forward: [] for feed_forward in self.feed_forwards}
 
-        def keep(_, arguments: tuple[Tensor]) -> None:
-            x = arguments[0]
-            replicas = self.shards if isinstance(x, DTensor) else 1
-            x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
-            x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))].float().contiguous()
-            if ranks > 1:
-                parts = [torch.empty_like(x) for _ in range(ranks)]
-                dist.all_gather(parts, x)
-                # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
-                x = torch.cat(parts[::replicas])
-            inputs.append(x)
+        def keep(feed_forward: nn.Module, arguments: tuple[Tensor]) -> None:
+            calls[feed_forward] += 1
+            if calls[feed_forward] <= 2:
+                x = arguments[0]
+                replicas = self.shards if isinstance(x, DTensor) else 1
+                x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
+                x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))]
+                samples[feed_forward].append(x.float().contiguous())
 
         hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
         try:
@@ -309,6 +329,16 @@ class Sparsity(Stateful):
         finally:
             for hook in hooks:
                 hook.remove()
+        inputs = []
+        for feed_forward, of_calls in samples.items():
+            # A pipeline that turns to inference first runs its stages once more, to infer shapes.
+            x = of_calls[max(0, calls[feed_forward] - self.micro_batches)]
+            if ranks > 1:
+                parts = [torch.empty_like(x) for _ in range(ranks)]
+                dist.all_gather(parts, x, group=self.peers)
+                # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
+                x = torch.cat(parts[:: self.shards])
+            inputs.append(x)
         return inputs
 
     def _cluster(self, step: int, inputs: Sequence[Tensor]) -> None:
@@ -316,7 +346,7 @@ class Sparsity(Stateful):
 
         Under tensor parallelism every shard of a layer is clustered by itself. Ranks take shards of layers in turn.
         """
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        ranks, rank = self._ranks()
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
         # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
         weights: dict[tuple[int, int], Tensor] = {}
@@ -336,8 +366,8 @@ class Sparsity(Stateful):
                 order, own = found.get((index, shard), (order, centroids))
                 if ranks > 1:
                     source = (turn * self.shards + shard) % ranks
-                    dist.broadcast(order, src=source)
-                    dist.broadcast(own, src=source)
+                    dist.broadcast(order, group=self.peers, group_src=source)
+                    dist.broadcast(own, group=self.peers, group_src=source)
                 centroids.copy_(own)
                 orders.append(order + shard * neurons)
             order = torch.cat(orders)
@@ -357,7 +387,8 @@ class Sparsity(Stateful):
             step: from 1.
         """
         size = self.config.router.cluster_size
-        seeds = [((self.config.debug.seed or 0) * 1_000_003 + step * 1_009 + layer) % 2**31 for layer, _ in weights]
+        seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009
+        seeds = [(seed + self.layers[index]) % 2**31 for index, _ in weights]
         weight = torch.stack(list(weights.values()))
         if inputs:
             x = torch.stack([inputs[layer] for layer, _ in weights])
@@ -383,7 +414,7 @@ class Sparsity(Stateful):
         table = json.dumps({"version": STATE_VERSION, **self.prepared}) if self.prepared else ""
         return {"prepared": table} | {
             f"{index if self._by_position else name}.{buffer_name}": buffer
-            for index, (name, feed_forward) in enumerate(zip(self.names, self.feed_forwards, strict=True))
+            for index, name, feed_forward in zip(self.layers, self.names, self.feed_forwards, strict=True)
             for buffer_name in BUFFERS
             if (buffer := feed_forward.get_buffer(buffer_name)).numel()
         }
@@ -409,7 +440,7 @@ class Sparsity(Stateful):
             ConfigError: state of a later version than this one.
         """
         self.prepared = _read_table(state_dict["prepared"])
-        for index, (name, feed_forward) in enumerate(zip(self.names, self.feed_forwards, strict=True)):
+        for index, name, feed_forward in zip(self.layers, self.names, self.feed_forwards, strict=True):
             for buffer_name in BUFFERS:
                 value = state_dict.get(f"{name}.{buffer_name}", state_dict.get(f"{index}.{buffer_name}"))
                 if value is not None:
@@ -430,19 +461,14 @@ class Sparsity(Stateful):
         equally many. The aggregates are over all layers' entries and energies; router_balance is the mean over
         layers. What tells of the pattern leaves out layers that are always dense.
         """
-        if not self.feed_forwards:
+        if not self.depth:
             return {}
-        activity = torch.stack([feed_forward.activity for feed_forward in self.feed_forwards]).double()
-        routed = torch.stack([feed_forward.routed for feed_forward in self.feed_forwards]).double()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(activity)
-            dist.all_reduce(routed)
+        activity = self._of_all_layers([feed_forward.activity for feed_forward in self.feed_forwards])
+        routed = self._of_all_layers([feed_forward.routed for feed_forward in self.feed_forwards])
         series = {"nonzero_share": (activity[:, 1], activity[:, 0])}
         sparse = self.phase == "sparse"
         if sparse and self.config.activations.pattern != "none":
-            cut = activity * torch.tensor(
-                [[not each.always_dense] for each in self.feed_forwards], device=activity.device
-            )
+            cut = self._of_all_layers([each.activity * (not each.always_dense) for each in self.feed_forwards])
             series["energy_kept"] = (cut[:, 3], cut[:, 2])
         if sparse and routed.shape[1] > 1 and routed.any():  # not every way to run the FFNs has a router
             total = routed.sum(1, keepdim=True)
@@ -469,20 +495,34 @@ class Sparsity(Stateful):
 
     def flip_rate(self, before: list[list[Tensor]]) -> dict[str, float]:
         """Share of the mask's entries that changed since `before`, by layer and in all (Hu et al., NeurIPS 2024)."""
-        counts = torch.tensor(
+        device = self.feed_forwards[0].activity.device
+        counts = self._of_all_layers(
             [
-                [
-                    float(sum((old != new).sum() for old, new in zip(olds, news, strict=True))),
-                    float(sum(new.numel() for new in news)),
-                ]
+                torch.tensor(
+                    [
+                        float(sum((old != new).sum() for old, new in zip(olds, news, strict=True))),
+                        float(sum(new.numel() for new in news)),
+                    ],
+                    device=device,
+                    dtype=torch.float64,
+                )
                 for olds, news in zip(before, self.weight_masks(), strict=True)
-            ],
-            dtype=torch.float64,
-            device=self.feed_forwards[0].activity.device,
+            ]
         )
+        return _by_layer({"flip_rate": (counts[:, 0], counts[:, 1])})
+
+    def _of_all_layers(self, rows: Sequence[Tensor]) -> Tensor:
+        """What all ranks counted, `[depth, n]` float64, from the rows `[n]` of this rank's layers."""
+        own = torch.stack(list(rows)).double()
+        counts = own.new_zeros(self.depth, own.shape[1])
+        counts[self.layers] = own
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
-        return _by_layer({"flip_rate": (counts[:, 0], counts[:, 1])})
+        return counts
+
+    def _ranks(self) -> tuple[int, int]:
+        """How many ranks have the FFNs of this one, and its number among them."""
+        return (dist.get_world_size(self.peers), dist.get_rank(self.peers)) if dist.is_initialized() else (1, 0)
 
 
 def _holds_whole_groups(weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP, device_type
-from models.llama import Llama, LlamaArgs
+from models.llama import LlamaArgs, count_parameters
 from recipes.data import num_rows
 from recipes.files import Report
 from recipes.metrics import duration
@@ -27,12 +27,11 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
     """
     training, world = config.training, int(os.environ.get("WORLD_SIZE", "1"))
     args.vocab_size = expected_vocabulary(config)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Llama(args).parameters())
+    parameters = count_parameters(args)
     tensor = config.parallelism.tensor_parallel_degree
-    ranks = world // tensor
+    ranks = world // (tensor * config.parallelism.pipeline_parallel_degree)
     tokens = num_rows(config, ranks) * training.seq_len
-    dtype = TORCH_DTYPE_MAP[computes_in(training, tensor, ranks > 1)]
+    dtype = TORCH_DTYPE_MAP[computes_in(config, ranks > 1)]
     family, reason = sparse_family(args, spans, torch.device(device_type), dtype, tensor_parallel=tensor)
     lines = [
         f"model       {config.model.name} {config.model.flavor}: {parameters / 1e6:,.1f} M parameters, vocabulary "

@@ -35,11 +35,12 @@ from configs.errors import STOPPING, ConfigError, writing
 from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
-from models.llama import Llama, LlamaArgs
+from models.llama import Llama, LlamaArgs, count_parameters
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
 from recipes.data import Loader, build_dataloader
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
+from recipes.pipeline import Inference, build_loss, build_pipeline, stage_peers
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span
@@ -123,9 +124,12 @@ class SparseTrainer(titan.Trainer):
         timeout = timedelta(seconds=max(config.comm.init_timeout_seconds, config.comm.train_timeout_seconds))
         several = dist.get_world_size() > 1
         self.signals = dist.new_group(backend="gloo", timeout=timeout) if several else None
-        (model,) = self.model_parts
-        self.sparsity = Sparsity(config, model.feed_forwards(), list(self.optimizers), spans)
-        if self.sparsity.feed_forwards and self.checkpointer.enable:
+        parts: list[Llama] = self.model_parts  # type: ignore[assignment]  # of several stages this rank's, else the model
+        feed_forwards = {name: each for part in parts for name, each in part.feed_forwards().items()}
+        depth = 0 if args.swiglu else args.n_layers
+        peers = stage_peers(self.parallel_dims)
+        self.sparsity = Sparsity(config, feed_forwards, list(self.optimizers), spans, depth, peers)
+        if self.sparsity.depth and self.checkpointer.enable:
             self.checkpointer.states[SPARSITY] = self.sparsity
         self.bad_batches = BadBatches()
         if self.checkpointer.enable:
@@ -155,11 +159,11 @@ class SparseTrainer(titan.Trainer):
             self.metrics_processor.start(self.step, self.sparsity.spans)
         began = time.perf_counter()
         device, tensor = torch.device(titan.device_type), self.parallel_dims.tp
-        dtype = titan.TORCH_DTYPE_MAP[computes_in(config.training, tensor, self.parallel_dims.fsdp_enabled)]
+        dtype = titan.TORCH_DTYPE_MAP[computes_in(config, self.parallel_dims.fsdp_enabled)]
         spans = self.sparsity.spans
         family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
-        flops = flops_per_token(dense, self.model_args, self.sparsity.feed_forwards, family, tensor)
+        flops = flops_per_token(dense, self.model_args, family, tensor)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
@@ -226,10 +230,15 @@ class SparseTrainer(titan.Trainer):
 
     def _enter_phase(self, batches: "_Batches") -> None:
         def forward() -> None:
-            inputs, _, extra_inputs, extra_kwargs = self.post_dataloading_process(*batches.peek())
+            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(*batches.peek())
             with self.train_context(), self.maybe_enable_amp:
-                self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
-            reshard(self.model_parts[0])  # the neurons' order is for the shards
+                if self.parallel_dims.pp_enabled:
+                    pipeline = Inference(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage)
+                    pipeline.losses(inputs.to(self.device), labels.to(self.device))
+                else:
+                    self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
+            for part in self.model_parts:
+                reshard(part)  # the neurons' order is for the shards
 
         prepares = self.sparsity.prepares(self.step)
         if prepares:
@@ -278,8 +287,13 @@ class SparseTrainer(titan.Trainer):
         with titan.watch_gradient_norms() as self._norms:
             super().train_step(data_iterator)
 
-    def forward_backward_step(self, **kwargs) -> torch.Tensor:
-        loss = super().forward_backward_step(**kwargs)
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        if self.parallel_dims.pp_enabled:
+            # torchtitan divides the loss that a pipeline returns, but not the one that it takes gradients of.
+            with self.loss_fn.divided_by(global_valid_tokens):
+                loss = super().forward_backward_step(global_valid_tokens=torch.ones(()), **kwargs)
+        else:
+            loss = super().forward_backward_step(global_valid_tokens=global_valid_tokens, **kwargs)
         if self.job_config.training.skip_bad_batches:
             self._losses.append(loss.detach())
         return loss
@@ -346,6 +360,7 @@ class SparseTrainer(titan.Trainer):
     def _validate(self) -> dict[str, float]:
         """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
         with self.sparsity.dense():
+            self.validator.warm_up(self.model_parts)
             self.sparsity.reset_health()
             score = self.validator.validate(self.model_parts, self.step)
         row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
@@ -393,8 +408,7 @@ class SparseTrainer(titan.Trainer):
         if dist.get_rank() != 0:
             return
         config, args, spans = self.job_config, self.model_args, self.sparsity.spans
-        (model,) = self.model_parts
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = count_parameters(args)
         packages = ("torch", "torchtitan", "torchao", "datasets", "tokenizers", "triton")
         device = titan.device_module.get_device_name()
         run = {
@@ -498,7 +512,7 @@ def set_up_process(config: JobConfig) -> None:
 
 def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
     model = titan.parallelize_llama(model, parallel_dims, job_config)
-    if parallel_dims.tp_enabled:
+    if parallel_dims.tp_enabled and model.tok_embeddings is not None:
         # It gives the result of a collective that is under way. As the input of a compiled block that would get a
         # gradient of another kind than it was given (torch 2.13: a Tensor where autograd expects a DTensor).
         model.get_submodule("tok_embeddings").register_forward_hook(lambda module, inputs, output: output.clone())
@@ -516,12 +530,12 @@ def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
         model_cls=Llama,
         model_args={config.model.flavor: args},
         parallelize_fn=_parallelize,
-        pipelining_fn=None,
+        pipelining_fn=build_pipeline,
         build_optimizers_fn=titan.build_optimizers,
         build_lr_schedulers_fn=titan.build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=titan.build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics,
     )

@@ -9,7 +9,8 @@ Markers of beginning and end stand for no bytes but cost their loss, so bpb is o
 
 import logging
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from configs.schema import JobConfig
 from configs.titan import IGNORE_INDEX, BaseTokenizer, BaseValidator, ParallelDims, device_type
 from recipes.data import validation_sequences
+from recipes.pipeline import Inference
 from recipes.tokenizer import token_bytes
 
 logger = logging.getLogger("sparsetitan")
@@ -56,6 +58,9 @@ class Validator(BaseValidator):
         loss_fn,
         validation_context,
         maybe_enable_amp: AbstractContextManager,
+        pp_schedule=None,
+        pp_has_first_stage: bool | None = None,
+        pp_has_last_stage: bool | None = None,
         **_,
     ) -> None:
         super().__init__(job_config)
@@ -63,6 +68,8 @@ class Validator(BaseValidator):
         self.context = validation_context
         self.amp = maybe_enable_amp
         self.mesh = parallel_dims.get_optional_mesh("batch")
+        self.pipeline = parallel_dims.get_optional_mesh("pp")
+        self.inference = pp_schedule and Inference(pp_schedule, bool(pp_has_first_stage), bool(pp_has_last_stage))
         sequences = validation_sequences(tokenizer, job_config)
         self.inputs, self.labels = sequences[:, :-1], sequences[:, 1:]
         self.bytes = token_bytes(job_config.model.hf_assets_path)[self.labels].sum(1)
@@ -88,22 +95,53 @@ class Validator(BaseValidator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> Score:  # type: ignore[override]
-        """Score the model as it stands, FFNs in whatever mode they are in."""
-        (model,) = model_parts
-        model.eval()
-        total = torch.zeros(3, dtype=torch.float64)
-        batches = (rows.split(self.batch_size) for rows in (self.inputs, self.labels, self.bytes))
-        for inputs, labels, size in zip(*batches, strict=True):
-            with self.context(), self.amp:
-                loss = self.loss_fn(model(inputs.to(device_type)), labels.to(device_type))
-            total += torch.stack([_local(loss).double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])
-        model.train()
-        reshard(model)
+        """Score the model as it stands, FFNs in whatever mode they are in.
+
+        Args:
+            model_parts: the model, or the stages of it that this rank has.
+            step: not used.
+        """
+        with self._inference(model_parts):
+            total = torch.zeros(3, dtype=torch.float64)
+            batches = (rows.split(self.batch_size) for rows in (self.inputs, self.labels, self.bytes))
+            for inputs, labels, size in zip(*batches, strict=True):
+                loss = self._loss(model_parts, inputs.to(device_type), labels.to(device_type))
+                total += torch.stack([loss.double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])
+        total = total.to(device_type)
         if self.mesh is not None:
-            total = total.to(device_type)
             dist.all_reduce(total, group=self.mesh.get_group())
+        if self.pipeline is not None:  # the last stage has the loss
+            dist.broadcast(total, group=self.pipeline.get_group(), group_src=self.pipeline.size() - 1)
         loss, tokens, size = total.tolist()
         return Score(loss / tokens, loss / (math.log(2) * size))
+
+    @torch.no_grad()
+    def warm_up(self, model_parts: list[nn.Module]) -> None:
+        """Turn a pipeline from training to inference, by a pass that the FFNs' counts of a validation must not have."""
+        if self.inference is not None:
+            with self._inference(model_parts):
+                self._loss(
+                    model_parts, *(rows[: self.batch_size].to(device_type) for rows in (self.inputs, self.labels))
+                )
+
+    @contextmanager
+    def _inference(self, model_parts: list[nn.Module]) -> Iterator[None]:
+        """The model in evaluation mode; afterwards in training mode, and sharded again."""
+        for part in model_parts:
+            part.eval()
+        yield
+        for part in model_parts:
+            part.train()
+            reshard(part)
+
+    def _loss(self, model_parts: list[nn.Module], inputs: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the losses of a batch's tokens; 0 where a rank has not the last stage."""
+        with self.context(), self.amp:
+            if self.inference is None:
+                (model,) = model_parts
+                return _local(self.loss_fn(model(inputs), labels))
+            losses = [_local(loss) for loss in self.inference.losses(inputs, labels)]
+            return torch.stack(losses).sum() if losses else inputs.new_zeros(())
 
 
 def _local(loss: Tensor) -> Tensor:

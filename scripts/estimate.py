@@ -93,7 +93,7 @@ def layout(config: JobConfig, gpus: int) -> Layout:
     shard = gpus // (tensor * parallelism.data_parallel_replicate_degree)
     micro, batch = training.local_batch_size, training.global_batch_size
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
-    compute = TORCH_DTYPE_MAP[computes_in(training, tensor, shard > 1)].itemsize
+    compute = TORCH_DTYPE_MAP[computes_in(config, shard > 1)].itemsize
     return Layout(
         gpus=gpus,
         shard=shard,
@@ -225,6 +225,11 @@ def estimate(arguments: list[str]) -> str:
     options, words = parser.parse_known_args(arguments)
     config, _ = load_config(words)
     degrees = config.parallelism
+    if degrees.pipeline_parallel_degree > 1:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree = {degrees.pipeline_parallel_degree}: the memory of a stage is not "
+            "estimated; leave it out"
+        )
     gpus = options.gpus
     if gpus is None:
         gpus = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
@@ -240,10 +245,10 @@ def estimate(arguments: list[str]) -> str:
     on = layout(config, gpus)
     with torch.device("meta"):
         model = Llama(args)
-    dtype = TORCH_DTYPE_MAP[computes_in(config.training, on.tensor, on.shard > 1)]
+    dtype = TORCH_DTYPE_MAP[computes_in(config, on.shard > 1)]
     family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, model.feed_forwards().values(), family, on.tensor)
+    flops = flops_per_token(dense, args, family, on.tensor)
     mode = config.activation_checkpoint.mode
 
     lines = [

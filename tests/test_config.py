@@ -14,6 +14,7 @@ from configs.schema import RECIPE_SECTIONS
 from recipes.check import check_config
 
 DEBUG = "--config configs/debug.toml"
+PIPELINE = f"{DEBUG} --parallelism.pipeline_parallel_degree 2"
 
 
 def check(words: str):
@@ -117,7 +118,37 @@ BAD = [
         f"{DEBUG} --parallelism.tensor_parallel_degree 2 --parallelism.enable_async_tensor_parallel",
         ["enable_async_tensor_parallel", "dense phases only"],
     ),
-    (f"{DEBUG} --parallelism.pipeline_parallel_degree 2", ["pipeline_parallel_degree = 2", "set it to 1"]),
+    (f"{DEBUG} --parallelism.context_parallel_degree 2", ["context_parallel_degree = 2", "set it to 1"]),
+    (
+        f"{PIPELINE} --activations.v 512",
+        ["activations.v = 512", "256 tokens", "pipeline_parallel_microbatch_size x training.seq_len"],
+    ),
+    (PIPELINE, ["pipeline_parallel_degree = 2", "1 process"]),
+    (f"{PIPELINE} --training.local_batch_size 1", ["1 / 1 = 1", "pipeline_parallel_degree = 2", '"GPipe"']),
+    (
+        f"{PIPELINE} --parallelism.pipeline_parallel_microbatch_size 3",
+        ["training.local_batch_size = 8", "pipeline_parallel_microbatch_size = 3"],
+    ),
+    (
+        f"{PIPELINE} --parallelism.pipeline_parallel_schedule ZBVZeroBubble",
+        ["pipeline_parallel_schedule", "ZBVZeroBubble", "1F1B, GPipe, Interleaved1F1B"],
+    ),
+    (
+        f"{PIPELINE} --parallelism.pipeline_parallel_schedule Interleaved1F1B --training.local_batch_size 5",
+        ["5 / 1 = 5", "Interleaved1F1B", "a multiple of parallelism.pipeline_parallel_degree = 2"],
+    ),
+    (
+        f"{PIPELINE} --parallelism.pipeline_parallel_layers_per_stage 1",
+        ["pipeline_parallel_layers_per_stage = 1", "6 stages of 4 layers", "needs 2"],
+    ),
+    (
+        f"{DEBUG} --parallelism.pipeline_parallel_degree 6",
+        ["pipeline_parallel_degree = 6", "4 layers", "6 stages", "lower the degree"],
+    ),
+    (
+        f"{PIPELINE} --parallelism.module_fqns_per_model_part '[[\"layers.0\"]]'",
+        ["module_fqns_per_model_part", "pipeline_parallel_layers_per_stage"],
+    ),
     (f"{DEBUG} --training.global_batch_size 12", ["global_batch_size = 12", "local_batch_size = 8"]),
     (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
     (f"{DEBUG} --checkpoint.async_mode sometimes", ["checkpoint.async_mode", "sometimes", '"async"']),
