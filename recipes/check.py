@@ -24,6 +24,9 @@ from recipes.sparsity import activation_pattern, feed_forward_sparsity
 
 CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx")  # torchtitan's that find something in these models
 
+UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""The environment variable with which torchrun gives every restart a store of its own."""
+
 
 def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     """Check a configuration as a whole, and settle what one key leaves to another.
@@ -311,6 +314,13 @@ def _check_rest(config: JobConfig) -> None:
 
 
 def _check_machine(config: JobConfig) -> None:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Found with torch 2.13: ranks that start again look for one another at the addresses of the killed ones.
+        raise ConfigError(
+            f"torchrun --max-restarts={restarts} would fail at the first restart, since its store keeps the addresses "
+            f"of the ranks before it: set the environment variable {UNSHARED}=1 for torchrun"
+        )
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device_type == "cuda" and local_world > torch.cuda.device_count():
         raise ConfigError(

@@ -467,12 +467,17 @@ def _graphs_compiled() -> int:
 
 
 def _lock(config: JobConfig) -> FileLock:
-    """Hold the dump folder for as long as this process lives: two runs in one would spoil each other's files."""
+    """Hold the dump folder for as long as this process lives: two runs in one would spoil each other's files.
+
+    Processes that read data inherit the lock. Where torchrun restarts a killed rank, those of the rank before hold it
+    until they notice that it is gone, which takes PyTorch's data loader up to 5 seconds.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     Path(config.job.dump_folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(config.job.dump_folder) / ".lock")
     if os.environ["RANK"] == "0":
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=30 if restarts else 0)
         except Timeout:
             raise ConfigError(
                 f'job.dump_folder = "{config.job.dump_folder}" is in use by another run: wait for it to end, or name '

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
@@ -233,13 +232,8 @@ def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> s
     )
 
 
-def fork(
-    *words: str, processes: int = 0, timeout: int = 300, prepare: Callable[[], None] | None = None, **env: str
-) -> subprocess.CompletedProcess:
-    """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several.
-
-    Each calls `prepare`, a function of a module, before it runs train.py.
-    """
+def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         values = 0, processes, 0, processes, "localhost", probe.getsockname()[1]
@@ -250,7 +244,7 @@ def fork(
         started = []
         for rank in range(processes or 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
-            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs, prepare)))
+            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs)))
             started[-1].start()
         deadline, running = time.monotonic() + timeout, started
         try:
@@ -266,12 +260,7 @@ def fork(
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
 
 
-def run_train(
-    words: tuple[str, ...],
-    environment: dict[str, str],
-    outputs: list[Path],
-    prepare: Callable[[], None] | None = None,
-) -> None:
+def run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
     """A process of `fork`: train.py with its output in files."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -280,6 +269,4 @@ def run_train(
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = ["train.py", *words]
-    if prepare is not None:
-        prepare()
     runpy.run_path("train.py", run_name="__main__")

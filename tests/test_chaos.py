@@ -1,5 +1,9 @@
 """A sample of the faults of scripts/chaos.py: a run that resumes after one is the run that nothing happened to."""
 
+import multiprocessing
+import os
+import re
+import signal
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROCESSES
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
 
+import scripts.chaos as chaos
+import train
+from configs.repository import ROOT
+from recipes.check import UNSHARED
 from scripts.chaos import AT_RANDOM, DAMAGES, FULL, KINDS, NAN, READ_ONLY, STOPPED, Fault, _same, make_job, try_fault
 
 DRAWN = [Fault.draw(0, number) for number in range(200)]
@@ -41,3 +51,54 @@ def test_checkpoints_are_compared_bit_by_bit():
     for change in ({"weight": torch.tensor([1, 1, 1.0000001])}, {"data": b"\x80\x04K\x02."}, {"rows": [{"epoch": 2}]}):
         assert not _same(one, one | change)
     assert not _same(one, {name: one[name] for name in ("weight", "data")})
+
+
+# What happens in each start of one job: the moment that a rank gets SIGKILL at, the call of it, and the rank. The job
+# has checkpoints of steps 2, 4, ... and is sparse in steps 4 to 8.
+DEATHS = [
+    ("in a training step", 3, 1),  # step 3, dense
+    ("in the switch to sparse", 1, 0),
+    ("while a checkpoint's data is written", 3, 1),  # that of step 4
+    ("in a training step", 4, 0),  # step 6, sparse
+    ("between a checkpoint's data and its manifest", 1, 0),  # of step 6
+]
+RESUMED = [2, 2, 2, 4, 4]
+
+
+def _under_torchrun(command: list[str], output: Path, status) -> None:
+    """torchrun's own command line and agent; the processes are forked from one that has imported the trainer."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+    os.environ[UNSHARED] = "1"
+    words = ["--nproc_per_node=2", f"--max-restarts={len(DEATHS)}", "--start-method=forkserver"]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py", *command]
+    config, _, _ = config_from_args(get_args_parser().parse_args(words))
+    elastic_launch(config, _rank)(command, output)
+    status.value = 0
+
+
+def _rank(command: list[str], output: Path) -> None:
+    """A process of the job; the rank that dies in this start sends itself SIGKILL."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method(None, force=True)
+    os.chdir(ROOT)
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start < len(DEATHS) and DEATHS[start][2] == int(os.environ["RANK"]):
+        moment, call, _ = DEATHS[start]
+        chaos._aim(chaos.MOMENTS[moment], call, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    train.main(command)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+def test_torchrun_restarts_a_job_that_loses_ranks_and_it_ends_as_if_it_had_lost_none(tmp_path):
+    job = make_job(tmp_path / "job")
+    expected, reference, _ = job.reference(2, 0)
+    run, output, status = tmp_path / "run", tmp_path / "log", PROCESSES.Value("i", 1)
+    launcher = PROCESSES.Process(target=_under_torchrun, args=(job.command(run, 0), output, status))
+    launcher.start()
+    launcher.join(240)
+    log = output.read_text()
+    assert status.value == 0, log
+    assert [int(step) for step in re.findall(r"resumed after step (\d+)", log)] == RESUMED, log
+    assert chaos.losses(run) == (expected, list(range(1, chaos.STEPS + 1)))
+    assert chaos.same_checkpoint(chaos.last_checkpoint(run), chaos.last_checkpoint(reference))

@@ -228,6 +228,17 @@ def test_world_size_must_match_the_degrees(monkeypatch):
             check(f"{DEBUG} {words}")
 
 
+def test_restarts_need_a_store_that_they_do_not_share(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    check(DEBUG)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match=r"--max-restarts=3 .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check(DEBUG)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check(DEBUG)
+
+
 def test_command_line_over_recipe_over_configuration():
     config, _, spans = check(
         f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.keep 0.5 "

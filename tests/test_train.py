@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -23,12 +24,13 @@ from filelock import FileLock
 
 import kernels
 from configs.errors import ConfigError, TooLargeError, exit_with
+from configs.loader import load_config
 from kernels.columns.ffn import LARGE_BLOCKS
 from kernels.groups.ffn import TILE_GROUPS
 from kernels.venom.ffn import COMPACT_VENOM
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.sparsity import Sparsity
-from recipes.trainer import SparseTrainer
+from recipes.trainer import SparseTrainer, _lock
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
@@ -470,6 +472,19 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
     with FileLock(tmp_path / ".lock"):
         result = fork("--config", "configs/debug.toml", *words)
     assert result.returncode == 2 and "is in use by another run" in result.stderr, result.stderr
+
+
+def test_a_restarted_run_waits_for_the_processes_of_the_killed_one(tmp_path, monkeypatch):
+    """Those that read data hold the folder until they notice that the rank they read for is gone."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    config, _ = load_config(["--config", "configs/debug.toml", "--job.dump_folder", str(tmp_path)])
+    orphan = FileLock(tmp_path / ".lock", thread_local=False)
+    orphan.acquire()
+    timer = threading.Timer(0.3, orphan.release)
+    timer.start()
+    _lock(config).release()
+    timer.join()
 
 
 def test_a_complete_run_says_so_and_changes_nothing(train, tmp_path, caplog):

@@ -3,19 +3,27 @@
 #
 # SLURM signals the batch shell alone (--signal=B:USR1@seconds). It passes the signal on to the trainers until they have
 # saved and ended with status 0, and then requeues the job, whose same command resumes. A job that was not signalled
-# has finished. A failure keeps its status and is not requeued.
+# has finished. Where a process fails, torchrun starts all of them again, MAX_RESTARTS times at most (3), and they resume
+# from the newest complete checkpoint. A failure after that keeps its status and is not requeued.
 set -euo pipefail
 # From here on: without a trap the signal would end the batch shell.
 signalled=
 trap 'signalled=yes' USR1
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONUNBUFFERED=1
+# Else the ranks that start again are given the addresses of those before (torch 2.13); the trainer refuses to start so.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # srun does not take it from sbatch by itself since SLURM 22.05.
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # One torchrun on each node. Arguments are those of train.py.
 train() {
     local head
+    # What is refused would be refused at every restart.
+    if ! WORLD_SIZE=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1})) python train.py "$@" --check >/dev/null; then
+        echo "$(date +%T) job $SLURM_JOB_ID is refused and is not requeued"
+        return 2
+    fi
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The port is the job's own, so that two jobs can share a node, and below those that systems give out themselves.
     export RDZV=$head:$((20000 + SLURM_JOB_ID % 10000))
@@ -26,7 +34,7 @@ train() {
         trap "" USR1
         exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
             --rdzv-backend=c10d --rdzv-endpoint="$RDZV" --rdzv-conf=is_host=$((SLURM_NODEID == 0)) \
-            --rdzv-id="$SLURM_JOB_ID" train.py "$@"' train "$@"
+            --rdzv-id="$SLURM_JOB_ID" --max-restarts="${MAX_RESTARTS:-3}" train.py "$@"' train "$@"
 }
 
 # The trainers are the children of torchrun, on each node. Signalling the step instead would reach torchrun, which
