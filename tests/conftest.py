@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
@@ -232,8 +233,13 @@ def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> s
     )
 
 
-def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
-    """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several."""
+def fork(
+    *words: str, processes: int = 0, timeout: int = 300, prepare: Callable[[], None] | None = None, **env: str
+) -> subprocess.CompletedProcess:
+    """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several.
+
+    Each calls `prepare`, a function of a module, before it runs train.py.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         values = 0, processes, 0, processes, "localhost", probe.getsockname()[1]
@@ -244,7 +250,7 @@ def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> sub
         started = []
         for rank in range(processes or 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
-            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs)))
+            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs, prepare)))
             started[-1].start()
         deadline, running = time.monotonic() + timeout, started
         try:
@@ -260,7 +266,12 @@ def fork(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> sub
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
 
 
-def run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+def run_train(
+    words: tuple[str, ...],
+    environment: dict[str, str],
+    outputs: list[Path],
+    prepare: Callable[[], None] | None = None,
+) -> None:
     """A process of `fork`: train.py with its output in files."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -269,4 +280,6 @@ def run_train(words: tuple[str, ...], environment: dict[str, str], outputs: list
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = ["train.py", *words]
+    if prepare is not None:
+        prepare()
     runpy.run_path("train.py", run_name="__main__")

@@ -4,9 +4,11 @@ import errno
 import json
 import math
 import os
+import shutil
 
 import pytest
-from conftest import losses, rows
+import torch
+from conftest import fork, losses, merge, rows
 
 import recipes.trainer
 from configs.errors import ConfigError
@@ -56,6 +58,59 @@ def test_one_bad_batch_too_many_ends_the_run_before_it_is_taken(train, tmp_path,
     with pytest.raises(ConfigError, match=said):
         train(tmp_path, "--training.skip_bad_batches", "1", "--metrics.log_freq", "100", "--validation.freq", "100")
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
+
+
+def poison_rank_1() -> None:
+    """On rank 1 alone the loss of step 3 is infinite, the reduced gradient of step 6 NaN, both of step 8 NaN."""
+    bad = os.environ["RANK"] == "1"
+    forward_backward, clip = Trainer.forward_backward_step, dist_utils.clip_grad_norm_
+    now = 0
+
+    def step(self, **kwargs):
+        nonlocal now
+        now = self.step
+        loss_fn = self.loss_fn
+        if bad and now == 8:
+            self.loss_fn = lambda *given: loss_fn(*given) * math.nan
+        loss = forward_backward(self, **kwargs)
+        self.loss_fn = loss_fn
+        return loss * math.inf if bad and now == 3 else loss
+
+    def spoil_and_clip(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        if bad and now == 6:
+            parameters[0].grad.to_local().view(-1)[3] = math.nan
+        return clip(parameters, *args, **kwargs)
+
+    Trainer.forward_backward_step, dist_utils.clip_grad_norm_ = step, spoil_and_clip  # type: ignore[method-assign]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+def test_all_ranks_skip_a_batch_that_is_bad_on_one(train, tiny, tmp_path, poison):
+    """As one process does that skips the batches of the same steps; counted once; a resume is exact."""
+    dense = ["--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false"]
+    words = ["--training.skip_bad_batches", "3", *dense]
+    poison("nan", 3, 6, 8)
+    one = train(tmp_path / "one", *words, recipe="dense")
+    shared = ["--training.local_batch_size", "2", "--training.global_batch_size", "4"]
+    words += [*shared, "--job.dump_folder", str(tmp_path / "two")]
+    command = ["--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *merge(tiny, words)]
+    result = fork(*command, processes=2, prepare=poison_rank_1)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("the batch is skipped") == 3, result.stdout
+    two = rows(tmp_path / "two")
+    assert [two[step]["skipped_batches"] for step in range(1, 13)] == [0, 0, 1, 1, 1, 2, 2, *[3] * 5]
+    good = [step for step in one if step not in (3, 6, 8)]
+    assert [losses(two)[step] for step in good] == pytest.approx([losses(one)[step] for step in good], rel=1e-4)
+
+    for step in range(5, 13):
+        shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
+    (tmp_path / "two" / "checkpoint" / "latest").write_text("step-4")
+    result = fork(*command, processes=2, prepare=poison_rank_1)
+    assert result.returncode == 0 and "resumed after step 4" in result.stdout, result.stdout + result.stderr
+    resumed = rows(tmp_path / "two")
+    assert losses(resumed) == losses(two)
+    assert resumed[12]["skipped_batches"] == 3
 
 
 def test_a_full_disk_while_a_batch_is_skipped_loses_nothing(train, tmp_path, poison, monkeypatch):
