@@ -3,10 +3,10 @@
     python -m scripts.chaos docs/reliability/chaos.json --faults 200 --seed 0
 
 A fault is drawn from `KINDS` by its number and the seed: what happens (a signal, a full disk, a read-only folder, NaN,
-a damaged checkpoint), when (a random time, or a call of a function of the trainer) and to which of one or two
-processes. The job is configs/debug.toml with a model of 50 thousand parameters: 12 steps, sparse in steps 4 to 8, a
-checkpoint every 2 steps. The same command is then run until the run is complete, and has to leave exactly what the
-undisturbed run leaves:
+a damaged checkpoint), when (a random time, or a call of a function of the trainer, in a run or while it resumes) and to
+which of one or two processes. The job is configs/debug.toml with a model of 50 thousand parameters: 12 steps, sparse in
+steps 4 to 8, a checkpoint every 2 steps. The same command is then run until the run is complete, and has to leave
+exactly what the undisturbed run leaves:
 
     metrics.jsonl   every step once, with the same loss, bit for bit
     step-12/*       the same values, bit for bit: weights, moments, sparse state, place in the data
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,8 +52,8 @@ HANG = 60.0
 NOBODY = 65534
 
 # Where a fault can be aimed: the module, the name in it whose n-th call it precedes, and the most calls of a run (of a
-# process) to choose from. The first two are on rank 0 alone.
-MOMENTS: dict[str, tuple[str, str, int]] = {
+# process) to choose from.
+IN_A_RUN: dict[str, tuple[str, str, int]] = {
     "between a checkpoint's data and its manifest": ("recipes.checkpoint", "write_manifest", 6),
     "between a checkpoint's manifest and the pointer": ("recipes.checkpoint", "SafeCheckpointManager._move_pointer", 6),
     "while a checkpoint's data is written": ("torch.distributed.checkpoint.filesystem", "_write_item", 200),
@@ -61,25 +61,46 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "in validation": ("recipes.validation", "Validator.validate", 4),
     "in a training step": ("recipes.trainer", "SparseTrainer.forward_backward_step", 12),
     "as a data process starts": ("multiprocessing.process", "BaseProcess.start", 1),
-    "before a save": ("recipes.checkpoint", "SafeCheckpointManager.dcp_save", 6),
-    "before a row of metrics": ("recipes.metrics", "Metrics.finish", 12),
 }
-ON_RANK0 = tuple(MOMENTS)[:2]
+IN_A_RESUME: dict[str, tuple[str, str, int]] = {
+    "while a checkpoint is verified": ("recipes.checkpoint", "_crc32_of_file", 2),
+    "while a checkpoint's tensors are loaded": (
+        "torch.distributed.checkpoint.default_planner",
+        "DefaultLoadPlanner.commit_tensor",
+        40,
+    ),
+    "as a row of the batch takes its place in the data": ("recipes.data", "Row.load_state_dict", 4),
+    "before later rows of metrics are dropped": ("recipes.metrics", "Metrics.start", 1),
+    "between the metrics and run.json": ("recipes.trainer", "SparseTrainer._write_about", 1),
+}
+SAVE, ROW = "before a save", "before a row of metrics"
+MOMENTS = {
+    **IN_A_RUN,
+    **IN_A_RESUME,
+    SAVE: ("recipes.checkpoint", "SafeCheckpointManager.dcp_save", 6),
+    ROW: ("recipes.metrics", "Metrics.finish", 12),
+}
+ON_RANK0 = {
+    "between a checkpoint's data and its manifest",
+    "between a checkpoint's manifest and the pointer",
+    "while a checkpoint is verified",
+    "between the metrics and run.json",
+}
 AT_RANDOM = "at a random time"
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP, SIGCONT after 2 s")
 STOPPED = "SIGSTOP for good"
+RESUMES = ("SIGKILL in a resume", "SIGTERM in a resume")
 FULL, READ_ONLY, NAN = "the disk fills", "the checkpoint folder becomes read-only", "a gradient becomes NaN"
 DAMAGES = ("a bit flipped in the newest checkpoint", "a file of it truncated", "a shard of it missing")
 ENDS = {FULL, READ_ONLY, NAN}  # with one message and status 2
 
 # What can happen: kind, moments, numbers of processes, and how often it is drawn.
 KINDS: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [
-    ("SIGKILL", (AT_RANDOM, *list(MOMENTS)[:7]), (1, 2), 8),
-    ("SIGTERM", (AT_RANDOM, *list(MOMENTS)[:7]), (1, 2), 6),
-    (SIGNALS[2], (AT_RANDOM, *list(MOMENTS)[:7]), (1, 2), 3),
+    *((kind, (AT_RANDOM, *IN_A_RUN), (1, 2), weight) for kind, weight in zip(SIGNALS, (8, 6, 3), strict=True)),
+    *((kind, tuple(IN_A_RESUME), (1, 2), weight) for kind, weight in zip(RESUMES, (5, 1), strict=True)),
     (STOPPED, ("in a training step", "in validation", "while a checkpoint's data is written"), (2,), 1),
-    (FULL, ("before a save", "before a row of metrics"), (1, 2), 4),
-    (READ_ONLY, ("before a save",), (1, 2), 2),
+    (FULL, (SAVE, ROW), (1, 2), 4),
+    (READ_ONLY, (SAVE,), (1, 2), 2),
     (NAN, ("in a training step",), (1, 2), 2),
     *((kind, ("after SIGKILL",), (1, 2), 2) for kind in DAMAGES),
     ("SIGKILL of torchrun", (AT_RANDOM,), (1, 2), 1),
@@ -154,21 +175,26 @@ class Job:
         return self.references[processes, workers]
 
 
-def make_job(folder: Path) -> Job:
-    """A small corpus and the job that trains on it, in a new folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for index in range(120):
+def make_corpus(folder: Path) -> None:
+    """Write a small corpus: 240 files of Python-like text."""
+    for index in range(240):
         lines = [f"def f{index}_{line}(x):\n    return x * {line * index % 97} + {line}\n" for line in range(12)]
-        (corpus / f"{index:03}.py").write_text("\n".join(lines))
-    phases = '[{mode = "dense", end = 3}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
-    keys = {
-        "config": "configs/debug.toml",
+        (folder / f"{index:03}.py").write_text("\n".join(lines))
+
+
+def tiny_job(corpus: Path, cache: Path) -> dict[str, str]:
+    """Keys that make configs/debug.toml a job of seconds.
+
+    12 steps, sparse in steps 4 to 8; every step is logged and saved.
+
+    Args:
+        corpus: folder of its files.
+        cache: folder for its tokenizer.
+    """
+    return {
         "data.sources": f'[{{type = "text", path = "{corpus}/*.py"}}]',
         "data.validation_share": "0.1",
-        "tokenizer.cache_folder": str(folder / "tokenizers"),
+        "tokenizer.cache_folder": str(cache),
         "tokenizer.vocab_size": "384",
         "model.dim": "32",
         "model.n_layers": "2",
@@ -184,10 +210,24 @@ def make_job(folder: Path) -> Job:
         "validation.sequences": "6",
         "metrics.log_freq": "1",
         "metrics.enable_tensorboard": "false",
+        "checkpoint.interval": "1",
+        "checkpoint.keep_latest_k": "0",
+        "schedule.phases": '[{mode = "dense", end = 3}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]',
+        "schedule.dense_layers": "0",
+    }
+
+
+def make_job(folder: Path) -> Job:
+    """A small corpus and the job that trains on it, in a new folder."""
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True)
+    folder.chmod(0o755)
+    make_corpus(corpus)
+    keys = {
+        "config": "configs/debug.toml",
+        **tiny_job(corpus, folder / "tokenizers"),
         "checkpoint.interval": str(INTERVAL),
         "checkpoint.keep_latest_k": "3",
-        "schedule.phases": phases,
-        "schedule.dense_layers": "0",
         "comm.init_timeout_seconds": "30",
         "comm.train_timeout_seconds": "30",
     }
@@ -331,7 +371,7 @@ def _aim(moment: tuple[str, str, int], call: int, act: Callable[[tuple], None]) 
 def _bring_about(fault: Fault, output: Path, arguments: tuple) -> None:
     """What a process does to itself at the moment that a fault is aimed at."""
     output.with_suffix(".happened").touch()
-    if fault.kind == FULL and fault.moment == "before a row of metrics":
+    if fault.kind == FULL and fault.moment == ROW:
         arguments[0].file = Path("/dev/full")  # nothing fits into it
     elif fault.kind == FULL:  # a write fails in the middle of a file, as on a full disk, with EFBIG instead of ENOSPC
         # More than the output that this process writes into a file, less than a shard.
@@ -445,13 +485,18 @@ def try_fault(job: Job, fault: Fault) -> Fault:
     marker = output.with_suffix(".happened")
     marker.unlink(missing_ok=True)
     torchrun = fault.kind.endswith("of torchrun")
+    if fault.kind in RESUMES:  # a run to resume, killed when it has a checkpoint
+        step = INTERVAL + 1 + int(fault.time * (STEPS - INTERVAL))
+        kill = replace(fault, kind="SIGKILL", moment="in a training step", call=step)
+        Attempt(job.command(run, workers), fault.processes, output, kill).wait(limit)
+        marker.unlink()
     attempt = Attempt(job.command(run, workers), fault.processes, output, fault, torchrun)
     if fault.moment == AT_RANDOM:
         time.sleep(fault.time * (usual + 15 * torchrun))  # torchrun and its processes import what forked ones have
         number = getattr(signal, re.split(r"\W", fault.kind)[0])
         fault.happened = attempt.send(number, fault.rank)
     status = attempt.wait(limit, goes_on_after=None if fault.kind == STOPPED else 2.0)
-    fault.attempts = 1
+    fault.attempts = 1 + (fault.kind in RESUMES)
     fault.happened |= marker.exists()
     log = attempt.log()
     if status is None:
@@ -461,7 +506,7 @@ def try_fault(job: Job, fault: Fault) -> Fault:
             fault.problems.append(f"ended with status {status} and not with one message")
         if "Traceback" in log:
             fault.problems.append("ended with a traceback")
-    if fault.kind in ("SIGTERM", SIGNALS[2]) and "Traceback" in log:  # torchrun itself prints one
+    if fault.kind in ("SIGTERM", SIGNALS[2], RESUMES[1]) and "Traceback" in log:  # torchrun itself prints one
         fault.problems.append("a traceback: " + log[log.index("Traceback") :].strip().splitlines()[-1][:200])
     if fault.kind in DAMAGES:
         fault.happened &= damage(run, fault.kind, random.Random(fault.time))

@@ -31,6 +31,7 @@ from configs.repository import ROOT
 from recipes.check import check_config
 from recipes.data import check_data
 from recipes.trainer import SparseTrainer
+from scripts.chaos import make_corpus, tiny_job
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
@@ -79,43 +80,16 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A small corpus: 240 files of Python-like text."""
+    """A small corpus of Python-like text."""
     folder = tmp_path_factory.mktemp("corpus")
-    for index in range(240):
-        lines = [f"def f{index}_{line}(x):\n    return x * {line * index % 97} + {line}\n" for line in range(12)]
-        (folder / f"{index:03}.py").write_text("\n".join(lines))
+    make_corpus(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory) -> list[str]:
-    """Command-line keys that make configs/debug.toml a job of seconds: 12 steps, sparse in steps 4 to 8."""
-    cache = tmp_path_factory.mktemp("tokenizers")
-    phases = '[{mode = "dense", end = 3}, {mode = "sparse", end = 8}, {mode = "dense", end = 1.0}]'
-    keys = {
-        "data.sources": f'[{{type = "text", path = "{corpus}/*.py"}}]',
-        "data.validation_share": "0.1",
-        "tokenizer.cache_folder": str(cache),
-        "tokenizer.vocab_size": "384",
-        "model.dim": "32",
-        "model.n_layers": "2",
-        "model.n_heads": "2",
-        "model.n_kv_heads": "1",
-        "model.hidden_dim": "256",
-        "activations.v": "64",
-        "training.steps": "12",
-        "training.seq_len": "32",
-        "training.local_batch_size": "4",
-        "lr_scheduler.warmup_steps": "2",
-        "validation.freq": "4",
-        "validation.sequences": "6",
-        "metrics.log_freq": "1",
-        "metrics.enable_tensorboard": "false",
-        "checkpoint.interval": "1",
-        "checkpoint.keep_latest_k": "0",
-        "schedule.phases": phases,
-        "schedule.dense_layers": "0",
-    }
+    """Command-line keys that make configs/debug.toml a job of seconds: `tiny_job` of scripts/chaos.py."""
+    keys = tiny_job(corpus, tmp_path_factory.mktemp("tokenizers"))
     return [word for key, value in keys.items() for word in (f"--{key}", value)]
 
 

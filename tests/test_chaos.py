@@ -22,7 +22,7 @@ from scripts.chaos import AT_RANDOM, DAMAGES, FULL, KINDS, NAN, READ_ONLY, STOPP
 
 DRAWN = [Fault.draw(0, number) for number in range(200)]
 # One of each kind that needs neither the start of torchrun nor a timeout, at a moment that is sure to come, and SIGKILL
-# at both moments of a save in which files are there and not yet valid.
+# within a save, when files are there and not yet valid.
 UNSURE = AT_RANDOM, "while a checkpoint's data is written"
 SAMPLE = {fault.kind: fault for fault in reversed(DRAWN) if fault.moment not in UNSURE and fault.kind != STOPPED}
 KILLS = [fault for fault in DRAWN if fault.kind == "SIGKILL" and fault.moment.startswith("between")]
