@@ -272,6 +272,12 @@ class Metrics(titan_config.Metrics):
 
 @dataclass
 class Training(titan_config.Training):
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"  # type: ignore[assignment]
+    """
+    dtype of products. auto: bfloat16 on GPUs that compute in it, float32 on others and on CPUs. run.json has what was
+    chosen, and a resumed run keeps it on any device. float32 runs on the reference instead of the sparse kernels.
+    """
+
     skip_bad_batches: int = _in(0, 0)
     """
     Batches whose loss or gradient is not finite that a run may skip: weights and moments stay as they were, the step

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +19,7 @@ from kernels.columns.ffn_fp8 import ALIGNED
 from kernels.feed_forward import recipe_patterns
 from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
+from recipes.checkpoint import MANIFEST
 from recipes.pipeline import check_pipeline, micro_batch_size
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
@@ -31,7 +33,8 @@ UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     """Check a configuration as a whole, and settle what one key leaves to another.
 
-    Sets lr_scheduler.decay_ratio where schedule.decay_with_tail asks for it.
+    Sets lr_scheduler.decay_ratio where schedule.decay_with_tail asks for it, and training.mixed_precision_param where
+    it is "auto": to what the run in job.dump_folder computes in, or to this device's.
 
     Returns:
         The model's arguments, but for its vocabulary, and the run's phases in steps.
@@ -39,13 +42,20 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     Raises:
         ConfigError: keys that do not go together, with each other or with the machine.
     """
+    if config.training.mixed_precision_param == "auto":
+        config.training.mixed_precision_param = _dtype_so_far(config) or device_dtype()[0]
     args, spans = check_keys(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_machine(config)
     return args, spans
 
 
 def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
-    """`check_config` for a run on `world` GPUs, wherever they are: this machine is not asked, and nothing written."""
+    """`check_config` for a run on `world` GPUs, wherever they are: this machine is not asked, and nothing written.
+
+    training.mixed_precision_param = "auto" becomes bfloat16, which GPUs with kernels for these recipes have.
+    """
+    if config.training.mixed_precision_param == "auto":
+        config.training.mixed_precision_param = "bfloat16"
     spans = resolve_phases(config.schedule.phases, config.training.steps)
     args = model_args(config)
     _check_schedule(config)
@@ -57,6 +67,27 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     _check_batch(config, world)
     _check_rest(config)
     return args, spans
+
+
+def device_dtype() -> tuple[Literal["bfloat16", "float32"], str]:
+    """What training.mixed_precision_param = "auto" is on this machine's device, and why."""
+    if device_type == "cpu":
+        return "float32", "most CPUs have no fast bfloat16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "the GPU computes in it"
+    return "float32", "the GPU has no bfloat16"
+
+
+def _dtype_so_far(config: JobConfig) -> Any:
+    """What the run in job.dump_folder computes in; None where none has begun. A damaged run.json is refused later."""
+    folder = Path(config.job.dump_folder)
+    if not config.checkpoint.enable or not any((folder / config.checkpoint.folder).glob(f"step-*/{MANIFEST}")):
+        return None
+    try:
+        dtype = json.loads((folder / "run.json").read_bytes())["config"]["training"]["mixed_precision_param"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dtype if dtype in ("bfloat16", "float32") else None
 
 
 def model_args(config: JobConfig) -> LlamaArgs:

@@ -5,8 +5,9 @@ writes anything. These must stay as they were:
 
     the model          its name, sizes and RoPE (`model_facts` of recipes/restore.py), whatever keys say them
     what is read       data.seed, data.validation_share, each source but its path, training.seq_len,
-                       training.global_batch_size, training.dtype; the path of a local source may change if the
-                       corpus has as many documents and bytes as before
+                       training.global_batch_size; the path of a local source may change if the corpus has as many
+                       documents and bytes as before
+    the precision      training.dtype, training.mixed_precision_param ("auto" is what the run has, on any device)
     the seed           debug.seed
     the recipe         the sections schedule, weights, activations, router and precision, unless
                        checkpoint.change_recipe = true
@@ -36,6 +37,7 @@ FIXED = (
     "data.validation_share",
     "training.seq_len",
     "training.dtype",
+    "training.mixed_precision_param",
     "debug.seed",
 )
 REMEDY = "give the run's own value, or start another run with another job.dump_folder"

@@ -53,7 +53,8 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         lines.append(f"{'reads' if index == 0 else '':<12}{source.type}: {read}")
     lines += [
         f"writes      {config.job.dump_folder}",
-        f"on          {world} x {device_type}; memory and time: python -m scripts.estimate with the same keys",
+        f"on          {world} x {device_type}, products in {str(dtype).removeprefix('torch.')}; memory and time: "
+        "python -m scripts.estimate with the same keys",
         "This job can run.",
     ]
     return "\n".join(lines)

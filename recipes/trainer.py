@@ -36,6 +36,7 @@ from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.llama import Llama, LlamaArgs, count_parameters
+from recipes.check import device_dtype
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
 from recipes.data import Loader, build_dataloader
 from recipes.metrics import Metrics, build_metrics
@@ -438,6 +439,9 @@ class SparseTrainer(titan.Trainer):
             f"{config.model.name} {config.model.flavor}: {parameters / 1e6:.1f} M parameters, "
             f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"
         )
+        dtype, (chosen, why) = config.training.mixed_precision_param, device_dtype()
+        given = f'as the configuration or the run so far has it; "auto" for a new run is {chosen}: {why}'
+        logger.info(f"products in {dtype} (training.mixed_precision_param), {why if dtype == chosen else given}")
         if config.lr_scheduler.warmup_steps > config.training.steps:
             logger.info(f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is cut to training.steps")
         phases = ", ".join(f"{span.mode} to step {span.stop}" for span in spans)

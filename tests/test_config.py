@@ -6,8 +6,10 @@ import shlex
 import tomllib
 
 import pytest
+import torch
 from conftest import ROOT, fork, launch
 
+import recipes.check
 from configs.errors import ConfigError
 from configs.loader import load_config
 from configs.schema import RECIPE_SECTIONS
@@ -20,6 +22,19 @@ PIPELINE = f"{DEBUG} --parallelism.pipeline_parallel_degree 2"
 def check(words: str):
     config, _ = load_config(shlex.split(words))
     return config, *check_config(config)
+
+
+def test_the_dtype_of_products_is_the_device_s(monkeypatch):
+    cuda = {"is_bf16_supported": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: cuda["is_bf16_supported"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, bf16, dtype in (("cpu", True, "float32"), ("cuda", True, "bfloat16"), ("cuda", False, "float32")):
+        monkeypatch.setattr(recipes.check, "device_type", device)
+        cuda["is_bf16_supported"] = bf16
+        assert check("--config 160m")[0].training.mixed_precision_param == dtype
+        for given in ("float32", "bfloat16"):
+            words = f"--config 160m --training.mixed_precision_param {given}"
+            assert check(words)[0].training.mixed_precision_param == given
 
 
 # A command line, and what the message has to name: the key or file, the value, the remedy.

@@ -145,6 +145,7 @@ def test_gpus_share_the_states_and_a_node_accumulates_less():
     hybrid = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "4")
     assert parts(*words, *hybrid, gpus=8)["parameters"] == one["parameters"] / 4
     config, _ = load_config([*words])
+    check_keys(config, 8)
     assert layout(config, 8).accumulates == 8 and layout(config, 64).accumulates == 1
     assert layout(config, 8).step_tokens == layout(config, 64).step_tokens == 256 * 4096
 

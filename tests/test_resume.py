@@ -55,6 +55,7 @@ def stopped(tmp_path_factory):
         ("data.validation_share", "0.4", "data.validation_share = 0.4"),
         ("debug.seed", "3", "debug.seed = 3"),
         ("training.seq_len", "64", "training.seq_len = 64"),
+        ("training.mixed_precision_param", "bfloat16", 'training.mixed_precision_param = "bfloat16"'),
         ("activations.n", "4", "activations.n = 4"),
         ("weights.pattern", "none", 'weights.pattern = "none"'),
         ("schedule.dense_layers", "1", "schedule.dense_layers = 1"),
@@ -105,6 +106,23 @@ def test_the_rate_that_is_given_holds_from_the_next_step(stopped, train, tmp_pat
     rows = train(run, "--optimizer.lr", "1e-4", "--optimizer.weight_decay", "0.5", stop_after=8)
     assert rows[6]["lr"] > 1e-3 and all(0 < rows[step]["lr"] <= 1e-4 for step in (7, 8))
     assert json.loads((run / "run.json").read_text())["config"]["optimizer"]["lr"] == 1e-4
+
+
+def test_a_run_keeps_the_dtype_that_it_began_with(train, tmp_path, capsys):
+    """As if it began on a GPU and goes on here, where "auto" would be float32."""
+    key = "--training.mixed_precision_param"
+    whole = train(tmp_path / "whole", key, "bfloat16")
+    train(tmp_path / "run", key, "bfloat16", stop_after=6)
+    capsys.readouterr()
+    assert losses(train(tmp_path / "run", key, "auto")) == losses(whole)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["training"][key[11:]] == "bfloat16"
+    said = capsys.readouterr().out
+    assert said.count("products in bfloat16") == 1 and '"auto" for a new run is float32: most CPUs' in said
+    # Without a checkpoint nothing has begun.
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    assert train(tmp_path / "run", key, "auto", stop_after=1)[1]["loss"] != whole[1]["loss"]
+    said = capsys.readouterr().out
+    assert "products in float32 (training.mixed_precision_param), most CPUs have no fast bfloat16" in said
 
 
 def test_another_recipe_can_be_asked_for(stopped, train, tmp_path):
