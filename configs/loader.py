@@ -142,32 +142,41 @@ def _named(path: str, folder: str) -> str:
     Raises:
         ConfigError: a name that is none of theirs, nor a file.
     """
-    if Path(path).exists() or not re.fullmatch(r"\w+", path):
+    name = path.removesuffix(".toml")
+    if os.path.isfile(path) or not re.fullmatch(r"\w+", name):
         return path
     names = sorted(file.stem for file in (ROOT / folder).glob("*.toml"))
-    if path not in names:
-        key = "recipe" if folder == "recipes" else "--config"
-        raise ConfigError(f'{key} = "{path}" is unknown{_nearest(path, names)}; there are {", ".join(names)}')
-    return f"{folder}/{path}.toml"
+    if name in names:  # also where a folder has the name
+        return f"{folder}/{name}.toml"
+    if os.path.isdir(path):
+        return path
+    key = "recipe" if folder == "recipes" else "--config"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(f'{key} = "{path}" is unknown: {hint}there are {", ".join(names)}')
 
 
 def _read_toml(path: str, key: str) -> dict[str, Any]:
     file = Path(path)
-    if not file.is_absolute() and not file.exists():
+    if not file.is_absolute() and not os.path.exists(file):
         file = ROOT / file
-    if path and file.is_dir():
+    if path and os.path.isdir(file):
         found = sorted(f"{path.rstrip('/')}/{other.name}" for other in file.glob("*.toml"))
         raise ConfigError(
             f'{key} = "{path}" is a folder: name a file, such as {", ".join(found) or "configs/debug.toml"}'
         )
-    if not path or not file.is_file():
-        folder = file.parent if path and file.parent.is_dir() else ROOT / ("recipes" if key == "recipe" else "configs")
+    if not path or not os.path.isfile(file):
+        folder = (
+            file.parent if path and os.path.isdir(file.parent) else ROOT / ("recipes" if key == "recipe" else "configs")
+        )
         found = sorted(f"{folder.name}/{other.name}" for other in folder.glob("*.toml"))
         raise ConfigError(f'{key} = "{path}": no such file; there are {", ".join(found) or "none beside it"}')
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): make it readable, or name another file") from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

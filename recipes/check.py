@@ -63,6 +63,11 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     _check_pattern_name(config.activations.pattern)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
+    elif config.precision.ffn == "fp8":
+        raise ConfigError(
+            f'precision.ffn = "fp8" is for sparse phases, but {config.recipe} has none: use "model", or for dense '
+            f'phases model.converters = ["{CONVERTERS[0]}"]'
+        )
     _check_parallelism(config, args, world)
     _check_batch(config, world)
     _check_rest(config)
@@ -368,6 +373,8 @@ def _check_machine(config: JobConfig) -> None:
         raise ConfigError(
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"
         )
+    if not config.job.dump_folder.strip():
+        raise ConfigError('job.dump_folder = "" names no folder: name one, such as "outputs/run"')
     folder = Path(config.job.dump_folder).absolute()
     try:
         there = next(each for each in (folder, *folder.parents) if each.exists())  # nothing is made by a check

@@ -39,7 +39,7 @@ from configs.errors import STOPPING, ConfigError, refuse
 from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
-from recipes.mixture import Corpus, load_corpus
+from recipes.mixture import Corpus, load_corpus, used_sources
 from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
@@ -65,6 +65,29 @@ def num_rows(config: JobConfig, dp_world_size: int) -> int:
     return training.global_batch_size
 
 
+def check_loading(config: JobConfig) -> int:
+    """Check how the batches are read, without a look at the sources.
+
+    Returns:
+        The number of rows of the global batch.
+
+    Raises:
+        ConfigError: there is no source, or the micro-batches cannot be shared out among the data-loading processes.
+    """
+    streamed = any(source.type == "hub" for _, source in used_sources(config))
+    degrees = config.parallelism
+    other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
+    ranks = max(1, int(os.environ.get("WORLD_SIZE", "1")) // other)
+    rows = num_rows(config, ranks)
+    workers, key = config.training.dataloader.num_workers, "training.dataloader.num_workers"
+    if workers > 1 and streamed:
+        raise refuse(key, workers, "streamed sources are read by one process", "give 0 or 1")
+    if workers > 1 and (micro := rows // ranks // config.training.local_batch_size) % workers:
+        problem = f"the processes share the micro-batches of a step, and a rank has {micro}"
+        raise refuse(key, workers, problem, f"give a divisor of {micro}, or lower training.local_batch_size")
+    return rows
+
+
 def check_data(config: JobConfig) -> None:
     """Read the sources, so that whatever is wrong with them is said before processes, models and GPUs are set up.
 
@@ -72,17 +95,8 @@ def check_data(config: JobConfig) -> None:
         ConfigError: a source is missing, unreadable or empty, there are fewer documents than rows of the batch, or the
             micro-batches cannot be shared out among the data-loading processes.
     """
+    rows = check_loading(config)
     corpus = load_corpus(config)
-    degrees = config.parallelism
-    other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
-    ranks = max(1, int(os.environ.get("WORLD_SIZE", "1")) // other)
-    rows = num_rows(config, ranks)
-    workers, key = config.training.dataloader.num_workers, "training.dataloader.num_workers"
-    if workers > 1 and corpus.streamed:
-        raise refuse(key, workers, "streamed sources are read by one process", "give 0 or 1")
-    if workers > 1 and (micro := rows // ranks // config.training.local_batch_size) % workers:
-        problem = f"the processes share the micro-batches of a step, and a rank has {micro}"
-        raise refuse(key, workers, problem, f"give a divisor of {micro}, or lower training.local_batch_size")
     if not corpus.streamed and len(corpus.documents) < rows:
         problem = f"{len(corpus.documents)} training documents for a global batch of {rows} rows, which each need one"
         remedy = "add documents or lower training.global_batch_size or training.local_batch_size"

@@ -163,13 +163,27 @@ def _load_corpus(sources: tuple[tuple, ...], share: float, seed: int) -> Corpus:
         elif source.weight > 0:
             part, seen = load_local(index, source, share, seed, seen)
             parts.append(part)
-    corpus = Corpus(parts, seed)
-    if corpus.streamed and (tokens := corpus.token_stores()):
+    return Corpus(parts, seed)
+
+
+def used_sources(config: JobConfig) -> list[tuple[int, Source]]:
+    """The sources with a weight above 0, by their index in data.sources; none of them is looked at.
+
+    Raises:
+        ConfigError: there is none, or they cannot be mixed.
+    """
+    if not config.data.sources:
+        raise refuse("data.sources", [], "nothing to train on", "give at least one [[data.sources]] table")
+    used = [(index, source) for index, source in enumerate(config.data.sources) if source.weight > 0]
+    if not used:
+        raise refuse("data.sources[0].weight", 0.0, "the weights of all sources are 0", "raise one above 0")
+    tokens = [source.path for _, source in used if source.type == "tokens"]
+    if tokens and any(source.type == "hub" for _, source in used):
         raise ConfigError(
-            f'data.sources: "{tokens[0].folder}" holds tokens, which are not mixed with a streamed source: run '
+            f'data.sources: "{tokens[0]}" holds tokens, which are not mixed with a streamed source: run '
             "python -m scripts.make_tokens on that one as well"
         )
-    return corpus
+    return used
 
 
 def load_corpus(config: JobConfig) -> Corpus:
@@ -178,10 +192,6 @@ def load_corpus(config: JobConfig) -> Corpus:
     Raises:
         ConfigError: a source is missing, unreadable or empty.
     """
-    if not config.data.sources:
-        raise refuse("data.sources", [], "nothing to train on", "give at least one [[data.sources]] table")
-    weights = [source.weight for source in config.data.sources]
-    if sum(weights) <= 0:
-        raise refuse("data.sources[0].weight", weights[0], "the weights of all sources are 0", "raise one above 0")
+    used_sources(config)
     sources = tuple(astuple(source) for source in config.data.sources)
     return _load_corpus(sources, config.data.validation_share, config.data.seed)

@@ -15,7 +15,8 @@ writes anything. These must stay as they were:
 Everything else may change: training.steps, the optimizer's rate and its other numbers (they hold from the next step),
 the rest of lr_scheduler, intervals, metrics, compilation, activation checkpointing, micro-batch size. The tokenizer is
 compared by its files (recipes/tokenizer.py). The number of GPUs, their layout and the number of data-loading processes
-may change as long as the global batch stays: recipes/data.py.
+may change as long as the global batch stays, but for streamed mixtures, whose order depends on whether a process reads
+them: recipes/data.py.
 """
 
 import json
@@ -30,6 +31,7 @@ from configs.schema import RECIPE_SECTIONS, JobConfig
 from models.llama import LlamaArgs
 from recipes.check import model_args
 from recipes.data import num_rows
+from recipes.mixture import used_sources
 from recipes.restore import model_facts
 
 FIXED = (
@@ -76,6 +78,10 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
             f"training.global_batch_size = {rows_before}"
         )
     _compare_sources(config, before, corpus, about.get("corpus", {}), file)
+    if corpus["documents"] is None and len(used_sources(config)) > 1:
+        key, (new, old) = "training.dataloader.num_workers", (job.training.dataloader for job in (config, before))
+        remedy = f"a process draws the sources of a streamed mixture in another order; {REMEDY}"
+        _compare(key, new.num_workers, old.num_workers, file, remedy)
     if not config.checkpoint.change_recipe:
         remedy = f"{REMEDY}, or go on with another recipe by --checkpoint.change_recipe"
         for section in RECIPE_SECTIONS:

@@ -236,7 +236,7 @@ def _load_files(key: str, source: Source, files: list[str], report: Report) -> T
     return TextStore(dataset)
 
 
-def _load_tokens(key: str, source: Source, report: Report) -> TokenStore:
+def load_tokens(key: str, source: Source, report: Report) -> TokenStore:
     """The documents of a folder that scripts.make_tokens wrote."""
     path = source.path
     if not os.path.isdir(path):
@@ -257,7 +257,7 @@ def load_local(index: int, source: Source, share: float, seed: int, seen: np.nda
     key, report = f"data.sources[{index}]", Report()
     store: TextStore | TokenStore
     if source.type == "tokens":
-        store = _load_tokens(f"{key}.path", source, report)
+        store = load_tokens(f"{key}.path", source, report)
         sizes = tuple(store.sizes())
     else:
         root, files = find_source(f"{key}.path", source, report)

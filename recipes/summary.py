@@ -10,27 +10,28 @@ import torch
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP, device_type
 from models.llama import LlamaArgs, count_parameters
-from recipes.data import num_rows
+from recipes.data import check_loading
 from recipes.files import Report
 from recipes.metrics import duration
+from recipes.mixture import used_sources
 from recipes.schedule import Span
-from recipes.sources import LOCAL, find_source
+from recipes.sources import LOCAL, find_source, load_tokens
 from recipes.sparsity import computes_in, sparse_family
 from recipes.tokenizer import expected_vocabulary
 
 
 def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
-    """The job in a few lines. Files are counted, not read.
+    """The job in a few lines. Files of text are counted, not read.
 
     Raises:
-        ConfigError: a corpus that is not there.
+        ConfigError: a corpus that is not there, or micro-batches that the data-loading processes cannot share.
     """
     training, world = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    tokens = check_loading(config) * training.seq_len
     args.vocab_size = expected_vocabulary(config)
     parameters = count_parameters(args)
     tensor = config.parallelism.tensor_parallel_degree
     ranks = world // (tensor * config.parallelism.pipeline_parallel_degree)
-    tokens = num_rows(config, ranks) * training.seq_len
     dtype = TORCH_DTYPE_MAP[computes_in(config, ranks > 1)]
     family, reason = sparse_family(args, spans, torch.device(device_type), dtype, tensor_parallel=tensor)
     lines = [
@@ -41,16 +42,15 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         f"recipe      {config.recipe}: " + ", ".join(f"{span.mode} to step {span.stop}" for span in spans),
         f"sparse FFN  {family.name}: {reason}" if family else f"sparse FFN  none: {reason}",
     ]
-    for index, source in enumerate(config.data.sources):
-        read = f"{source.path} on the Hugging Face hub, streamed: not looked at"
+    for place, (index, source) in enumerate(used_sources(config)):
+        key, read = f"data.sources[{index}].path", f"{source.path} on the Hugging Face hub, streamed: not looked at"
         if source.type in LOCAL:
-            report = Report()
-            root, files = find_source(f"data.sources[{index}].path", source, report)
+            root, files = find_source(key, source, Report())
             size = sum(os.path.getsize(file) for file in files) / 1e6
             read = f"{len(files):,} files of {root}, {size:,.1f} MB"
         elif source.type == "tokens":
-            read = f"the tokens in {source.path}"
-        lines.append(f"{'reads' if index == 0 else '':<12}{source.type}: {read}")
+            read = f"the tokens of {len(load_tokens(key, source, Report())):,} documents in {source.path}"
+        lines.append(f"{'reads' if place == 0 else '':<12}{source.type}: {read}")
     lines += [
         f"writes      {config.job.dump_folder}",
         f"on          {world} x {device_type}, products in {str(dtype).removeprefix('torch.')}; memory and time: "

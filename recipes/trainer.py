@@ -314,9 +314,11 @@ class SparseTrainer(titan.Trainer):
             self._take_step(*args, **kwargs)
             return
         limit = self.job_config.training.skip_bad_batches
-        if self.bad_batches.skipped == limit:
+        skipped = self.bad_batches.skipped
+        if skipped >= limit:  # above it where a resume has lowered the limit
             raise self._diverged(
-                f"the loss or the gradient is not finite, and training.skip_bad_batches = {limit} batches were skipped"
+                f"training.skip_bad_batches = {limit}, {skipped} batches were skipped before, and the loss or the "
+                "gradient is not finite"
             )
         self.bad_batches.skipped += 1
         logger.warning(
@@ -477,16 +479,20 @@ def _lock(config: JobConfig) -> FileLock:
     until they notice that it is gone, which takes PyTorch's data loader up to 5 seconds.
     """
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    Path(config.job.dump_folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(config.job.dump_folder) / ".lock")
-    if os.environ["RANK"] == "0":
-        try:
+    folder = Path(config.job.dump_folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.environ["RANK"] == "0":
             lock.acquire(timeout=30 if restarts else 0)
-        except Timeout:
-            raise ConfigError(
-                f'job.dump_folder = "{config.job.dump_folder}" is in use by another run: wait for it to end, or name '
-                "another folder"
-            ) from None
+    except Timeout:
+        raise ConfigError(
+            f'job.dump_folder = "{folder}" is in use by another run: wait for it to end, or name another folder'
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f'job.dump_folder = "{folder}" cannot be written ({error.strerror}): name another folder'
+        ) from error
     return lock
 
 

@@ -8,12 +8,15 @@ import tomllib
 import pytest
 import torch
 from conftest import ROOT, fork, launch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import recipes.check
 from configs.errors import ConfigError
 from configs.loader import load_config
 from configs.schema import RECIPE_SECTIONS
 from recipes.check import check_config
+from recipes.summary import summary
 
 DEBUG = "--config configs/debug.toml"
 PIPELINE = f"{DEBUG} --parallelism.pipeline_parallel_degree 2"
@@ -49,6 +52,10 @@ BAD = [
     (f"{DEBUG} --check stray", ["--check stray", "give no value, or json"]),
     ("--config debu", ['--config = "debu" is unknown', "did you mean debug?", "1b"]),
     ("--config debug --recipe column_quarter", ['recipe = "column_quarter"', "did you mean columns_quarter?"]),
+    ("--config zzz", ['--config = "zzz" is unknown: there are 160m, 1b']),
+    (f"--config {300 * 'x'}", ["is unknown: there are 160m, 1b"]),
+    (f"--config configs/{300 * 'x'}.toml", ["no such file; there are configs/160m.toml"]),
+    ("--config /proc/self/mem", ["/proc/self/mem cannot be read (Input/output error)"]),
     (f"{DEBUG} --training.steps 5 --training.steps 6", ["training.steps", "twice"]),
     (f"{DEBUG} --training.step 5", ["training.step", "did you mean training.steps?"]),
     (f"{DEBUG} --trainin.steps 5", ["trainin.steps", "did you mean training.steps?"]),
@@ -188,6 +195,8 @@ BAD = [
     (f"{DEBUG} --model.converters '[\"float8\"]'", ["model.converters", "float8", '"quantize.linear.float8"']),
     (f"{DEBUG} --training.dataloader.prefetch_factor 0", ["prefetch_factor = 0", "at least 1"]),
     (f"{DEBUG} --job.dump_folder /dev/null/x", ["job.dump_folder", "/dev/null/x", "another folder"]),
+    (f"{DEBUG} --job.dump_folder ''", ['job.dump_folder = ""', "name one"]),
+    (f"{DEBUG} --recipe dense --precision.ffn fp8", ["precision.ffn", "recipes/dense.toml has none", "converters"]),
 ]
 
 
@@ -317,6 +326,35 @@ def test_check_says_what_would_run_and_names_are_enough(corpus):
     assert "M parameters" in said and "sparse FFN  " in said and len(said.splitlines()) < 12
     result = fork(*words[:-1], f'[{{path = "{corpus}/nowhere"}}]')
     assert result.returncode == 2 and "no such file or folder" in result.stderr, result.stderr
+
+
+def test_a_name_stands_for_its_file_with_and_without_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("debug", "debug.toml"):
+        (tmp_path / name).mkdir()  # a folder of that name is not what is meant
+        config, _ = load_config(["--config", name, "--recipe", "columns_half.toml"])
+        assert config.recipe == "recipes/columns_half.toml" and config.model.flavor == "debug"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--data.sources '[]'", "nothing to train on"),
+        ("--data.sources '[{weight = 0}]'", "the weights of all sources are 0"),
+        ('--data.sources \'[{type = "hub", path = "a/b"}, {type = "tokens", path = "x"}]\'', "are not mixed with"),
+        ('--data.sources \'[{type = "tokens", path = "x"}]\' --tokenizer.path {tokenizer}', "no such folder"),
+        ("--training.dataloader.num_workers 3", "num_workers = 3: the processes share the micro-batches"),
+        ('--data.sources \'[{path = "nowhere", weight = 0}, {type = "stdlib"}]\'', ""),
+    ],
+)
+def test_a_check_refuses_what_a_run_does(words, said, tmp_path):
+    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    config, args, spans = check(f"{DEBUG} {words.replace('{tokenizer}', str(tmp_path))}")
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            summary(config, args, spans)
+    else:
+        assert "reads       stdlib: " in summary(config, args, spans)
 
 
 def test_help_lists_every_section():

@@ -22,9 +22,13 @@ from tensorboard.compat.proto.event_pb2 import Event
 import recipes.metrics
 import recipes.trainer
 from configs.errors import ConfigError
+from configs.loader import load_config, resolved
 from configs.safe_load import _Pickle
+from configs.schema import Source
+from recipes.check import model_args
 from recipes.metrics import Metrics
 from recipes.restore import find_checkpoint
+from recipes.resume import check_resume
 from recipes.trainer import SparseTrainer
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
@@ -99,6 +103,32 @@ def test_other_documents_are_refused_and_the_same_ones_elsewhere_are_not(stopped
     source = source.replace("moved", "more")
     with pytest.raises(ConfigError, match=r"data.sources: (documents|file_bytes) = "):
         train(run, "--data.sources", source)
+
+
+def test_a_streamed_mixture_keeps_its_number_of_processes(tmp_path):
+    """`datasets` draws its sources in another order in a worker process."""
+    config, _ = load_config(["--config", "debug", "--recipe", "dense", "--job.dump_folder", str(tmp_path)])
+    config.data.sources = [Source(type="hub", path=name) for name in ("org/one", "org/other")]
+    corpus: dict = {"documents": None, "file_bytes": 0, "files_not_read": 0}
+
+    def resume(workers: int, sources: int) -> None:
+        config.training.dataloader.num_workers, config.data.sources = 0, config.data.sources[:sources]
+        about = {"config": resolved(config), "corpus": corpus, "hardware": {"ranks": 1}}
+        (tmp_path / "run.json").write_text(json.dumps(about))
+        config.training.dataloader.num_workers = workers
+        check_resume(config, model_args(config), corpus)
+
+    resume(0, 2)
+    with pytest.raises(
+        ConfigError, match=r"num_workers = 1, but the run in .* has 0: .* mixture in another order; give"
+    ):
+        resume(1, 2)
+    resume(1, 1)
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(train):
+    with pytest.raises(ConfigError, match=r'job.dump_folder = "/proc/nowhere" cannot be written \(.*\): name another'):
+        train(Path("/proc/nowhere"))
 
 
 def test_the_rate_that_is_given_holds_from_the_next_step(stopped, train, tmp_path):

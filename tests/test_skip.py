@@ -54,7 +54,7 @@ def test_bad_batches_are_skipped_and_counted_and_a_resume_is_exact(train, tmp_pa
 
 def test_one_bad_batch_too_many_ends_the_run_before_it_is_taken(train, tmp_path, poison):
     poison("nan", 2, 6)
-    said = r"not finite, and training.skip_bad_batches = 1 batches were skipped at step 6: .* checkpoint is .*step-4"
+    said = r"bad_batches = 1, 1 batches were skipped before, .* not finite at step 6: .* checkpoint is .*step-4"
     with pytest.raises(ConfigError, match=said):
         train(tmp_path, "--training.skip_bad_batches", "1", "--metrics.log_freq", "100", "--validation.freq", "100")
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step-4"
@@ -130,6 +130,13 @@ def test_a_full_disk_while_a_batch_is_skipped_loses_nothing(train, tmp_path, poi
             train(tmp_path / "full", *words)
     assert losses(train(tmp_path / "full", *words)) == losses(straight)
     assert json.loads((tmp_path / "full" / "run.json").read_text())["skipped_batches"] == 2
+
+
+def test_a_limit_that_a_resume_lowers_holds(train, tmp_path, poison):
+    poison("nan", 2, 3, 6)
+    train(tmp_path, "--training.skip_bad_batches", "5", stop_after=4)
+    with pytest.raises(ConfigError, match=r"skip_bad_batches = 1, 2 batches were skipped before, .* at step 6"):
+        train(tmp_path, "--training.skip_bad_batches", "1")
 
 
 def test_skipping_costs_nothing_where_it_is_off_and_changes_no_loss(train, tmp_path, monkeypatch):
