@@ -239,6 +239,16 @@ def flops_share(about: dict[str, Any], kind: str) -> float:
     return 1 - sparse_share(about) * (1 - flops[kind] / flops["dense"])
 
 
+def on_cpu(about: dict[str, Any]) -> bool:
+    """Whether a run was made on a CPU: sparse phases run on the reference there, so times compare no recipes."""
+    return about.get("hardware", {}).get("device") == "CPU"
+
+
+def is_timed(about: dict[str, Any]) -> bool:
+    """Whether a run's time may be compared with another's: it was made on a GPU, which it shared with no other run."""
+    return about.get("runs_per_gpu") == 1 and not on_cpu(about)
+
+
 def seed_of(about: dict[str, Any]) -> int:
     """debug.seed, from a run.json."""
     return about["config"]["debug"]["seed"]

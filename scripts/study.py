@@ -70,7 +70,7 @@ from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
 from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot
-from scripts.runs import Run, baseline_losses, flops_share, load_groups, load_run, read_lines
+from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_groups, load_run, on_cpu, read_lines
 from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
 
@@ -446,13 +446,16 @@ def draw(study: Study) -> None:
     for run in there:
         firsts.setdefault(re.sub(r"_s\d+$", "", run.name), run.results)
     shown = [firsts[name] for name in study.plot if name in firsts]
-    alone = [path for path in shown if json.loads((path / "run.json").read_bytes()).get("runs_per_gpu") == 1]
+    abouts = [json.loads((path / "run.json").read_bytes()) for path in shown]
     if shown:
         print(plot(shown, folder / "loss.png"))
-    if shown and alone == shown:
-        print(plot(alone, folder / "loss_time.png", against="time"))
+    if shown and all(map(is_timed, abouts)):
+        print(plot(shown, folder / "loss_time.png", against="time"))
     else:
-        print("loss against time is not drawn: the runs shared a GPU (--jobs)")
+        why = "the runs were made on a CPU" if any(map(on_cpu, abouts)) else "the runs shared a GPU (--jobs)"
+        print(f"loss against time is not drawn: {why}")
+        for name in ("loss_time.png", "reached.png"):  # of an earlier call
+            (folder / name).unlink(missing_ok=True)
     reached(folder, study.plot)
     dense = firsts.get(load_groups(folder)[1] or "")
     sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
@@ -464,12 +467,12 @@ def draw(study: Study) -> None:
 
 
 def reached(folder: Path, shown: list[str]) -> None:
-    """Draw when runs that did not share a GPU reached the final loss of the dense run of the same seed."""
+    """Draw when runs that had a GPU to themselves reached the final loss of the dense run of the same seed."""
     groups, baseline = load_groups(folder)
     seeds: dict[int, dict[str, Run]] = {}
     for name in shown:
         for run, about in groups.get(name, []):
-            if about.get("runs_per_gpu") == 1:
+            if is_timed(about):
                 seeds.setdefault(about["config"]["debug"]["seed"], {})[name] = run
     named = {f"seed {seed}": runs for seed, runs in sorted(seeds.items()) if baseline in runs and len(runs) > 1}
     if baseline is None or not named:
@@ -480,17 +483,17 @@ def reached(folder: Path, shown: list[str]) -> None:
 
 
 def front(folder: Path, shown: list[str]) -> None:
-    """Draw final losses against the cost relative to dense: training time or, if runs shared a GPU, FLOPs.
+    """Draw final losses against the cost relative to dense: training time or, if runs shared a GPU or had none, FLOPs.
 
-    FLOPs are those executed or, if a run did not record them, those that the pattern requires. Points of the runs in
-    `shown` are labelled.
+    FLOPs are those executed or, if a run did not record them or was made on a CPU, those that the pattern requires.
+    Points of the runs in `shown` are labelled.
     """
     groups, baseline = load_groups(folder)
     if baseline is None or len(groups) < 2:
         return
     abouts = [about for group in groups.values() for _, about in group]
-    timed = all(about.get("runs_per_gpu") == 1 for about in abouts)
-    executed = all("sparse_executed" in about["flops_per_token"] for about in abouts)
+    timed, cpu = all(map(is_timed, abouts)), any(map(on_cpu, abouts))
+    executed = not cpu and all("sparse_executed" in about["flops_per_token"] for about in abouts)
     kind = "sparse_executed" if executed else "sparse_pattern"
     costs = {
         name: mean(float(run.seconds[-1]) if timed else flops_share(about, kind) for run, about in group)
@@ -502,9 +505,10 @@ def front(folder: Path, shown: list[str]) -> None:
     points = {name: (cost / costs[baseline], mean(losses[name]) - peers[name] + level) for name, cost in costs.items()}
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
     label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern requires"
+    note = "\nruns on a CPU, which has no sparse kernels: times are not compared" if cpu else ""
     with rc_context(STYLE):
         figure = draw_front(
-            points, baseline, deviation, f"{label}, over that of {baseline}", points.keys() & set(shown)
+            points, baseline, deviation, f"{label}, over that of {baseline}{note}", points.keys() & set(shown)
         )
         figure.savefig(folder / "front.png")
     print(folder / "front.png")

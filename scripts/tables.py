@@ -9,7 +9,17 @@ from statistics import mean, stdev
 from typing import Any
 
 from scripts.plot_kernels import STAGES
-from scripts.runs import Run, amount, baseline_losses, flops_share, load_groups, read_lines, seed_of, sparse_share
+from scripts.runs import (
+    Run,
+    amount,
+    baseline_losses,
+    flops_share,
+    is_timed,
+    load_groups,
+    read_lines,
+    seed_of,
+    sparse_share,
+)
 
 
 def runs_table(folder: Path, pad: bool = False) -> str:
@@ -104,9 +114,7 @@ def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, 
     The mean over the seeds. A run is compared with the baseline of the same seed or, if there is none, with the mean
     of all baseline runs.
     """
-    alone = [
-        [(run, seed_of(about)) for run, about in each if about.get("runs_per_gpu") == 1] for each in (group, baseline)
-    ]
+    alone = [[(run, seed_of(about)) for run, about in each if is_timed(about)] for each in (group, baseline)]
     ends = {seed: (run.last("val_loss"), float(run.seconds[-1])) for run, seed in alone[1]}
     if not ends or not alone[0]:
         return "-"

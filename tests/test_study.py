@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import RANK_NAMES, ROOT, rows
@@ -305,6 +306,37 @@ def write_result(folder: Path, loss: float, seed: int, sparse: bool, runs_per_gp
             if step % 50 == 0:
                 line |= {"val_loss": loss + (100 - step), "val_bpb": loss / 2}
             file.write(json.dumps(line) + "\n")
+
+
+def test_runs_on_a_cpu_are_not_compared_by_time(tmp_path, monkeypatch, capsys):
+    """Two drawings of the same numbers, the first as of a GPU: the second has FLOPs and says why."""
+    labels = []
+    original = study.draw_front
+
+    def draw_front(points, baseline, deviation, label, shown):
+        labels.append((label, points["groups"][0]))
+        return original(points, baseline, deviation, label, shown)
+
+    monkeypatch.setattr(study, "draw_front", draw_front)
+    write_result(tmp_path / "dense_s0", 2.1, 0, sparse=False)
+    write_result(tmp_path / "groups_s0", 2.09, 0, sparse=True)
+    runs = [SimpleNamespace(name=name, results=tmp_path / name) for name in ("dense_s0", "groups_s0")]
+    drawn = SimpleNamespace(file=tmp_path / "study.toml", runs=runs, plot=["dense", "groups"])
+    study.draw(drawn)
+    assert all((tmp_path / f"{name}.png").exists() for name in ("loss", "loss_time", "reached", "front", "behind"))
+    assert "| 0.70 |" in runs_table(tmp_path)
+    for file in tmp_path.glob("*/run.json"):
+        file.write_text(file.read_text().replace('"GPU"', '"CPU"'))
+    capsys.readouterr()
+    study.draw(drawn)
+    assert "loss against time is not drawn: the runs were made on a CPU" in capsys.readouterr().out
+    assert all((tmp_path / f"{name}.png").exists() for name in ("loss", "front", "behind"))
+    assert not any((tmp_path / f"{name}.png").exists() for name in ("loss_time", "reached"))
+    assert "reached" not in runs_table(tmp_path)
+    (timed, seconds), (flops, share) = labels
+    assert timed == "training time, over that of dense" and seconds == pytest.approx(0.7)
+    assert flops.startswith("FLOPs that the pattern requires, over that of dense\nruns on a CPU")
+    assert share == pytest.approx(0.7)  # half of the FLOPs in 60% of the steps
 
 
 def test_table_of_seeds(tmp_path):
