@@ -223,9 +223,10 @@ class RopeScaling:
 
 @dataclass
 class Model(titan_config.Model):
-    name: Literal["llama_relu2", "llama_swiglu"] = "llama_relu2"
+    name: Literal["llama_relu2", "llama_swiglu", "llama_moe_relu2"] = "llama_relu2"
     """
     llama_relu2: squared-ReLU FFN. llama_swiglu: the same Llama with a SwiGLU of equal parameters, the dense baseline.
+    llama_moe_relu2: a mixture of experts, each a squared-ReLU FFN; with the flavors moe_*.
     """
 
     flavor: str = "debug"
@@ -244,7 +245,25 @@ class Model(titan_config.Model):
     """Key and value heads, instead of the flavor's."""
 
     hidden_dim: int | None = _in(None, 1)
-    """FFN width of the squared-ReLU model, instead of the flavor's; the SwiGLU takes two thirds of it."""
+    """
+    FFN width of the squared-ReLU model, instead of the flavor's; the SwiGLU takes two thirds of it. With experts the
+    width of one.
+    """
+
+    num_experts: int | None = _in(None, 0)
+    """Experts of a layer, instead of the flavor's."""
+
+    top_k: int | None = _in(None, 1)
+    """Experts that a token goes to, instead of the flavor's."""
+
+    shared_expert: bool | None = None
+    """Whether every token also goes to one more expert, which stays dense, instead of the flavor's."""
+
+    load_balance_coeff: float | None = _in(None, 0.0)
+    """
+    What the bias of an expert changes by at every step, up if it got fewer tokens than the mean and down if it got
+    more, instead of the flavor's; 0: experts are not balanced.
+    """
 
     rope_theta: float | None = _in(None, 1.0)
     """Base of the rotary embedding's wavelengths, instead of the flavor's."""

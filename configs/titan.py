@@ -72,7 +72,10 @@ from torchtitan.components.dataloader import DataloaderExhaustedError, ParallelA
 from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger  # noqa: E402
-from torchtitan.components.optimizer import build_optimizers  # noqa: E402
+from torchtitan.components.optimizer import (  # noqa: E402
+    build_optimizers,
+    build_optimizers_with_moe_load_balancing,
+)
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer  # noqa: E402
 from torchtitan.components.validate import BaseValidator  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
@@ -82,15 +85,34 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
-from torchtitan.models.llama3.model.model import Attention  # noqa: E402
+from torchtitan.models.llama3.model.model import Attention, TransformerBlock  # noqa: E402
 from torchtitan.models.llama3.model.model import FeedForward as SwiGLU  # noqa: E402
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
+from torchtitan.models.llama4 import parallelize_llama as parallelize_moe  # noqa: E402
+from torchtitan.models.moe import MoE, MoEArgs  # noqa: E402
+from torchtitan.models.moe import moe as _moe  # noqa: E402
 from torchtitan.models.utils import trunc_normal_  # noqa: E402
 from torchtitan.protocols import train_spec as _train_spec  # noqa: E402
 from torchtitan.protocols.train_spec import TrainSpec  # noqa: E402
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling  # noqa: E402
 from torchtitan.tools.utils import device_module, device_type, get_peak_flops  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
+
+
+class _TorchOnCpu:
+    """torch for torchtitan's router, which counts integers by a histogram: torch's has no kernel for them on a CPU."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def histc(self, input: torch.Tensor, bins: int, min: int, max: int) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return torch.histc(input, bins=bins, min=min, max=max)
+        return torch.bincount(input, minlength=bins)
+
+
+if device_type == "cpu":
+    _moe.torch = _TorchOnCpu()
 
 __all__ = [
     "IGNORE_INDEX",
@@ -105,6 +127,8 @@ __all__ = [
     "HuggingFaceTokenizer",
     "Llama3StateDictAdapter",
     "MetricsProcessor",
+    "MoE",
+    "MoEArgs",
     "ParallelAwareDataloader",
     "ParallelDims",
     "RoPEScalingArgs",
@@ -114,10 +138,12 @@ __all__ = [
     "TrainSpec",
     "Trainer",
     "Transformer",
+    "TransformerBlock",
     "TransformerModelArgs",
     "build_cross_entropy_loss",
     "build_lr_schedulers",
     "build_optimizers",
+    "build_optimizers_with_moe_load_balancing",
     "device_module",
     "device_type",
     "dist_utils",
@@ -127,6 +153,7 @@ __all__ = [
     "maybe_enable_memory_snapshot",
     "maybe_enable_profiling",
     "parallelize_llama",
+    "parallelize_moe",
     "pipeline_llm",
     "titan_config",
     "torchtitan",
@@ -151,6 +178,7 @@ PRIVATE: list[tuple[Any, str, str]] = [
         "replaced: rank 0 has the loss of a pipeline, too, and writes",
     ),
     (torchtitan.train, "CheckpointManager", "replaced: the Trainer constructs this class, TrainSpec names no other"),
+    (_moe, "torch", "replaced without a GPU: its router counts tokens by a histogram that a CPU has not"),
     (torchtitan.tools.utils, "_get_available_device_type", "replaced while torchtitan is imported without a GPU"),
     (torchtitan.tools.utils, "_get_device_module", "replaced while torchtitan is imported without a GPU"),
 ]

@@ -105,11 +105,12 @@ class FeedForwardSparsity:
 
 
 class Shape(NamedTuple):
-    """Shape of an FFN: d, f and, if needed, the tokens T of a micro-batch."""
+    """Shape of an FFN: d, f and, if needed, the tokens T of a micro-batch, or those of all experts of a layer."""
 
     width: int
     hidden_dim: int
     tokens: int = 0
+    experts: int = 1
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def prefer(family: Family) -> Iterator[None]:
         _preferred = before
 
 
+def preferred() -> Family | None:
+    """The family that `prefer` names; None outside of it."""
+    return _preferred
+
+
 def choose(
     sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
 ) -> tuple[Family, str]:

@@ -70,6 +70,7 @@ class FeedForward(nn.Module):
 
     Attributes:
         always_dense: whether it stays dense in a sparse phase.
+        parts: parts of W1 that are clustered by themselves: experts, of which this is one.
         sparse: whether the forward pass is the sparse one; False until a sparse phase sets it.
         w1_scale, w2_scale: `[]` float32, beta of W1 and of W2 along d.
         centroids: `[clusters, dim]` float32, unit length.
@@ -78,6 +79,7 @@ class FeedForward(nn.Module):
         routed: `[clusters]` float32, counted in evaluation mode: tokens sent to each cluster.
     """
 
+    parts = 1
     sparse: bool = False
     w1_scale: Tensor
     w2_scale: Tensor
@@ -101,6 +103,11 @@ class FeedForward(nn.Module):
             ("routed", (sparsity.clusters,)),
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
+
+    @property
+    def matrices(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """W1 and W2, each with the dimension of its neurons."""
+        return (self.w1.weight, 0), (self.w2.weight, 1)
 
     def init_weights(self, init_std: float) -> None:
         """Initialise as torchtitan does its FFN; buffers too, since the model is built on the meta device."""
@@ -163,13 +170,17 @@ class FeedForward(nn.Module):
         return torch.where(mask, h, 0) @ w2.T
 
     def _count(self, h: Tensor, mask: Tensor | None = None) -> None:
-        energy = h.float() ** 2
-        kept = energy.sum()
-        if self.sparse and self.sparsity.pattern is not None:
-            kept = (energy * (self.sparsity.pattern.mask(h) if mask is None else mask)).sum()
-        counts = torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
+        if mask is None and self.sparse and self.sparsity.pattern is not None:
+            mask = self.sparsity.pattern.mask(h)
         # Not +=, which also assigns to the module: under activation checkpointing the compiler refuses that.
-        self.activity.add_(counts)
+        self.activity.add_(count_activity(h, mask))
+
+
+def count_activity(h: Tensor, mask: Tensor | None) -> Tensor:
+    """What `FeedForward.activity` counts of h `[T, f]`, of which the mask is kept, or all of it for None."""
+    energy = h.float() ** 2
+    kept = energy.sum() if mask is None else (energy * mask).sum()
+    return torch.stack([(h == h).sum().float(), (h != 0).sum().float(), energy.sum(), kept])
 
 
 def _local(weight: Tensor) -> Tensor:

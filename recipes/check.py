@@ -117,6 +117,10 @@ def model_args(config: JobConfig) -> LlamaArgs:
         rope_scaling_args=_rope_scaling(model.rope_scaling),
         norm_eps=model.norm_eps,
         max_position_embeddings=model.max_position_embeddings,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        shared_expert=model.shared_expert,
+        load_balance_coeff=model.load_balance_coeff,
         swiglu=model.name == "llama_swiglu",
         max_seq_len=config.training.seq_len,
     )
@@ -130,6 +134,7 @@ def model_args(config: JobConfig) -> LlamaArgs:
         raise ConfigError(
             f"model.n_kv_heads = {kv_heads} does not divide model.n_heads = {args.n_heads}: change one of them"
         )
+    _check_experts(config, args)
     return args
 
 
@@ -141,6 +146,34 @@ def _rope_scaling(scaling: RopeScaling) -> RoPEScalingArgs:
         )
     values = dataclasses.asdict(scaling)
     return RoPEScalingArgs(scaling_factor=values.pop("factor"), **values)
+
+
+def _check_experts(config: JobConfig, args: LlamaArgs) -> None:
+    """Refuse experts that the model's name does not stand for, and choices among them that are none."""
+    model = config.model
+    if model.name != "llama_moe_relu2":
+        if args.num_experts:
+            raise ConfigError(
+                f'model.name = "{model.name}" has no experts, but model.flavor = "{model.flavor}" has '
+                f'model.num_experts = {args.num_experts}: set model.name = "llama_moe_relu2", or choose another flavor'
+            )
+        for name in ("top_k", "shared_expert", "load_balance_coeff"):
+            if getattr(model, name) is not None:
+                raise ConfigError(
+                    f'model.{name} = {json.dumps(getattr(model, name))} is not read by model.name = "{model.name}": '
+                    "leave it out"
+                )
+        return
+    if args.num_experts < 2:
+        flavors = ", ".join(name for name, each in FLAVORS.items() if each.num_experts)
+        raise ConfigError(
+            f'model.name = "llama_moe_relu2" needs two experts or more, but model.flavor = "{model.flavor}" has '
+            f"model.num_experts = {args.num_experts}: set it, or choose one of {flavors}"
+        )
+    if not 1 <= args.top_k <= args.num_experts:
+        raise ConfigError(
+            f"model.top_k = {args.top_k}: a token goes to 1 to model.num_experts = {args.num_experts} experts"
+        )
 
 
 def _check_schedule(config: JobConfig) -> None:
@@ -174,6 +207,8 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         if args.dim % 4:
             raise ConfigError(f"model.dim = {args.dim} is not divisible by 4, as weights.pattern = 2:4 needs")
     _check_activation_keys(activations)
+    if args.num_experts:
+        _check_sparse_experts(config, args)
     tensor = config.parallelism.tensor_parallel_degree
     if args.hidden_dim % tensor:
         raise ConfigError(
@@ -221,6 +256,30 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     if config.precision.ffn == "fp8":
         _check_fp8(config, args.dim, neurons)
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
+
+
+def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
+    """Refuse what sparse experts do not have, and blocks that their tokens do not fill."""
+    activations, training = config.activations, config.training
+    for key, value, wanted in (
+        ("weights.pattern", config.weights.pattern, "none"),
+        ("activations.pattern", activations.pattern, "groups"),
+        ("precision.ffn", config.precision.ffn, "model"),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f'{key} = "{value}" is not supported for experts (model.name = "llama_moe_relu2"): use "{wanted}", as '
+                "recipes/columns_quarter.toml does, or --recipe recipes/dense.toml"
+            )
+    pattern = activation_pattern(activations)
+    assert pattern is not None
+    rows = training.local_batch_size * training.seq_len * args.top_k
+    if rows < pattern.v * args.num_experts:
+        raise ConfigError(
+            f"activations.v = {pattern.v} exceeds the tokens of an expert, {rows // args.num_experts} on average "
+            "(training.local_batch_size x training.seq_len x model.top_k / model.num_experts = "
+            f"{rows} / {args.num_experts}): lower v or raise those"
+        )
 
 
 def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
@@ -274,6 +333,12 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
         if (degree := getattr(parallelism, name)) != 1:
             raise ConfigError(
                 f"parallelism.{name} = {degree} is not supported: set it to 1, shard with data_parallel_shard_degree"
+            )
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree") if args.num_experts else ():
+        if (degree := getattr(parallelism, name)) != 1:
+            raise ConfigError(
+                f"parallelism.{name} = {degree} is not supported for experts (model.name = "
+                '"llama_moe_relu2"): set it to 1, shard with data_parallel_shard_degree'
             )
     sparse = any(phase.mode == "sparse" for phase in config.schedule.phases)
     if parallelism.enable_async_tensor_parallel and tensor > 1 and sparse:
@@ -337,6 +402,17 @@ def _check_rest(config: JobConfig) -> None:
         raise ConfigError(f'compile.backend = "{config.compile.backend}" is unknown: use "inductor"')
     if unknown := [name for name in config.model.converters if name not in CONVERTERS]:
         raise ConfigError(f'model.converters has "{unknown[0]}", which is unknown: use "{CONVERTERS[0]}"')
+    if config.model.name == "llama_moe_relu2":
+        if config.model.converters:
+            raise ConfigError(
+                f"model.converters = {config.model.converters} is not supported for experts (model.name = "
+                '"llama_moe_relu2"): leave it empty'
+            )
+        if config.training.enable_cpu_offload:
+            raise ConfigError(
+                "training.enable_cpu_offload = true is not supported for experts (model.name = "
+                '"llama_moe_relu2"): set it to false'
+            )
     checkpointing = config.activation_checkpoint
     option = checkpointing.selective_ac_option
     if checkpointing.mode == "selective" and option != "op" and not (option.isdigit() and int(option) > 0):

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 
 # Keys of [model] that a checkpoint's shapes do not determine, or determine only under other names.
 FACTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "rope_theta", "norm_eps")
+EXPERT_FACTS = ("num_experts", "top_k", "shared_expert")
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,11 @@ def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None
 
 def model_facts(args: LlamaArgs) -> dict[str, Any]:
     """The keys of [model] that define the model, whatever its flavor, with the values of `args`."""
-    name = "llama_swiglu" if args.swiglu else "llama_relu2"
+    name = "llama_swiglu" if args.swiglu else "llama_moe_relu2" if args.num_experts else "llama_relu2"
     scaling = asdict(args.rope_scaling_args)
     return {
         "name": name,
-        **{key: getattr(args, key) for key in FACTS},
+        **{key: getattr(args, key) for key in ((*FACTS, *EXPERT_FACTS) if args.num_experts else FACTS)},
         "n_kv_heads": args.n_kv_heads or args.n_heads,
         "rope_scaling": {"factor": scaling.pop("scaling_factor"), **scaling},
     }

@@ -47,7 +47,9 @@ from kernels import (
     soft_threshold_2_4,
     soft_threshold_scale,
 )
+from kernels.experts import explain_experts
 from kernels.feed_forward import recipe_patterns
+from models.experts import Experts
 from models.feed_forward import FeedForward
 from models.llama import LlamaArgs
 from recipes.pipeline import micro_batches
@@ -68,6 +70,7 @@ STATE_VERSION = 2
 BUFFERS = ("w1_scale", "w2_scale", "centroids")
 MASK_ROWS = 1024  # of a matrix whose mask is watched
 SAMPLE = 8192  # tokens by whose activations neurons are clustered
+EXPERTS_SAMPLE = 16384  # of all experts of a layer, which share a layer's tokens
 TOGETHER = 16  # layers that are clustered at once: of the 1b h is 5.3 GiB then
 
 
@@ -165,7 +168,14 @@ def sparse_family(
     """
     if all(span.mode == "dense" for span in spans):
         return None, "no sparse phase"
+    if args.num_experts:
+        return explain_experts(args.sparsity, expert_shape(args), device, dtype, here)
     return explain(args.sparsity, Shape(args.dim, args.hidden_dim // tensor_parallel), device, dtype, here)
+
+
+def expert_shape(args: LlamaArgs, tokens: int = 0) -> Shape:
+    """The shape of a layer's routed experts, for `tokens` of a micro-batch."""
+    return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts)
 
 
 def flops_per_token(
@@ -173,10 +183,22 @@ def flops_per_token(
     args: LlamaArgs,
     family: Family | None,
     tensor_parallel: int = 1,
+    tokens: int = 0,
 ) -> dict[str, float]:
-    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes."""
+    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes.
+
+    Args:
+        dense: those of a dense step.
+        args: of the model, with its sparsity.
+        family: that computes sparse FFNs; None: there is no sparse phase.
+        tensor_parallel: ranks that share a layer.
+        tokens: of a micro-batch, for experts, which fill up blocks; 0: without the rows that fill up.
+    """
     ffn = 0 if args.swiglu else 6 * (args.n_layers - args.dense_layers) * 2 * args.dim * args.hidden_dim
+    ffn *= args.top_k if args.num_experts else 1
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
+    if args.num_experts:
+        shape = expert_shape(args, tokens)
     executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
     return {
         "dense": dense,
@@ -190,8 +212,15 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _reorder(tensor: Tensor, order: Tensor, dim: int) -> None:
-    """Put the entries of a tensor, sharded or not, along `dim` into another order, in place."""
-    ordered = _full(tensor).index_select(dim, order)
+    """Put the entries of a tensor, sharded or not, along `dim` into another order, in place.
+
+    Of a tensor of all experts, `[E, f, d]`, the order is that of all their neurons, in which none leaves its expert.
+    """
+    whole = _full(tensor)
+    if whole.ndim == 3:
+        ordered = whole.flatten(0, 1).index_select(0, order).view_as(whole)
+    else:
+        ordered = whole.index_select(dim, order)
     if isinstance(tensor, DTensor):
         # Every rank holds the whole: each cuts out its own shard, and none has to send any.
         ordered = distribute_tensor(ordered, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -213,7 +242,7 @@ class Sparsity(Stateful):
     def __init__(
         self,
         config: JobConfig,
-        feed_forwards: Mapping[str, FeedForward],
+        feed_forwards: Mapping[str, FeedForward | Experts],
         optimizers: Sequence[Optimizer],
         spans: Sequence[Span],
         depth: int | None = None,
@@ -296,7 +325,9 @@ class Sparsity(Stateful):
         if self.config.router.enable:
             self._cluster(step, self._inputs(forward) if self.config.router.cluster_by == "activations" else [])
         for feed_forward in self.feed_forwards:
-            if first and self.config.weights.pattern == "2:4" and not feed_forward.always_dense:
+            if isinstance(feed_forward, Experts) or feed_forward.always_dense:
+                continue
+            if first and self.config.weights.pattern == "2:4":
                 # Rounded here, since some products multiply by beta in bf16 and some in float32.
                 feed_forward.w1_scale.copy_(soft_threshold_scale(_full(feed_forward.w1.weight)).bfloat16())
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
@@ -304,7 +335,8 @@ class Sparsity(Stateful):
     def _inputs(self, forward: Callable[[], Any] | None) -> list[Tensor]:
         """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'.
 
-        A pipeline runs a stage on several micro-batches, of which the first is read.
+        A pipeline runs a stage on several micro-batches, of which the first is read. Of a layer of experts
+        `[E, T, d]`, EXPERTS_SAMPLE tokens in all.
         """
         if forward is None:
             raise ValueError("neurons are clustered by activations: give the step's forward pass")
@@ -312,13 +344,16 @@ class Sparsity(Stateful):
         calls: Counter[nn.Module] = Counter()
         samples: dict[nn.Module, list[Tensor]] = {feed_forward: [] for feed_forward in self.feed_forwards}
 
-        def keep(feed_forward: nn.Module, arguments: tuple[Tensor]) -> None:
+        def keep(feed_forward: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             calls[feed_forward] += 1
             if calls[feed_forward] <= 2:
                 x = arguments[0]
                 replicas = self.shards if isinstance(x, DTensor) else 1
-                x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
-                x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))]
+                if isinstance(feed_forward, Experts):
+                    x = feed_forward.sample_inputs(x, arguments[1], EXPERTS_SAMPLE // (feed_forward.parts * ranks))
+                else:
+                    x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
+                    x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))]
                 samples[feed_forward].append(x.float().contiguous())
 
         hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
@@ -337,41 +372,46 @@ class Sparsity(Stateful):
                 parts = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(parts, x, group=self.peers)
                 # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
-                x = torch.cat(parts[:: self.shards])
+                x = torch.cat(parts[:: self.shards], -2)
             inputs.append(x)
         return inputs
 
     def _cluster(self, step: int, inputs: Sequence[Tensor]) -> None:
         """Cluster the neurons of every layer that is to be sparse, by its inputs or, without, by its weights.
 
-        Under tensor parallelism every shard of a layer is clustered by itself. Ranks take shards of layers in turn.
+        Under tensor parallelism every shard of a layer is clustered by itself, and so is every expert of one. Ranks
+        take these parts in turn.
         """
         ranks, rank = self._ranks()
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
         # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
         weights: dict[tuple[int, int], Tensor] = {}
         for turn, (index, feed_forward) in enumerate(layers):
-            for shard, weight in enumerate(_full(feed_forward.w1.weight).chunk(self.shards)):
-                if (turn * self.shards + shard) % ranks == rank:
-                    weights[index, shard] = weight.clone() if self.shards > 1 else weight  # not all shards' memory
+            parts = self.shards * feed_forward.parts
+            for part, weight in enumerate(_full(feed_forward.matrices[0][0]).flatten(0, -2).chunk(parts)):
+                if (turn * parts + part) % ranks == rank:
+                    weights[index, part] = (
+                        weight.clone() if parts > 1 and ranks > 1 else weight
+                    )  # not all parts' memory
         found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         while weights:
-            part = {key: weights.pop(key) for key in list(weights)[:TOGETHER]}
-            found |= zip(part, self._clusters(inputs, part, step), strict=True)
+            some = {key: weights.pop(key) for key in list(weights)[:TOGETHER]}
+            found |= zip(some, self._clusters(inputs, some, step), strict=True)
         for turn, (index, feed_forward) in enumerate(layers):
-            neurons = feed_forward.w1.weight.shape[0] // self.shards
+            parts = self.shards * feed_forward.parts
+            neurons = math.prod(feed_forward.matrices[0][0].shape[:-1]) // parts
             device, orders = feed_forward.centroids.device, []
-            for shard, centroids in enumerate(feed_forward.centroids.chunk(self.shards)):
+            for part, centroids in enumerate(feed_forward.centroids.chunk(parts)):
                 order = torch.empty(neurons, dtype=torch.int64, device=device)
-                order, own = found.get((index, shard), (order, centroids))
+                order, own = found.get((index, part), (order, centroids))
                 if ranks > 1:
-                    source = (turn * self.shards + shard) % ranks
+                    source = (turn * parts + part) % ranks
                     dist.broadcast(order, group=self.peers, group_src=source)
                     dist.broadcast(own, group=self.peers, group_src=source)
                 centroids.copy_(own)
-                orders.append(order + shard * neurons)
+                orders.append(order + part * neurons)
             order = torch.cat(orders)
-            for weight, dim in ((feed_forward.w1.weight, 0), (feed_forward.w2.weight, 1)):
+            for weight, dim in feed_forward.matrices:
                 _reorder(weight, order, dim)
                 for moment in self._moments(weight):
                     _reorder(moment, order, dim)
@@ -379,11 +419,11 @@ class Sparsity(Stateful):
     def _clusters(
         self, inputs: Sequence[Tensor], weights: dict[tuple[int, int], Tensor], step: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The neurons of each shard of a layer in the order that the pattern wants, and the centroids of its clusters.
+        """The neurons of each part of a layer in the order that the pattern wants, and the centroids of its clusters.
 
         Args:
-            inputs: of the layers, `[T, d]`; empty: neurons are clustered by their weights.
-            weights: rows of W1 `[f / shards, d]`, by layer and shard.
+            inputs: of the layers, `[T, d]` or by expert `[E, T, d]`; empty: neurons are clustered by their weights.
+            weights: rows of W1 `[f / parts, d]`, by layer and part, a shard or an expert.
             step: from 1.
         """
         size = self.config.router.cluster_size
@@ -391,7 +431,8 @@ class Sparsity(Stateful):
         seeds = [(seed + self.layers[index]) % 2**31 for index, _ in weights]
         weight = torch.stack(list(weights.values()))
         if inputs:
-            x = torch.stack([inputs[layer] for layer, _ in weights])
+            of_experts = inputs[0].ndim == 3
+            x = torch.stack([inputs[layer][part] if of_experts else inputs[layer] for layer, part in weights])
             orders, centroids = activation_clusters(x, weight, size, seed=seeds)
         else:
             orders, centroids = balanced_clusters(weight, size, seed=seeds)
@@ -458,8 +499,9 @@ class Sparsity(Stateful):
 
         nonzero_share: non-zero entries of h before the cut. energy_kept: share of the sum of h^2 that the pattern
         keeps. router_balance: entropy of the tokens' clusters over that of a uniform choice, 1 when all clusters get
-        equally many. The aggregates are over all layers' entries and energies; router_balance is the mean over
-        layers. What tells of the pattern leaves out layers that are always dense.
+        equally many; the clusters of a layer's experts count as one set. The aggregates are over all layers' entries
+        and energies; router_balance is the mean over layers. What tells of the pattern leaves out layers that are
+        always dense.
         """
         if not self.depth:
             return {}
@@ -485,7 +527,7 @@ class Sparsity(Stateful):
         """
         return [
             []
-            if feed_forward.always_dense
+            if feed_forward.always_dense or isinstance(feed_forward, Experts)
             else [
                 soft_threshold_2_4(local[:: max(1, local.shape[0] // MASK_ROWS)]) != 0
                 for local in _groups_of_four(feed_forward)

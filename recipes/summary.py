@@ -9,7 +9,7 @@ import torch
 
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP, device_type
-from models.llama import LlamaArgs, count_parameters
+from models.llama import LlamaArgs, count_parameters, parameters_in_words
 from recipes.data import check_loading
 from recipes.files import Report
 from recipes.metrics import duration
@@ -35,7 +35,7 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
     dtype = TORCH_DTYPE_MAP[computes_in(config, ranks > 1)]
     family, reason = sparse_family(args, spans, torch.device(device_type), dtype, tensor_parallel=tensor)
     lines = [
-        f"model       {config.model.name} {config.model.flavor}: {parameters / 1e6:,.1f} M parameters, vocabulary "
+        f"model       {config.model.name} {config.model.flavor}: {parameters_in_words(args)}, vocabulary "
         f"{args.vocab_size:,}",
         f"run         {training.steps:,} steps of {tokens:,} tokens: {training.steps * tokens / 1e6:,.1f} M, "
         f"{training.steps * tokens / parameters:,.1f} a parameter",

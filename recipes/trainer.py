@@ -35,7 +35,8 @@ from configs.errors import STOPPING, ConfigError, writing
 from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
-from models.llama import Llama, LlamaArgs, count_parameters
+from models.experts import expert_balance
+from models.llama import Llama, LlamaArgs, count_parameters, parameters_in_words
 from recipes.check import device_dtype
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
 from recipes.data import Loader, build_dataloader
@@ -164,7 +165,8 @@ class SparseTrainer(titan.Trainer):
         spans = self.sparsity.spans
         family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
-        flops = flops_per_token(dense, self.model_args, family, tensor)
+        tokens = config.training.local_batch_size * config.training.seq_len
+        flops = flops_per_token(dense, self.model_args, family, tensor, tokens)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
@@ -281,6 +283,7 @@ class SparseTrainer(titan.Trainer):
 
     def train_step(self, data_iterator) -> None:
         """torchtitan's training step; with training.skip_bad_batches the optimizer takes no step of a bad batch."""
+        self._forget_load()
         if not self.job_config.training.skip_bad_batches:
             super().train_step(data_iterator)
             return
@@ -360,13 +363,30 @@ class SparseTrainer(titan.Trainer):
             f"optimizer.lr = {config.optimizer.lr:g} or training.max_norm = {config.training.max_norm:g} and resume"
         )
 
+    def _forget_load(self) -> None:
+        """Count the tokens that experts get from here on: of a step, or of a validation, alone."""
+        for part in self.model_parts:
+            for mixture in part.mixtures():
+                mixture.tokens_per_expert.zero_()
+
+    def _expert_balance(self) -> dict[str, float]:
+        """How equally busy the experts have been, of all ranks, since `_forget_load`; empty without experts."""
+        loads = [mixture.tokens_per_expert for part in self.model_parts for mixture in part.mixtures()]
+        if not loads:
+            return {}
+        load = torch.stack(loads)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(load)
+        return expert_balance(load)
+
     def _validate(self) -> dict[str, float]:
         """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
         with self.sparsity.dense():
             self.validator.warm_up(self.model_parts)
             self.sparsity.reset_health()
+            self._forget_load()
             score = self.validator.validate(self.model_parts, self.step)
-        row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
+        row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte} | self._expert_balance()
         if self.sparsity.phase == "sparse":
             self.sparsity.reset_health()
             score = self.validator.validate(self.model_parts, self.step)
@@ -419,6 +439,7 @@ class SparseTrainer(titan.Trainer):
             "command": sys.argv,
             "corpus": corpus_facts(config),
             "parameters": parameters,
+            "active_parameters": parameters - args.inactive_parameters,
             "vocabulary": args.vocab_size,
             "unigram_entropy": self.validator.unigram_entropy if config.validation.enable else None,
             "phases": [[span.mode, span.start + 1, span.stop] for span in spans],
@@ -438,7 +459,7 @@ class SparseTrainer(titan.Trainer):
         self._about = run
         self._write_about()
         logger.info(
-            f"{config.model.name} {config.model.flavor}: {parameters / 1e6:.1f} M parameters, "
+            f"{config.model.name} {config.model.flavor}: {parameters_in_words(args)}, "
             f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"
         )
         dtype, (chosen, why) = config.training.mixed_precision_param, device_dtype()
@@ -525,8 +546,9 @@ def set_up_process(config: JobConfig) -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
 
 
-def _parallelize(model: nn.Module, parallel_dims, job_config) -> nn.Module:
-    model = titan.parallelize_llama(model, parallel_dims, job_config)
+def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
+    parallelize = titan.parallelize_moe if model.model_args.num_experts else titan.parallelize_llama
+    model = parallelize(model, parallel_dims, job_config)
     if parallel_dims.tp_enabled and model.tok_embeddings is not None:
         # It gives the result of a collective that is under way. As the input of a compiled block that would get a
         # gradient of another kind than it was given (torch 2.13: a Tensor where autograd expects a DTensor).
@@ -546,7 +568,9 @@ def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
         model_args={config.model.flavor: args},
         parallelize_fn=_parallelize,
         pipelining_fn=build_pipeline,
-        build_optimizers_fn=titan.build_optimizers,
+        build_optimizers_fn=titan.build_optimizers_with_moe_load_balancing
+        if args.num_experts
+        else titan.build_optimizers,
         build_lr_schedulers_fn=titan.build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,

@@ -153,7 +153,7 @@ def test_flops_that_a_family_executes():
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("job", sorted((ROOT / "configs").glob("[!m]*.toml")), ids=lambda path: path.stem)
 def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recipe):
     """Shapes of the real micro-batch and dtypes of the real step, without memory; two layers stand for all."""
     words = ["--config", str(job), "--recipe", str(recipe), "--model.n_layers", "2", "--schedule.dense_layers", "0"]
@@ -178,7 +178,7 @@ def test_flavors_have_the_sizes_they_are_named_for():
         for flavor, size in sizes.items():
             model = Llama(llama_args(flavor, vocab_size=32768))
             assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.15), flavor
-    assert set(sizes) | {"debug"} == set(FLAVORS)
+    assert set(sizes) | {"debug"} == {name for name in FLAVORS if not name.startswith("moe_")}  # tests/test_experts.py
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,12 +37,13 @@ def in_blocks(x: Tensor, v: int) -> Tensor:
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).view(-1, v, x.shape[1])
 
 
-def choose(y1: Tensor, pattern: Groups) -> Tensor:
+def choose(y1: Tensor, pattern: Groups, kind: Tensor | None = None, kinds: int = 1) -> Tensor:
     """Choose the neurons that each block of tokens keeps.
 
     Args:
         y1: `[B, S, f]`, floating point: x W1^T of every `sample`-th token of each block, S = ceil(V / sample).
         pattern: the column groups to keep.
+        kind, kinds: blocks balance their choices among those of one kind, see `kernels.groups.pattern.balanced`.
 
     Returns:
         place `[B, f]` int32: the index of a kept neuron among the K kept neurons of the block, ascending; -1 for a
@@ -51,7 +52,7 @@ def choose(y1: Tensor, pattern: Groups) -> Tensor:
     active = y1.relu()
     h = active * active
     sums = h.to(torch.promote_types(h.dtype, torch.float32)).sum(1)
-    sums = balanced(sums.view(y1.shape[0], -1, pattern.g).sum(2), pattern.balance)
+    sums = balanced(sums.view(y1.shape[0], -1, pattern.g).sum(2), pattern.balance, kind, kinds)
     groups = sums.shape[1]
     in_window = pattern.window // pattern.g if pattern.window else groups
     place = keep_largest(sums, pattern.kept_groups(y1.shape[2]) * in_window // groups, in_window)

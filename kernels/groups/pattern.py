@@ -78,11 +78,25 @@ def group_mask(
     return mask.reshape(blocks * v, hidden_dim)[:tokens]
 
 
-def balanced(sums: Tensor, balance: float) -> Tensor:
-    """The values that blocks rank groups by: sums `[B, G]`, divided by a power of their mean over the B blocks."""
+def balanced(sums: Tensor, balance: float, kind: Tensor | None = None, kinds: int = 1) -> Tensor:
+    """The values that blocks rank groups by: sums `[B, G]`, divided by a power of their mean over blocks.
+
+    Args:
+        sums: `[B, G]`.
+        balance: the power.
+        kind: `[B]` int64: the mean is over the blocks of one kind, such as those of an expert; blocks of kind -1 are in
+            no mean. None: over all B blocks.
+        kinds: number of kinds.
+    """
     if not balance:
         return sums
-    return sums * sums.mean(0).clamp(min=torch.finfo(sums.dtype).tiny).pow(-balance)
+    tiny = torch.finfo(sums.dtype).tiny
+    if kind is None:
+        return sums * sums.mean(0).clamp(min=tiny).pow(-balance)
+    of_kind = torch.arange(kinds, device=sums.device)[:, None] == kind  # [kinds, B]
+    # A product, since the order in which an indexed addition adds differs from run to run on a GPU.
+    means = of_kind.to(sums.dtype) @ sums / of_kind.sum(1, keepdim=True).clamp(min=1)
+    return sums * means.clamp(min=tiny).pow(-balance)[kind]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,286 @@
+"""Mixture of experts: the products against brute force, the model, and whole runs on the CPU."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT, losses
+from torch import Tensor
+
+import kernels
+from configs.errors import ConfigError
+from configs.loader import load_config
+from kernels import MASKED, FeedForwardSparsity, Groups, route_tokens
+from kernels.experts import (
+    GROUPED_COLUMNS,
+    ExpertByExpert,
+    dense_experts,
+    fewest_tokens,
+    route_within_experts,
+    sparse_experts,
+)
+from models.experts import Experts, expert_balance
+from models.llama import Llama, llama_args
+from recipes.check import check_config
+
+COUNTS = [37, 0, 3, 24, 9]  # rows of five experts: several blocks, none, fewer than a sparse expert has, whole, short
+PATTERN = Groups(v=8, g=2, keep=0.5, sample=2, balance=0.5)
+WIDTH, HIDDEN = 8, 16
+
+
+def inputs(dtype=torch.float64, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W1, W2 (leaves) and counts; `extra` rows belong to no expert."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (sum(COUNTS) + extra, WIDTH), (len(COUNTS), HIDDEN, WIDTH), (len(COUNTS), HIDDEN, WIDTH)
+    leaves = (torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes)
+    x, w1, w2 = leaves
+    return x, w1, w2, torch.tensor(COUNTS)
+
+
+def brute_force(x: Tensor, w1: Tensor, w2: Tensor, pattern: Groups | None, order: Tensor | None) -> Tensor:
+    """Token by token; what a block keeps by a loop over blocks, groups and tokens. Autograd differentiates."""
+    rows, start = [torch.zeros_like(x[0]) for _ in x], 0
+    for expert, count in enumerate(COUNTS):
+        members = list(range(start, start + count)) if order is None else order[start : start + count].tolist()
+        h = {row: (w1[expert] @ x[row]).clamp(min=0) ** 2 for row in members}
+        kept = {row: torch.ones(HIDDEN) for row in members}
+        if pattern is not None and count >= pattern.v * pattern.keep:
+            blocks = [members[at : at + pattern.v] for at in range(0, count, pattern.v)]
+            sums = [
+                [
+                    sum(float(h[row][neuron].detach()) for row in block[:: pattern.sample] for neuron in group)
+                    for group in torch.arange(HIDDEN).view(-1, pattern.g).tolist()
+                ]
+                for block in blocks
+            ]
+            means = [max(sum(column) / len(sums), 1e-300) for column in zip(*sums, strict=True)]
+            for block, own in zip(blocks, sums, strict=True):
+                ranked = [value / mean**pattern.balance for value, mean in zip(own, means, strict=True)]
+                best = sorted(range(len(ranked)), key=lambda group: -ranked[group])[: len(ranked) // 2]
+                mask = torch.tensor([float(neuron // pattern.g in best) for neuron in range(HIDDEN)])
+                kept |= dict.fromkeys(block, mask)
+        for row in members:
+            rows[row] = w2[expert].T @ (h[row] * kept[row])
+        start += count
+    return torch.stack(rows)
+
+
+def order_of(counts: list[int], rows: int) -> Tensor:
+    generator, parts, start = torch.Generator().manual_seed(1), [], 0
+    for count in (*counts, rows - sum(counts)):
+        parts.append(start + torch.randperm(count, generator=generator))
+        start += count
+    return torch.cat(parts)
+
+
+def gradients(y: Tensor, leaves) -> list[Tensor]:
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("family", [ExpertByExpert(MASKED), GROUPED_COLUMNS], ids=lambda family: family.name)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_sparse_experts_and_their_gradients_are_those_of_brute_force(family, shuffled):
+    x, w1, w2, counts = inputs(extra=3)
+    order = order_of(COUNTS, len(x)) if shuffled else None
+    sparsity = FeedForwardSparsity(PATTERN)
+    assert fewest_tokens(sparsity, HIDDEN) == 4  # so one expert of three tokens stays dense
+    expected = gradients(brute_force(x, w1, w2, PATTERN, order), (x, w1, w2))
+    actual = gradients(sparse_experts(x, w1, w2, counts, sparsity, order, family), (x, w1, w2))
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    dense = gradients(brute_force(x, w1, w2, None, None), (x, w1, w2))
+    assert not torch.allclose(expected[0], dense[0])
+    for found, wanted in zip(gradients(dense_experts(x, w1, w2, counts), (x, w1, w2)), dense, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_are_sorted_by_the_clusters_of_their_own_expert():
+    x, _, _, counts = inputs(torch.float32, extra=2)
+    centroids = torch.randn(len(COUNTS), 3, WIDTH, generator=torch.Generator().manual_seed(3))
+    clusters, order = route_within_experts(x, centroids, counts)
+    start = 0
+    for expert, count in enumerate(COUNTS):
+        expected, inside = route_tokens(x[start : start + count], centroids[expert])
+        assert torch.equal(clusters[start : start + count], expected)
+        assert torch.equal(order[start : start + count], start + inside)
+        start += count
+    assert order[start:].tolist() == [start, start + 1]
+
+
+EXPERTS = {
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "hidden_dim": 32,
+    "vocab_size": 61,
+    "max_seq_len": 16,
+}
+
+
+def build(**changes) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(llama_args("moe_debug", **(EXPERTS | changes)))
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_is_the_weighted_sum_of_the_chosen_experts(shared):
+    """The bias chooses and does not weigh; every token is counted top_k times."""
+    mixture = build(shared_expert=shared).mixtures()[0]
+    with torch.no_grad():
+        torch.nn.init.normal_(mixture.router.gate.weight)
+        mixture.expert_bias.copy_(torch.tensor([0.5, -0.5, 0.0, 0.0]))
+    x = torch.randn(2, 5, EXPERTS["dim"])
+    scores = (x @ mixture.router.gate.weight.T).sigmoid()
+    chosen = (scores + mixture.expert_bias).topk(2).indices
+    assert not torch.equal(chosen.sort().values, scores.topk(2).indices.sort().values)
+    weight = scores.gather(2, chosen) / scores.gather(2, chosen).sum(2, keepdim=True)
+    expected = torch.zeros_like(x)
+    for b, s in ((b, s) for b in range(2) for s in range(5)):
+        for expert, share in zip(chosen[b, s], weight[b, s], strict=True):
+            w1, w2 = mixture.experts.w1[expert], mixture.experts.w2[expert]
+            expected[b, s] += share * (w2.T @ (w1 @ x[b, s]).relu() ** 2)
+        if shared:
+            ffn = mixture.shared_experts
+            expected[b, s] += ffn.w2.weight @ (ffn.w1.weight @ x[b, s]).relu() ** 2
+    torch.testing.assert_close(mixture(x), expected, rtol=1e-4, atol=1e-6)
+    counts = torch.bincount(chosen.flatten(), minlength=4)
+    assert torch.equal(mixture.tokens_per_expert.long(), counts) and counts.sum() == 20
+
+
+def test_parameters_and_flops_are_those_that_a_token_uses():
+    """Two of four experts of half the width: as many as the dense FFN, but for the router."""
+    with torch.device("meta"):
+        experts, dense = (Llama(llama_args(flavor, vocab_size=97)) for flavor in ("moe_debug", "debug"))
+    (total, flops), (plain, plain_flops) = (
+        model.model_args.get_nparams_and_flops(model, 64) for model in (experts, dense)
+    )
+    router = 4 * 128 * 4
+    assert total == plain + 4 * 2 * 128 * 768 + router
+    assert total - experts.model_args.inactive_parameters == plain + router
+    assert flops == plain_flops + 6 * router
+
+
+def test_flavors_have_the_sizes_they_are_named_for():
+    sizes = {"moe_160m": (0.41e9, 0.16e9), "moe_1b": (3.5e9, 1.1e9)}
+    with torch.device("meta"):
+        for flavor, expected in sizes.items():
+            model = Llama(llama_args(flavor, vocab_size=32768))
+            total, _ = model.model_args.get_nparams_and_flops(model, 4096)
+            active = total - model.model_args.inactive_parameters
+            assert (total, active) == pytest.approx(expected, rel=0.05), flavor
+
+
+def test_inputs_to_cluster_by_are_an_expert_s_own_evenly_spaced():
+    experts = Experts(3, 1, 4, FeedForwardSparsity())
+    x = torch.arange(1.0, 14.0)[:, None]
+    sampled = experts.sample_inputs(x, torch.tensor([8, 0, 3]), 4)[:, :, 0]
+    assert sampled.tolist() == [[1, 3, 5, 7], [0, 0, 0, 0], [9, 10, 11, 0]]
+
+
+def test_balance_of_experts():
+    row = expert_balance(torch.tensor([[4.0, 4.0], [8.0, 0.0]]))
+    assert (row["layers/0/expert_balance"], row["layers/1/expert_balance"]) == (1, 0)
+    assert (row["layers/0/expert_load_max"], row["layers/1/expert_load_max"]) == (1, 2)
+    assert (row["expert_balance"], row["expert_load_max"]) == (0.5, 1.5)
+
+
+CONFIGS = sorted((ROOT / "configs").glob("moe_*.toml"))
+
+
+@pytest.mark.parametrize("recipe", ["columns_eighth", "groups_quarter"])
+@pytest.mark.parametrize("job", CONFIGS, ids=lambda path: path.stem)
+def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recipe):
+    """The path of a GPU, which waits for no number of the device: shapes of the real micro-batch in bf16."""
+    words = ["--config", str(job), "--recipe", f"recipes/{recipe}.toml", "--model.n_layers", "2"]
+    config, _ = load_config([*words, "--schedule.dense_layers", "0"])
+    args, _ = check_config(config)
+    args.vocab_size = config.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = Llama(args).bfloat16()
+        tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64)
+    for sparse in (False, True):
+        for experts in model.feed_forwards().values():
+            experts.sparse = sparse
+        with kernels.prefer(GROUPED_COLUMNS):
+            logits = model(tokens)
+        logits.float().logsumexp(-1).mean().backward()
+        assert logits.shape == (*tokens.shape, args.vocab_size)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+MOE = ("--model.name", "llama_moe_relu2", "--model.flavor", "moe_debug", "--model.hidden_dim", "64")
+
+
+def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(train, tmp_path):
+    """In tiny jobs an expert gets 64 tokens of a micro-batch on average, a block."""
+    words = (*MOE, "--router.cluster_size", "16")
+    whole = train(tmp_path / "whole", *words, recipe="columns_quarter")
+    assert [step for step, row in whole.items() if row["phase"] == "sparse"] == [4, 5, 6, 7, 8]
+    assert whole[12]["loss"] < whole[1]["loss"] - 0.3
+    for step in (4, 8):
+        assert whole[step]["val_loss_sparse"] != whole[step]["val_loss"]
+        assert 0.25 < whole[step]["energy_kept"] < 1 and 0 < whole[step]["router_balance"] <= 1
+        assert 0 < whole[step]["layers/1/expert_balance"] <= 1 <= whole[step]["expert_load_max"] <= 4
+    about = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert about["backend"]["name"] == "experts_reference"
+    assert about["active_parameters"] == about["parameters"] - 2 * 2 * 2 * 64 * 32
+
+    for killed in (3, 6):  # before the switch, and after it and a validation
+        train(tmp_path / "run", *words, recipe="columns_quarter", stop_after=killed)
+    resumed = train(tmp_path / "run", *words, recipe="columns_quarter")
+    assert losses(resumed) == losses(whole)
+    assert resumed[8]["val_loss_sparse"] == whole[8]["val_loss_sparse"]
+    with pytest.raises(ConfigError, match=r"the model's shared_expert = true, but .* has false"):
+        train(tmp_path / "run", *words, "--model.shared_expert", "true", recipe="columns_quarter")
+
+
+def test_all_experts_at_once_train_as_one_after_another(train, tmp_path):
+    words = (*MOE, "--router.cluster_size", "16", "--checkpoint.enable", "false")
+    expected = train(tmp_path / "reference", *words, recipe="columns_quarter")
+    with kernels.prefer(GROUPED_COLUMNS):
+        actual = train(tmp_path / "grouped", *words, recipe="columns_quarter")
+    about = json.loads((tmp_path / "grouped" / "run.json").read_text())
+    assert about["backend"]["name"] == "experts_columns"
+    assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
+
+
+def test_balancing_makes_experts_equally_busy(train, tmp_path):
+    """With a learning rate of zero nothing but the biases changes."""
+    words = (*MOE, "--schedule.phases", '[{mode = "dense"}]', "--checkpoint.enable", "false", "--optimizer.lr", "0")
+    first, last = [], []
+    for name in ("0", "0.002"):
+        run = train(tmp_path / name, *words, "--model.load_balance_coeff", name, recipe="dense")
+        first.append(run[4]["expert_balance"])
+        last.append(run[12]["expert_balance"])
+    assert last[0] == first[0] and last[1] > first[0] + 0.01
+
+
+BAD = [
+    ("--model.flavor moe_debug", ['model.name = "llama_relu2" has no experts', "moe_debug", "llama_moe_relu2"]),
+    ("--model.top_k 1", ['model.top_k = 1 is not read by model.name = "llama_relu2"']),
+    ("--model.name llama_moe_relu2", ["needs two experts", "model.num_experts = 0", "moe_160m"]),
+    ("MOE --model.top_k 5", ["model.top_k = 5", "model.num_experts = 4"]),
+    ("MOE --recipe recipes/venom_2of16.toml", ['weights.pattern = "2:4"', "experts", "columns_quarter"]),
+    ("MOE --recipe recipes/activations_2of4.toml", ['activations.pattern = "2:4"', '"groups"']),
+    ("MOE --training.local_batch_size 4", ["activations.v = 1024", "512 on average", "model.num_experts", "lower v"]),
+    ("MOE --precision.ffn fp8", ['precision.ffn = "fp8" is not supported for experts', '"model"']),
+    ("MOE --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2 is not supported for experts"]),
+    ("MOE --parallelism.pipeline_parallel_degree 2", ["pipeline_parallel_degree = 2 is not supported for experts"]),
+    ("MOE --model.converters '[\"quantize.linear.float8\"]'", ["model.converters", "not supported for experts"]),
+    ("MOE --training.enable_cpu_offload true", ["enable_cpu_offload = true"]),
+]
+
+
+@pytest.mark.parametrize("words, named", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_one_message(words, named):
+    moe = words.startswith("MOE")
+    command = shlex.split(f"--config configs/{'moe_debug' if moe else 'debug'}.toml {words.removeprefix('MOE')}")
+    with pytest.raises(ConfigError) as error:
+        check_config(load_config(command)[0])
+    assert all(each in str(error.value) for each in named), str(error.value)
