@@ -271,7 +271,10 @@ BAD = [
     ("MOE --training.local_batch_size 4", ["activations.v = 1024", "512 on average", "model.num_experts", "lower v"]),
     ("MOE --precision.ffn fp8", ['precision.ffn = "fp8" is not supported for experts', '"model"']),
     ("MOE --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2 is not supported for experts"]),
-    ("MOE --parallelism.pipeline_parallel_degree 2", ["pipeline_parallel_degree = 2 is not supported for experts"]),
+    (
+        "MOE --recipe dense --parallelism.pipeline_parallel_degree 2",
+        ["pipeline_parallel_degree = 2 is not supported for experts"],
+    ),
     ("MOE --model.converters '[\"quantize.linear.float8\"]'", ["model.converters", "not supported for experts"]),
     ("MOE --training.enable_cpu_offload true", ["enable_cpu_offload = true"]),
 ]
