@@ -42,6 +42,7 @@ from configs.errors import ConfigError, writing
 from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, device_type, get_peak_flops
 from recipes.checkpoint import write_atomically
+from recipes.data import num_rows
 from recipes.schedule import Span
 
 logger = logging.getLogger("sparsetitan")
@@ -139,14 +140,16 @@ class Metrics(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         # Counted a rank; over the ranks that share a batch it is the same tokens.
         tokens_per_second = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size
-        extra = extra_metrics or {}
+        replicas = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        # torchtitan's own count is a rank's, which is wrong where a run resumes on other ranks or shares sequences out.
+        tokens = step * num_rows(self.job_config, replicas) * self.job_config.training.seq_len
         memory = self.device_memory_monitor.get_peak_stats()
         self.row = {
             "step": step,
             "loss": float(global_avg_loss),
-            "lr": extra.get("lr"),
+            "lr": (extra_metrics or {}).get("lr"),
             "grad_norm": grad_norm,
-            "tokens": int(extra.get("n_tokens_seen", 0)),
+            "tokens": tokens,
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
             "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
             "peak_memory_gib": memory.max_reserved_gib,
