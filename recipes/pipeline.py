@@ -51,6 +51,27 @@ def stages(config: JobConfig, n_layers: int) -> list[list[str]]:
     )
 
 
+def in_flight(config: JobConfig, n_layers: int, rank: int) -> float:
+    """Micro-batches whose activations a rank of a pipeline keeps at most; a fraction is of some of its stages."""
+    degree, count = config.parallelism.pipeline_parallel_degree, micro_batches(config)
+    if config.parallelism.pipeline_parallel_schedule == "GPipe":
+        return count
+    if config.parallelism.pipeline_parallel_schedule == "1F1B":
+        return min(count, degree - rank)
+    # Before its first backward pass a rank runs each stage but the last on a round of micro-batches, and the last one
+    # until the gradient of the first micro-batch can be there.
+    own = _number_of_stages(config, n_layers) // degree
+    a_round = count // max(1, count // degree)
+    return min((own - 1) * a_round + 2 * (degree - 1 - rank) + 1, count * own) / own
+
+
+def filled(config: JobConfig, n_layers: int) -> float:
+    """Share of a step in which stages work, if all take equally long: the rest is the bubble."""
+    degree, count = config.parallelism.pipeline_parallel_degree, micro_batches(config)
+    own = _number_of_stages(config, n_layers) // degree if degree > 1 else 1
+    return count / (count + (degree - 1) / own)
+
+
 def _number_of_stages(config: JobConfig, n_layers: int) -> int:
     parallelism = config.parallelism
     if parallelism.pipeline_parallel_layers_per_stage is None:

@@ -36,6 +36,10 @@ a bound, since products of fewer FLOPs run at a lower rate, and selection and pa
 speed the FFN alone reaches is measured (docs/kernels); where it is for this recipe and shape, a second time is given
 with the FFN at what was measured. MFU counts no recomputation, so give a lower one with activation checkpointing.
 Start-up, validation, checkpoints and communication that is not hidden are in none of it.
+
+**Pipeline.** Memory is that of the GPU that holds most: a schedule keeps the activations of several micro-batches, most
+in the first stage. With FSDP a stage stays gathered, and its gradients whole, through all micro-batches of a local
+batch. The time has the pipeline's bubble, as if all stages took equally long. None of it has been measured.
 """
 
 import argparse
@@ -54,6 +58,7 @@ from configs.titan import TORCH_DTYPE_MAP
 from kernels import MASKED, Cost, Family, Shape
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
+from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
 from recipes.sparsity import computes_in, flops_per_token, sparse_family
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
@@ -68,6 +73,7 @@ class Layout:
 
     Attributes:
         gpus: all of them. shard, tensor: GPUs that share the parameters of one copy (FSDP), and a layer (TP).
+        pipeline: groups of GPUs that have different layers.
         tokens: in a micro-batch. accumulates: micro-batches of a step, on one GPU.
         compute: bytes of a number that products read; stream: of one between blocks; state: of a parameter.
     """
@@ -75,6 +81,7 @@ class Layout:
     gpus: int
     shard: int
     tensor: int
+    pipeline: int
     tokens: int
     accumulates: int
     compute: int
@@ -83,23 +90,56 @@ class Layout:
 
     @property
     def step_tokens(self) -> int:
-        return self.tokens * self.accumulates * self.gpus // self.tensor
+        return self.tokens * self.accumulates * self.gpus // (self.tensor * self.pipeline)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a model a GPU of a pipeline has; without a pipeline all of it.
+
+    Attributes:
+        layers: their numbers. embeds, heads: whether it has the embedding, and the head with the loss.
+        in_flight: micro-batches whose activations it keeps at most.
+    """
+
+    layers: list[int]
+    embeds: bool = True
+    heads: bool = True
+    in_flight: float = 1
+
+
+def parts_of(config: JobConfig, n_layers: int) -> list[Part]:
+    """The parts that the ranks of a pipeline have, in their order."""
+    degree = config.parallelism.pipeline_parallel_degree
+    if degree == 1:
+        return [Part(list(range(n_layers)))]
+    parts = []
+    for rank in range(degree):
+        names = [name for stage in stages(config, n_layers)[rank::degree] for name in stage]
+        layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
+        flight = in_flight(config, n_layers, rank)
+        parts.append(Part(layers, "tok_embeddings" in names, "output" in names, flight))
+    return parts
 
 
 def layout(config: JobConfig, gpus: int) -> Layout:
     """How a checked job lies on so many GPUs."""
     parallelism, training = config.parallelism, config.training
     tensor = parallelism.tensor_parallel_degree
-    shard = gpus // (tensor * parallelism.data_parallel_replicate_degree)
-    micro, batch = training.local_batch_size, training.global_batch_size
+    pipeline = parallelism.pipeline_parallel_degree
+    data = gpus // (tensor * pipeline)
+    shard = data // parallelism.data_parallel_replicate_degree
+    micro, batch = micro_batch_size(config), training.global_batch_size
+    batch = training.local_batch_size * data if batch == -1 else batch
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
     compute = TORCH_DTYPE_MAP[computes_in(config, shard > 1)].itemsize
     return Layout(
         gpus=gpus,
         shard=shard,
         tensor=tensor,
+        pipeline=pipeline,
         tokens=micro * training.seq_len,
-        accumulates=1 if batch == -1 else batch * tensor // (micro * gpus),
+        accumulates=batch // (micro * data),
         compute=compute,
         stream=compute if shard > 1 else state,
         state=state,
@@ -107,7 +147,7 @@ def layout(config: JobConfig, gpus: int) -> Layout:
 
 
 def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Family | None) -> dict[str, float]:
-    """Bytes that a GPU holds at the peak of a step.
+    """Bytes that a GPU holds at the peak of a step; of a pipeline the one that holds most.
 
     Args:
         config: a checked job.
@@ -119,14 +159,21 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Famil
     Returns:
         its parts, and their `peak`, less than their sum: gradients come as activations go.
     """
+    parts = parts_of(config, model.model_args.n_layers)
+    return max((_memory_of(part, config, model, on, mode, family) for part in parts), key=lambda held: held["peak"])
+
+
+def _memory_of(
+    part: Part, config: JobConfig, model: Llama, on: Layout, mode: str, family: Family | None
+) -> dict[str, float]:
     args, tokens, (layer, *_) = model.model_args, on.tokens, model.layers.values()
-    width, d, layers = on.compute, args.dim, args.n_layers
+    width, d, layers = on.compute, args.dim, len(part.layers)
     kv = d // args.n_heads * (args.n_kv_heads or args.n_heads)
     hidden = layer.feed_forward.w1.out_features
     count = sum(parameter.numel() for parameter in layer.parameters())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
     head = args.vocab_size * d
+    parameters = layers * count + (head if part.embeds else 0) + (head + d if part.heads else 0)
+    states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
     fsdp = on.shard > 1
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
@@ -163,21 +210,28 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Famil
         kept = (1 - every) * attention + every * min(recomputed, block)
         return kept / on.tensor, (1 - every) * ffn / on.tensor, (work + (block if every else 0.0)) / on.tensor
 
-    dense_layers = args.dense_layers if family else 0
+    dense_layers = sum(number < args.dense_layers for number in part.layers) if family else 0
     first, last = of_a_layer(None if dense_layers else family), of_a_layer(family)
-    kept_attention, kept_ffn = (dense_layers * first[i] + (layers - dense_layers) * last[i] for i in (0, 1))
+    kept_attention, kept_ffn = (
+        part.in_flight * (dense_layers * first[i] + (layers - dense_layers) * last[i]) for i in (0, 1)
+    )
     kept_copies = layers * (1 - every) * copies / on.tensor
 
     loss_compiled = config.compile.enable and "loss" in config.compile.components
     logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
     logits += tokens * d * (on.stream + width) / on.tensor
-    if fsdp:
+    logits *= part.in_flight if part.heads else 0
+    reduced = 1  # after how many micro-batches
+    if fsdp and on.pipeline > 1:
+        # PyTorch's stages stay gathered for all micro-batches, and their gradients whole.
+        gathered, reduced = (width + 4) * parameters / on.tensor, micro_batches(config)
+    elif fsdp:
         never = config.parallelism.fsdp_reshard_after_forward == "never"
         # The layer in work, the next, and the head; the gradients of one before and while they are reduced.
         gathered = (width * (count * (layers if never else min(layers, 2)) + head) + (width + 4) * count) / on.tensor
     else:
         gathered = kept_copies + (0 if width == on.state else width * head / on.tensor)
-    begins = kept_attention + kept_ffn + max(logits, last[2]) + (states if on.accumulates > 1 else 0)
+    begins = kept_attention + kept_ffn + max(logits, last[2]) + (states if on.accumulates > reduced else 0)
     ends = states + sum(first)
     # Copies of the matrices go with the layers' activations.
     begins, ends = begins + gathered, ends + (gathered if fsdp else gathered / layers)
@@ -225,14 +279,10 @@ def estimate(arguments: list[str]) -> str:
     options, words = parser.parse_known_args(arguments)
     config, _ = load_config(words)
     degrees = config.parallelism
-    if degrees.pipeline_parallel_degree > 1:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_degree = {degrees.pipeline_parallel_degree}: the memory of a stage is not "
-            "estimated; leave it out"
-        )
     gpus = options.gpus
     if gpus is None:
         gpus = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
+        gpus *= degrees.pipeline_parallel_degree
         gpus *= max(degrees.data_parallel_shard_degree, 1)
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: give 1 or more")
@@ -253,7 +303,8 @@ def estimate(arguments: list[str]) -> str:
 
     lines = [
         f"{config.model.name} {config.model.flavor}, {config.recipe}, {gpus} GPU{'s' if gpus > 1 else ''}: "
-        f"{gpus // (on.shard * on.tensor)} x {on.shard} x {on.tensor} (replicate x shard x tensor)",
+        f"{gpus // (on.shard * on.tensor * on.pipeline)} x {on.shard} x {on.tensor} x {on.pipeline} "
+        "(replicate x shard x tensor x pipeline)",
         f"{parameters / 1e6:,.1f} M parameters, {(parameters - 2 * args.vocab_size * args.dim) / 1e6:,.1f} M without "
         f"embedding and output; vocabulary {args.vocab_size}",
         f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
@@ -277,7 +328,8 @@ def estimate(arguments: list[str]) -> str:
         name = other if other != "selective" else "selective, by op" if option == "op" else f"selective, 1 in {option}"
         lines.append(_row(name + (" (the job's)" if other == mode else ""), cells))
 
-    speed = gpus * options.peak_tflops * 1e12 * options.mfu
+    share = filled(config, args.n_layers)
+    speed = gpus * options.peak_tflops * 1e12 * options.mfu * share
     lines += ["", _row("phase", ["steps", "dense EFLOP", "executed EFLOP", "ms a step", "hours"])]
     total = [0.0, 0.0, 0.0, 0.0]
     for span in spans:
@@ -290,6 +342,11 @@ def estimate(arguments: list[str]) -> str:
     lines.append(
         f"at {100 * options.mfu:g}% of {options.peak_tflops:g} TFLOP/s on each GPU; see --help for what it bounds"
     )
+    if on.pipeline > 1:
+        lines.append(
+            f"The pipeline's stages work {100 * share:.0f}% of a step, if all take equally long; layers of a GPU: "
+            + ", ".join(str(len(part.layers)) for part in parts_of(config, args.n_layers))
+        )
     if family is not None:
         lines += _sparse_note(flops, args, family, on, speed)
     return "\n".join(lines)

@@ -3,18 +3,22 @@
 import json
 import math
 import re
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, family_named
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from configs.errors import ConfigError
 from configs.loader import load_config
 from configs.titan import titan_config
 from models.llama import Llama
 from recipes.check import check_keys
-from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory
+from recipes.pipeline import stages
+from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory, parts_of
 
 SLICE = ("--config", "configs/7b_slice.toml")
 ALONE = ("--training.global_batch_size", "-1", "--activation_checkpoint.mode", "none")
@@ -203,3 +207,50 @@ def test_nothing_is_asked_of_this_machine(tmp_path):
 def test_refusals(words, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         estimate([*SLICE, *words])
+
+
+@pytest.mark.parametrize(("degree", "per_stage", "count"), [(2, None, 4), (2, None, 2), (4, None, 8), (2, 3, 6)])
+def test_an_interleaved_pipeline_keeps_what_its_schedule_does(degree, per_stage, count):
+    """Forward passes without their backward passes yet, in the order of operations of PyTorch's schedule."""
+    words = [*SLICE, "--model.n_layers", "16", "--training.local_batch_size", str(count), *pipeline(degree)]
+    words += ["--parallelism.pipeline_parallel_schedule", "Interleaved1F1B"]
+    words += ["--parallelism.pipeline_parallel_layers_per_stage", str(per_stage)] if per_stage else []
+    config, _ = load_config(words)
+    check_keys(config, degree)
+    number = len(stages(config, 16))
+    mine = [
+        SimpleNamespace(stage_index=index, num_stages=number, group_size=degree, group_rank=0)
+        for index in range(0, number, degree)
+    ]
+    for stage in mine:
+        stage.is_first, stage.is_last, stage.device, stage.group = stage.stage_index == 0, False, "cpu", None
+        stage.submod, stage.has_backward = torch.nn.Linear(1, 1), True
+    schedule = ScheduleInterleaved1F1B(mine, n_microbatches=count, loss_fn=lambda output, target: output)
+    for rank, part in enumerate(parts_of(config, 16)):
+        names = [action.computation_type.name for action in schedule.pipeline_order[rank] if action is not None]
+        changes = [{"FORWARD": 1, "FULL_BACKWARD": -1}.get(name, 0) for name in names]
+        assert part.in_flight == max(accumulate(changes)) / len(mine)
+
+
+def pipeline(degree):
+    return ["--parallelism.pipeline_parallel_degree", str(degree)]
+
+
+def test_the_gpu_of_a_pipeline_that_holds_most():
+    words = (*SLICE, "--training.dtype", "bfloat16", "--training.local_batch_size", "8", *pipeline(2))
+    schedule = "--parallelism.pipeline_parallel_schedule"
+    report = estimate([*words, schedule, "GPipe"])
+    assert "2 GPUs: 1 x 1 x 1 x 2" in report and "micro-batches of 4,096" in report
+    assert "work 89% of a step" in report and "layers of a GPU: 3, 3" in report
+    # 1F1B: the first of two stages keeps two micro-batches, GPipe's keep all eight. The last has the logits.
+    two, eight = parts(*words, gpus=2), parts(*words, schedule, "GPipe", gpus=2)
+    name = "activations: h, y1 of the FFN"
+    alone = parts(*SLICE, "--training.dtype", "bfloat16", "--training.local_batch_size", "1")
+    assert two[name] == alone[name] / 2 * 2 and eight[name] == alone[name] / 2 * 8
+    assert two["logits and loss"] == 0 and eight["logits and loss"] == 8 * alone["logits and loss"]
+    head = 32768 * 4096 * 2 / GIB
+    assert two["parameters"] == pytest.approx((alone["parameters"] - 2 * head) / 2 + head, rel=1e-4)
+    # With FSDP parameters, gathered in bf16, and float32 gradients are whole from the first micro-batch on.
+    four = parts(*words, gpus=4)
+    assert four["parameters"] == two["parameters"] / 2
+    assert four["gathered layers, head"] == pytest.approx(two["parameters"] * 3)

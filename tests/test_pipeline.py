@@ -18,11 +18,14 @@ PIPELINE = ("--parallelism.pipeline_parallel_degree", "2")
 INTERLEAVED = ("--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")
 # Four sequences a step, one to a micro-batch; validation, too, without rows that fill up a batch.
 ALONE = ("--training.local_batch_size", "1", "--training.global_batch_size", "4")
+TWO_EACH = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
+COMPILED = ("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager")
 FOUR_LAYERS = ("--model.n_layers", "4", "--validation.sequences", "8")
 SPARSE = (
     *FOUR_LAYERS,
     *("--activations.v", "32", "--schedule.dense_layers", "1", "--router.cluster_size", "32"),
-    *("--checkpoint.interval", "2"),
+    *("--training.steps", "8", "--checkpoint.interval", "2"),
+    *("--schedule.phases", '[{mode = "dense", end = 3}, {mode = "sparse", end = 6}, {mode = "dense", end = 1.0}]'),
 )
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 # Adam divides by the root of small numbers, so rounding grows by a few orders in twelve steps.
@@ -61,26 +64,42 @@ def test_sparse_stages_give_the_run_of_one_process_and_resume_in_each_other(tiny
     """Through both switches; the router's clusters, health by layer, validation, checkpoints by name, the export."""
     one = train(tmp_path / "one", *SPARSE, *ALONE, recipe="columns_quarter")
     two = run(tiny, tmp_path / "two", "columns_quarter", *SPARSE, *PIPELINE)
-    assert {"layers/0/nonzero_share", "layers/3/energy_kept", "layers/3/router_balance"} < one[8].keys()
+    assert {"layers/0/nonzero_share", "layers/3/energy_kept", "layers/3/router_balance"} < one[4].keys()
     assert_equal(two, one)
     mine, theirs = (export_weights(find_checkpoint(str(tmp_path / name)), None) for name in ("two", "one"))
     assert mine.keys() == theirs.keys() and len(mine) == 4 * 8 + 3
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
 
-    # Step 6 is in the sparse phase, and step 2 is before the switch.
-    go_on_after(6, tmp_path / "two", tmp_path / "alone")
+    # Step 4 is in the sparse phase, and step 2 is before the switch.
+    go_on_after(4, tmp_path / "two", tmp_path / "alone")
     assert_equal(train(tmp_path / "alone", *SPARSE, *ALONE, recipe="columns_quarter"), two)
     go_on_after(2, tmp_path / "one", tmp_path / "again")
-    assert_equal(run(tiny, tmp_path / "again", "columns_quarter", *SPARSE, *PIPELINE, *INTERLEAVED), one)
+    assert_equal(run(tiny, tmp_path / "again", "columns_quarter", *SPARSE, *PIPELINE, *INTERLEAVED, *COMPILED), one)
 
 
 def test_dense_stages_accumulate_and_checkpoint_activations(tiny, train, tmp_path):
     words = (*DENSE, *FOUR_LAYERS, "--training.steps", "4")
     one = train(tmp_path / "one", *words, *ALONE, recipe="dense")
     pipeline = (*PIPELINE, "--parallelism.pipeline_parallel_schedule", "GPipe")
-    accumulates = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
     checkpoints = ("--activation_checkpoint.mode", "full", "--training.skip_bad_batches", "1")
-    two = run(tiny, tmp_path / "two", "dense", *words, *pipeline, *accumulates, *checkpoints)
+    two = run(tiny, tmp_path / "two", "dense", *words, *pipeline, *TWO_EACH, *checkpoints)
     assert all(row.pop("skipped_batches") == 0 for row in two.values())
     assert_equal(two, one)
+
+
+def test_four_ranks_shard_stages_by_fsdp(tiny, tmp_path):
+    """The ranks of a stage cluster its neurons by the tokens of both, as without a pipeline."""
+    words = (*SPARSE, "--training.global_batch_size", "4")
+    two = run(tiny, tmp_path / "two", "columns_quarter", *words, "--training.local_batch_size", "1")
+    four = run(tiny, tmp_path / "four", "columns_quarter", *words, *PIPELINE, *TWO_EACH, processes=4)
+    assert_equal(four, two)
+
+
+@pytest.mark.slow
+def test_four_ranks_compile_stages_and_shard_them_by_tensor(tiny, tmp_path):
+    words = (*SPARSE, *COMPILED, "--parallelism.tensor_parallel_degree", "2", "--model.n_kv_heads", "2")
+    two = run(tiny, tmp_path / "two", "columns_quarter", *words, *ALONE)
+    four = run(tiny, tmp_path / "four", "columns_quarter", *words, *PIPELINE, processes=4)
+    assert_equal(four, two)
+    assert {step for step, row in four.items() if row["graphs_compiled"]} == {1, 4}
