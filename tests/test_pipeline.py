@@ -75,7 +75,7 @@ def test_sparse_stages_give_the_run_of_one_process_and_resume_in_each_other(tiny
     go_on_after(4, tmp_path / "two", tmp_path / "alone")
     assert_equal(train(tmp_path / "alone", *SPARSE, *ALONE, recipe="columns_quarter"), two)
     go_on_after(2, tmp_path / "one", tmp_path / "again")
-    assert_equal(run(tiny, tmp_path / "again", "columns_quarter", *SPARSE, *PIPELINE, *INTERLEAVED, *COMPILED), one)
+    assert_equal(run(tiny, tmp_path / "again", "columns_quarter", *SPARSE, *PIPELINE, *INTERLEAVED), one)
 
 
 def test_dense_stages_accumulate_and_checkpoint_activations(tiny, train, tmp_path):
