@@ -178,6 +178,12 @@ def expert_shape(args: LlamaArgs, tokens: int = 0) -> Shape:
     return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts)
 
 
+def sparse_layers_flops(args: LlamaArgs) -> float:
+    """FLOPs a token, forward and backward, of the dense FFNs in the layers that a sparse phase makes sparse."""
+    ffn = 0 if args.swiglu else 6 * (args.n_layers - args.dense_layers) * 2 * args.dim * args.hidden_dim
+    return ffn * (args.top_k if args.num_experts else 1)
+
+
 def flops_per_token(
     dense: float,
     args: LlamaArgs,
@@ -194,8 +200,7 @@ def flops_per_token(
         tensor_parallel: ranks that share a layer.
         tokens: of a micro-batch, for experts, which fill up blocks; 0: without the rows that fill up.
     """
-    ffn = 0 if args.swiglu else 6 * (args.n_layers - args.dense_layers) * 2 * args.dim * args.hidden_dim
-    ffn *= args.top_k if args.num_experts else 1
+    ffn = sparse_layers_flops(args)
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
     if args.num_experts:
         shape = expert_shape(args, tokens)

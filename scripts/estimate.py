@@ -1,45 +1,44 @@
-"""Reckon what a job takes before it runs: parameters, memory of a GPU, FLOPs, time. Needs no GPU and no data.
+"""Estimate the cost of a job before it runs: parameters, memory of a GPU, FLOPs, time. Needs no GPU and no data.
 
     python -m scripts.estimate --config configs/1b.toml --gpus 8
     python -m scripts.estimate --config configs/7b_slice.toml --recipe recipes/groups_quarter.toml --mfu 0.59
 
-Every other key is train.py's. `--gpus` is by default what the degrees of parallelism multiply to, `--peak-tflops` an
-H100's. The model is built on the meta device, so none of it is allocated.
+All other keys are those of train.py. `--gpus` defaults to the product of the degrees of parallelism, `--peak-tflops` to
+the peak of an H100. The model is built on the meta device, so nothing is allocated.
 
-**Memory.** A step holds most either where its backward pass begins, with every layer's activations, the logits and
-their gradient, or where it ends, with all gradients and one layer in work. The activations are those that a compiled
-block keeps, read off its graph: without FSDP the stream between blocks is float32 and every matrix is kept a second
-time in bf16, with FSDP both are bf16 and the layer in work and the next are gathered. In a sparse phase h is kept as
-the backend keeps it: column groups and Venom compacted, 2:4 packed, by anything else whole, and y1 not at all.
+**Memory.** The peak of a step is either at the start of its backward pass, with the activations of all layers, the
+logits and their gradient, or at its end, with all gradients and the activations of one layer. The activations are those
+that a compiled block keeps, as its graph shows. Without FSDP the residual stream is float32, and every matrix has a
+copy in bf16; with FSDP both are bf16, and the current layer and the next are gathered. In a sparse phase h is stored as
+the family stores it: compact for column groups and Venom, packed for 2:4, otherwise dense; y1 is not stored.
 
-Against what was measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled,
-one GPU), tests/test_estimate.py:
+Measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled, one GPU), see
+docs/training and tests/test_estimate.py:
 
-    7b-slice, dense            32.5 GiB reserved     reckoned 31.0, 4% less
-    1b, dense                  36.1 GiB of tensors   reckoned 36.0
-    1b, groups_quarter         25.6 GiB of tensors   reckoned 25.5
-    1b, groups_eighth          24.9 GiB of tensors   reckoned 24.8
-    1b, columns_quarter        27.0 GiB of tensors   reckoned 26.8
-    1b, columns_eighth         26.3 GiB of tensors   reckoned 26.2
-    1b, venom_4of16            25.7 GiB of tensors   reckoned 25.5
-    7b-slice, columns_eighth   25.5 GiB of tensors   reckoned 25.4
-    7b-slice, a dense step     236 ms                reckoned 277 at the default --mfu 0.5, 17% more; 235 at 0.59
+    7b-slice, dense            32.5 GiB reserved     estimated 31.0, 4% less
+    1b, dense                  36.1 GiB of tensors   estimated 36.0
+    1b, groups_quarter         25.6 GiB of tensors   estimated 25.5
+    1b, groups_eighth          24.9 GiB of tensors   estimated 24.8
+    1b, columns_quarter        27.0 GiB of tensors   estimated 26.8
+    1b, columns_eighth         26.3 GiB of tensors   estimated 26.2
+    1b, venom_4of16            25.7 GiB of tensors   estimated 25.5
+    7b-slice, columns_eighth   25.5 GiB of tensors   estimated 25.4
+    7b-slice, a dense step     236 ms                estimated 277 at the default --mfu 0.5, 17% more; 235 at 0.59
 
-The measured ones are those of docs/training. What an allocator loses to fragments is not reckoned, nor NCCL's buffers,
-CUDA's context (about 1 GiB together) and what kernels use for a moment; float8 is taken for bf16, an eager model for a
-compiled one. Nor is the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3
-GiB at 1b) and no gradients. Other patterns, FSDP and checkpointing follow the same rules, not compared with a
-measurement yet.
+Not included: fragmentation of the allocator, NCCL's buffers and CUDA's context (about 1 GiB together), temporary memory
+of kernels, and the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3 GiB
+at 1b) but no gradients. torchao's float8 is estimated like bf16, an eager model like a compiled one. Other patterns,
+FSDP and checkpointing follow the same rules and have not been compared with measurements.
 
-**Time.** FLOPs over GPUs x peak x MFU. For a sparse step they are those that the backend executes, at the *same* MFU:
-a bound, since products of fewer FLOPs run at a lower rate, and selection and packing execute none. How much of that
-speed the FFN alone reaches is measured (docs/kernels); where it is for this recipe and shape, a second time is given
-with the FFN at what was measured. MFU counts no recomputation, so give a lower one with activation checkpointing.
-Start-up, validation, checkpoints and communication that is not hidden are in none of it.
+**Time.** FLOPs divided by GPUs x peak x MFU. For a sparse step these are the FLOPs that the family executes, at the
+*same* MFU, and in fp8 at twice the peak. This is a lower bound of the time: smaller products run at a lower rate, and
+selection and packing take time without FLOPs. If the FFN benchmark (docs/kernels) has measured this recipe at this
+shape, a second time uses the measured speed of the FFN. MFU does not count recomputation, so give a lower value with
+activation checkpointing. Start-up, validation, checkpoints and exposed communication are not included.
 
 **Pipeline.** Memory is that of the GPU that holds most: a schedule keeps the activations of several micro-batches, most
 in the first stage. With FSDP a stage stays gathered, and its gradients whole, through all micro-batches of a local
-batch. The time has the pipeline's bubble, as if all stages took equally long. None of it has been measured.
+batch. The time includes the pipeline's bubble, as if all stages took equally long. None of it has been measured.
 """
 
 import argparse
@@ -59,12 +58,13 @@ from kernels import MASKED, Cost, Family, Shape
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
 from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
-from recipes.sparsity import computes_in, flops_per_token, sparse_family
+from recipes.sparsity import computes_in, flops_per_token, sparse_family, sparse_layers_flops
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
 
 GIB = 2**30
 MODES = "none", "selective", "full"
+FP8_SPEED = 2  # peak of a GPU's fp8 tensor cores relative to bf16
 
 
 @dataclass(frozen=True)
@@ -328,6 +328,11 @@ def estimate(arguments: list[str]) -> str:
         name = other if other != "selective" else "selective, by op" if option == "op" else f"selective, 1 in {option}"
         lines.append(_row(name + (" (the job's)" if other == mode else ""), cells))
 
+    ffn = sparse_layers_flops(args)
+    ffn_executed = flops["sparse_executed"] - (flops["dense"] - ffn)
+    if args.sparsity.fp8 and family is not MASKED:  # the reference rounds to fp8 and multiplies in another dtype
+        ffn_executed /= FP8_SPEED  # as so many FLOPs in bf16
+    timed = {"dense": flops["dense"], "sparse_executed": flops["dense"] - ffn + ffn_executed}
     share = filled(config, args.n_layers)
     speed = gpus * options.peak_tflops * 1e12 * options.mfu * share
     lines += ["", _row("phase", ["steps", "dense EFLOP", "executed EFLOP", "ms a step", "hours"])]
@@ -335,7 +340,7 @@ def estimate(arguments: list[str]) -> str:
     for span in spans:
         steps, key = span.stop - span.start, "dense" if span.mode == "dense" else "sparse_executed"
         values = [steps, *(steps * on.step_tokens * flops[kind] / 1e18 for kind in ("dense", key))]
-        seconds = on.step_tokens * flops[key] / speed
+        seconds = on.step_tokens * timed[key] / speed
         total = [a + b for a, b in zip(total, [*values, steps * seconds], strict=True)]
         lines.append(_phase(f"{span.mode} to step {span.stop}", values, 1e3 * seconds, steps * seconds))
     lines.append(_phase("run", total[:3], 1e3 * total[3] / total[0], total[3]))
@@ -348,21 +353,32 @@ def estimate(arguments: list[str]) -> str:
             + ", ".join(str(len(part.layers)) for part in parts_of(config, args.n_layers))
         )
     if family is not None:
-        lines += _sparse_note(flops, args, family, on, speed)
+        lines += _sparse_note(flops["dense"], ffn, ffn_executed, args, family, on.step_tokens / speed)
     return "\n".join(lines)
 
 
-def _sparse_note(flops: dict[str, float], args: LlamaArgs, family: Family, on: Layout, speed: float) -> list[str]:
-    """How far to trust a sparse step's time."""
+def _sparse_note(
+    dense: float, ffn: float, ffn_executed: float, args: LlamaArgs, family: Family, seconds_a_flop: float
+) -> list[str]:
+    """How far to trust a sparse step's time.
+
+    Args:
+        dense: FLOPs a token of a dense step.
+        ffn: those of the FFNs that a sparse phase makes sparse.
+        ffn_executed: FLOPs in bf16 that take the least time that these need in a sparse step.
+        args: the model's.
+        family: that computes them.
+        seconds_a_flop: seconds of a step for each FLOP a token.
+    """
     if family is MASKED:
         return ["Sparse steps run on the reference, which is never faster than dense."]
-    said = ["Sparse steps: the FLOPs that are executed, at the MFU of dense ones. That is a bound."]
+    fp8 = f", those in fp8 at {FP8_SPEED} times the speed" if args.sparsity.fp8 else ""
+    said = [f"Sparse steps: the FLOPs that are executed, at the MFU of dense ones{fp8}. That is a bound."]
     reached = ffn_reached(args)
     if reached is None:
         return [*said, "The FFN benchmark (docs/kernels) has not this recipe at this shape."]
-    share, (speedup, where) = family.cost(args.sparsity, Shape(args.dim, args.hidden_dim)).executed_share, reached
-    ffn = (flops["dense"] - flops["sparse_executed"]) / (1 - share)
-    seconds = on.step_tokens * (flops["dense"] - ffn * (1 - 1 / speedup)) / speed
+    share, (speedup, where) = ffn_executed / ffn, reached
+    seconds = (dense - ffn * (1 - 1 / speedup)) * seconds_a_flop
     return [
         *said,
         f"The FFN reaches {100 * speedup * share:.0f}% of it: {speedup:.2f}x of {1 / share:.2f}x ({where}).",

@@ -68,6 +68,18 @@ def test_time_is_that_of_an_h100():
         assert numbers(report, "run")[3] / step - 1 == pytest.approx(error, abs=0.01)
 
 
+def test_the_bound_of_fp8_is_at_twice_the_peak():
+    words = ("--config", "7b", "--gpus", "8", "--recipe", "columns_half")
+    bf16, fp8 = estimate([*words]), estimate([*words, "--precision.ffn", "fp8"])
+    (reached, speedup, bound) = re.search(r"reaches (\d+)% of it: ([\d.]+)x of ([\d.]+)x", fp8).groups()
+    assert int(reached) < 100 and float(speedup) < float(bound)
+    assert f"x of {float(bound) / 2:.2f}x" in bf16
+    times = [numbers(report, "sparse to step")[-2] for report in (bf16, fp8)]
+    with_ffn = float(re.search(r"a sparse step takes ([\d,.]+) ms", fp8)[1].replace(",", ""))
+    assert times[1] < with_ffn < times[0]
+    assert numbers(bf16, "sparse to step")[:-2] == numbers(fp8, "sparse to step")[:-2]  # the same steps and FLOPs
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
