@@ -14,6 +14,7 @@ compares every file with its checksum.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -30,6 +31,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # while it imports, which takes seconds, there is nothing to go on with
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -43,6 +47,7 @@ from recipes.restore import copy_tokenizer
 from recipes.sources import Documents, TextStore, digest_of, stream_texts
 from recipes.tokenizer import DocumentTokenizer, load_tokenizer, prepare_tokenizer, token_bytes
 
+INTERRUPTS = signal.SIGINT, signal.SIGTERM
 Work = tuple[str, np.ndarray | list[str]]  # a shard's name; the places of its documents in the store, or their texts
 
 
@@ -66,6 +71,20 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM until the end, in a process that is forked until `_begin`: neither dies half-forked."""
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _tokenize(name: str, work: np.ndarray | list[str]) -> None:
@@ -100,14 +119,30 @@ def _local_work(store: TextStore) -> tuple[dict[str, Any], list[Work], list[int]
 
 
 def _streamed_work(index: int, source: Source, folder: Path) -> Iterator[Work]:
-    """The shards of a streamed source, beginning with the first that is missing."""
-    number = skipped = 0
+    """The shards of a streamed source, beginning with the first that is missing.
+
+    Raises:
+        ConfigError: the texts of the shards before it are not those that the source now begins with.
+    """
+    number, hashes = 0, [np.zeros(0, np.uint64)]
     while (file := folder / f"{number:05}.json").is_file():
-        skipped += _read_json(file, "documents")["documents"]
+        _read_json(file, "documents")
+        hashes.append(np.load(folder / f"{number:05}.hashes.npy", allow_pickle=False))
         number += 1
+    for file in folder.glob("[0-9]*.json"):  # written again, or of a longer data set
+        if int(file.stem) > number:
+            file.unlink()
+    stream = iter(stream_texts(index, source))
+    for place, expected in enumerate(np.concatenate(hashes)):  # to skip them would read them as well
+        example = next(stream, None)
+        if example is None or digest_of(example["text"]) != expected:
+            raise ConfigError(
+                f'{folder} was begun with another state of the data set "{source.path}" (document {place + 1} is not '
+                "the same): remove the folder, or name another one, to begin anew"
+            )
     texts: list[str] = []
     size = 0
-    for example in stream_texts(index, source).skip(skipped):
+    for example in stream:
         texts.append(example["text"])
         size += len(example["text"])
         if size >= tokens.SHARD_BYTES:
@@ -166,7 +201,8 @@ def _run(work: Iterator[Work], total: int | None, workers: int, name: str) -> No
         left = iter(work)
         while True:
             while len(waiting) < 2 * workers and (each := next(left, None)) is not None:
-                waiting.add(executor.submit(_tokenize, *each))
+                with _interrupts_later():  # the first call forks the workers
+                    waiting.add(executor.submit(_tokenize, *each))
             if not waiting:
                 break
             finished, waiting = wait(waiting, 0.5, FIRST_COMPLETED)
@@ -247,7 +283,6 @@ def main(arguments: list[str]) -> None:
             tokens.verify(folder)
             print(f"{folder}: every file is as it was written")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A worker encodes one document at a time, and the tokenizer's threads do not survive the fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, _ = load_config(words)
@@ -271,8 +306,6 @@ def main(arguments: list[str]) -> None:
             ]
     except Timeout:
         raise ConfigError(f"{options.out} is being written by another process: wait for it to end") from None
-    except KeyboardInterrupt:
-        raise ConfigError("interrupted: the same command goes on with the shards that are missing") from None
     except BrokenProcessPool:
         raise ConfigError(
             "a worker process was killed, perhaps for lack of memory: the same command goes on; lower --workers"
@@ -284,8 +317,24 @@ def main(arguments: list[str]) -> None:
         print(f'\n[[data.sources]]\ntype = "tokens"\npath = {json.dumps(str(folder))}\nweight = {source.weight}')
 
 
+def run(arguments: list[str]) -> None:
+    """`main`, which a signal ends at any time.
+
+    Raises:
+        ConfigError: a signal came.
+    """
+    for number in INTERRUPTS:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        for number in INTERRUPTS:  # a second one would not end it sooner
+            signal.signal(number, signal.SIG_IGN)
+        raise ConfigError("interrupted: the same command goes on with the shards that are missing") from None
+
+
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        run(sys.argv[1:])
     except ConfigError as error:
         exit_with(error)

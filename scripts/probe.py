@@ -216,14 +216,20 @@ class Probe:
         return zip(self.batches, torch.cat(self.batches).roll(1, 0).split(len(self.batches[0])), strict=True)
 
     def cloze(self, items: int) -> dict[str, Any]:
-        """Share of the items whose true word has the highest score, and its standard error; None without items."""
+        """Share of the items whose true word has the highest score, and its standard error; None without items.
+
+        An item is left out where one of its words does not fit into a sequence, with a token before it.
+        """
         limit = min(CONTEXT, self.config.training.seq_len)
-        right = count = 0
+        right = count = left_out = 0
         for context, words in cloze_items(self.config, items):
             # More characters than the tokens that fit could have.
             before = self.tokenizer.encode(context[-16 * limit :], add_bos=True, add_eos=False)
             options = [self.tokenizer.encode(word, add_bos=False, add_eos=False) for word in words]
             longest = max(map(len, options))
+            if longest > limit:
+                left_out += 1
+                continue
             before = before[-(limit + 1 - longest) :]
             # Padding after the shorter options does not affect a causal model.
             rows = torch.tensor([before + option + [0] * (longest - len(option)) for option in options])
@@ -232,6 +238,8 @@ class Probe:
             scores = [float(picked[place, : len(option)].sum()) for place, option in enumerate(options)]
             right += scores[0] > max(scores[1:])
             count += 1
+        if left_out:
+            print(f"{left_out} cloze items are left out: they have words of more than {limit} tokens", flush=True)
         if not count:
             return {"items": 0, "choices": CHOICES, "accuracy": None, "standard_error": None}
         accuracy = right / count

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import kernels
 from configs.errors import ConfigError
+from configs.loader import load_config
 from kernels import FeedForwardSparsity, Groups, Preceding, Venom
 from kernels.groups.ffn import TILE_GROUPS
 from models.feed_forward import FeedForward, inference_modes
-from recipes.files import read_text
+from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from scripts import evaluate, export_hf, generate, import_hf
@@ -90,10 +91,23 @@ def test_a_text_shorter_than_a_sequence_is_scored(run, evaluated, tmp_path):
 
 
 def test_a_text_is_read_as_the_trainer_reads_it(run, tmp_path):
-    file = tmp_path / "windows.txt"
-    file.write_bytes(b"\xef\xbb\xbfone line\r\nand another\r\n")
-    assert evaluate.Text([str(file)], run / "tokenizer").documents == ["one line\r\nand another\r\n"]
-    assert read_text(str(file)) == "one line\r\nand another\r\n"
+    """Line ends as they are, and no byte order mark: with one, a copy of a document would not be known as such."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    mark = b"\xef\xbb\xbf"
+    for number in range(30):
+        content = f"number {number}\r\nanother\rand {'more ' * number}\n".encode()
+        (folder / f"{number}-a.txt").write_bytes(content)
+        (folder / f"{number}-b.txt").write_bytes(mark + content)
+    files = sorted(map(str, folder.iterdir()))
+    scored = evaluate.Text(files, run / "tokenizer").documents
+    assert scored == [Path(file).read_bytes().removeprefix(mark).decode() for file in files]
+    source = f'[{{type = "text", path = "{folder}"}}]'
+    config, _ = load_config(["--config", "configs/debug.toml", "--data.sources", source])
+    corpus = load_corpus(config)
+    trained = [document["text"] for side in (corpus.documents, corpus.held_out()) for document in side]
+    assert sorted(trained) == sorted(set(scored))
+    assert sum(part.copies for part in corpus.parts) == 30
 
 
 def test_an_export_without_all_of_its_weights_is_not_scored(run, text, evaluated, tmp_path, monkeypatch):

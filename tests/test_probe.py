@@ -217,7 +217,7 @@ class Characters:
         return [0] * add_bos + list(text.encode())
 
 
-def test_cloze_items_and_a_model_that_knows_the_text(tmp_path):
+def test_cloze_items_and_a_model_that_knows_the_text(tmp_path, capsys):
     for index in range(60):
         lines = [f"word{index} = call_{line}(alpha{line}, beta) + gamma_{line % 7}  # !" for line in range(12)]
         (tmp_path / f"{index}.py").write_text("\n".join(lines))
@@ -245,5 +245,13 @@ def test_cloze_items_and_a_model_that_knows_the_text(tmp_path):
     assert made.cloze(10)["accuracy"] == 1.0
     made.model = lambda rows: -knows(rows)
     assert made.cloze(10)["accuracy"] == 0.0
+
+    shapes = []
+    made.model = lambda rows: shapes.append(rows.shape) or torch.zeros(*rows.shape, 128)
+    made.config.training.seq_len = 8  # a word and one token before it
+    assert made.cloze(10)["items"] == 10 and set(shapes) == {(4, 8)}
+    made.config.training.seq_len = 7
+    assert made.cloze(10)["items"] == 0
+    assert "10 cloze items are left out: they have words of more than 7 tokens" in capsys.readouterr().out
     made.config.data.validation_share = 0.0
     assert made.cloze(10) == {"items": 0, "choices": 4, "accuracy": None, "standard_error": None}

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import RANK_NAMES, ROOT, losses, merge
+from conftest import PROCESSES, RANK_NAMES, ROOT, losses, merge
 from filelock import FileLock
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, exit_with
 from configs.schema import JobConfig, Source
 from recipes import data, mixture, tokenizer, tokens
 from scripts import make_tokens, probe
@@ -193,6 +195,20 @@ def test_a_run_on_tokens_is_the_run_on_text(train, tiny, corpus, tmp_path):
     assert [row.get("val_loss") for row in made.values()] == [row.get("val_loss") for row in text.values()]
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def handlers():
+    """The signals' handlers are as before a test."""
+    before = {number: signal.getsignal(number) for number in make_tokens.INTERRUPTS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_interrupted_work_goes_on(tmp_path, text_sources, command, monkeypatch, capsys):
     folder = tmp_path / "tokens" / "source-0"
     write = tokens.write_shard
@@ -202,15 +218,12 @@ def test_interrupted_work_goes_on(tmp_path, text_sources, command, monkeypatch, 
             os._exit(9)  # as for lack of memory
         write(folder, name, *rest)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="a worker process was killed"):
         patch.setattr(tokens, "write_shard", die)
         make_tokens.main(command)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="interrupted: the same command goes on"):
         patch.setattr(make_tokens, "wait", interrupt)
-        make_tokens.main(command)
+        make_tokens.run(command)
     with pytest.raises(ConfigError, match=r"source-0 is not finished: run the same"):
         mixture.load_corpus(make_config(Source(type="tokens", path=str(folder))))
     done = {file.name: file.stat().st_mtime_ns for file in folder.glob("0*.json")}
@@ -249,6 +262,77 @@ def test_a_stream_becomes_tokens(tmp_path, command, monkeypatch):
         (folder / name).unlink()
     make_tokens.main(words)
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == kept
+
+
+def test_a_stream_that_changed_since_an_interruption_is_refused(tmp_path, command, monkeypatch):
+    """Whatever is there already must be what the data set begins with; shards after a missing one are written anew."""
+    folder = tmp_path / "tokens" / "source-0"
+    words = instead(command, "--data.sources", '[{type = "hub", path = "org/set", column = "body"}]')
+
+    def use(texts: list[str]) -> None:
+        rows = datasets.Dataset.from_dict({"body": texts})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+
+    texts = [document(index) for index in range(50)]
+    use(texts)
+    make_tokens.main(words)
+    shards = sorted(folder.glob("0*.json"))
+    assert len(shards) > 4
+    (folder / "manifest.json").unlink()
+    shards[2].unlink()
+    first = sum(json.loads(shard.read_text())["documents"] for shard in shards[:2])
+    for changed, place in (([*texts[:3], "other", *texts[4:]], 4), (["new", *texts], 1), (texts[: first - 1], first)):
+        use(changed)
+        said = rf"begun with another state of the data set \"org/set\" \(document {place} is not the same\): remove"
+        with pytest.raises(ConfigError, match=said):
+            make_tokens.main(words)
+        assert not (folder / "manifest.json").exists()
+    use(texts[: first + 1])
+    make_tokens.main(words)
+    store = tokens.TokenStore(str(folder))
+    assert [store.text(place) for place in range(len(store))] == texts[: first + 1]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_early_interruption_leaves_no_traceback(tmp_path, command, monkeypatch):
+    """While modules are imported, before the work, and as the workers start, which a terminal signals as well."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    script = [sys.executable, "-v", "-m", "scripts.make_tokens", *command]
+    process = subprocess.Popen(script, cwd=ROOT, **pipes)  # type: ignore[call-overload]
+    assert any("import 'numpy'" in line for line in process.stdout), "no module was imported"
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[0] and process.returncode == -signal.SIGINT
+
+    one = instead(command, "--workers", "1")
+    process = PROCESSES.Process(target=interrupt_as_workers_start, args=(one, tmp_path / "output"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2, (tmp_path / "output").read_text()
+    assert (tmp_path / "output").read_text().count("error: interrupted: the same command goes on") == 1
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+    monkeypatch.setattr(make_tokens, "load_config", interrupt)
+    with pytest.raises(ConfigError, match="interrupted: the same command goes on"):
+        make_tokens.run(command)
+
+
+def interrupt_as_workers_start(command: list[str], output: Path) -> None:
+    os.setsid()
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    begin = make_tokens._begin
+
+    def interrupted(parent: int) -> None:
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.2)
+        begin(parent)
+        time.sleep(60)
+
+    make_tokens._begin = interrupted
+    try:
+        make_tokens.run(command)
+    except ConfigError as error:
+        exit_with(error)
 
 
 def test_another_tokenizer_is_refused(tmp_path, text_sources, token_sources):
