@@ -45,6 +45,7 @@ from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
+from scripts.options import add_out
 from scripts.pictures import GREY, PALETTE, STYLE
 from scripts.runs import read_lines
 
@@ -421,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each; default: 2")
     parser.add_argument("--gpus", type=int, default=1, help="processes of a run, a GPU each; default: 1")
-    parser.add_argument("--out", type=Path, help="folder for training.json and .png; default: docs/training/CONFIG")
+    add_out(parser, "FOLDER", "for training.json and training.png; default: docs/training/CONFIG")
     arguments = sys.argv[1:] if arguments is None else arguments
     options, given = parser.parse_known_args(arguments)
     for name in options.contenders:

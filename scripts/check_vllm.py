@@ -61,7 +61,7 @@ def compare(outputs: list[Any], model: Any) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/check_vllm.py", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="write what was found as JSON")
     options = parser.parse_args(arguments)
     if not (options.export / "config.json").is_file():
         print(

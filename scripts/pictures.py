@@ -6,17 +6,30 @@ How to read the picture of loss, sparsity health and throughput (`plot`):
   loss of every logged step. The bold line is its running mean over `--smooth` logged steps. The mean never crosses a
   change of phase, so a jump where sparsity starts or ends is real. Circles are the validation loss of dense inference,
   which means the same in every phase and run. Dashed diamonds are the same weights with the sparse pattern on. The gap
-  between the two is the effect of switching the pattern off.
+  between the two is the effect of switching the pattern off. The loss axis is logarithmic, so that the first steps and
+  the last ones are both seen. The dotted line is the unigram entropy of the validation text: the loss of a model that
+  knows only how frequent each token is.
+- A training loss below the validation loss is no overfitting as long as the run has not read its corpus several times.
+  Each sequence of the batch goes through one document after the other, so where documents are long, the training loss
+  is that of documents whose earlier parts the model has just been trained on. The validation documents are new to it.
+  Measured for configs/debug.toml, whose documents last 30 steps on average: the model of step 200 has a loss of 4.60
+  on the eight batches that come next, of 5.20 on those from 56 steps later on, and of 5.15 in validation. When the
+  learning rate has decayed, the two curves meet.
 - Sparsity health, if a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
   layers that differ from the others. For several runs only the aggregates are drawn.
 - Throughput and learning rate, which show a slow node or a wrong schedule.
 
-The axes omit the outermost few percent of the values (a run's first steps, a compilation) if these would flatten the
-rest. Curves are cut at the frame; all values are in metrics.jsonl.
+The axes of health, throughput and learning rate omit the outermost few percent of the values (a compilation) if these
+would flatten the rest. Curves are cut at the frame; all values are in metrics.jsonl.
+
+A recipe has the same colour in every picture, its family's hue. Further runs of a recipe take colours of their own.
 """
 
+import io
 import math
-from collections.abc import Collection
+import os
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +43,36 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from configs.errors import ConfigError
 from scripts.runs import HEALTH, VALIDATIONS, Run, amount, load_runs
 
 # The colour-blind-safe palette of Okabe and Ito, without yellow, which is too faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+# The colour of each recipe, one hue a family, darker where fewer neurons are kept.
+RECIPE_COLOURS = {
+    "dense": "#333333",
+    "columns_half": "#56B4E9",
+    "columns_quarter": "#0072B2",
+    "columns_eighth": "#003A6B",
+    "groups_quarter": "#009E73",
+    "groups_eighth": "#00543D",
+    "venom_4of16": "#E69F00",
+    "venom_2of16": "#D55E00",
+    "venom_paper": "#8C3A00",
+    "weights_2of4": "#CC79A7",
+    "activations_2of4": "#7B4B94",
+}
+# For runs that share a recipe, or whose recipe is not in the table.
+OTHER_COLOURS = ("#999933", "#882255", "#44AA99", "#C8563B", "#6699CC", "#AA4499", "#8A8A8A", "#117733", "#BBAA00")
 SHADE = "#ECECEC"
 GREY = "#6E6E6E"
+TRAINING = "#9A9A9A"  # the training loss of a single run, whose validation has the recipe's colour
+
+# Numbers beside a logarithmic axis, each about an eighth above the one before.
+ROUND = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9)
 
 MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
 
@@ -79,6 +113,46 @@ def smooth(values: np.ndarray, index: np.ndarray, window: int) -> np.ndarray:
     return result
 
 
+def run_colours(runs: Iterable[tuple[str, str]]) -> list[str]:
+    """A colour for each run, from its name and its recipe, the same whichever of the pictures it is drawn in.
+
+    A recipe's colour goes to the run that is named after it, or else to the recipe's first.
+    """
+    named = [(re.sub(r"(_s\d+)?(, step \d+)?$", "", name.rsplit("/", 1)[-1]), recipe) for name, recipe in runs]
+    owner: dict[str, int] = {}
+    for place, (name, recipe) in enumerate(named):
+        if recipe in RECIPE_COLOURS and (recipe not in owner or (name == recipe != named[owner[recipe]][0])):
+            owner[recipe] = place
+    others = [place for place in range(len(named)) if place not in owner.values()]
+    colours = {place: RECIPE_COLOURS[recipe] for recipe, place in owner.items()}
+    colours |= {place: OTHER_COLOURS[number % len(OTHER_COLOURS)] for number, place in enumerate(others)}
+    return [colours[place] for place in range(len(named))]
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write the figure as PNG with a palette of 256 colours, a third of the size; return `out`."""
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        out, optimize=True
+    )
+    return out
+
+
+def log_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis from `low` to `high`, with a margin and round numbers beside it."""
+    axes.set_yscale("log")
+    margin = max((high / low) ** 0.04, 1.001)
+    low, high = low / margin, high * margin
+    axes.set_ylim(low, high)
+    if high / low < 1.8:  # nearly linear
+        axes.yaxis.set_major_locator(MaxNLocator(7))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(10, ROUND[:: 2 if high / low > 4 else 1], numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def points(run: Run, x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points that exist, with a break in the line wherever a whole phase logged none."""
     at = np.flatnonzero(np.isfinite(values) & np.isfinite(x))
@@ -87,12 +161,12 @@ def points(run: Run, x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def y_range(curves: list[np.ndarray], low: float, high: float) -> tuple[float, float]:
-    """Limits that contain the `low` to `high` quantiles of every curve, or all values if these need little more."""
+    """Limits that contain the `low` to `high` quantiles of every curve, or all values if they fit into thrice that."""
     kept = [curve[np.isfinite(curve)] for curve in curves]
     kept = [curve for curve in kept if len(curve)]
     bottom, top = min(np.quantile(c, low) for c in kept), max(np.quantile(c, high) for c in kept)
     all_bottom, all_top = min(c.min() for c in kept), max(c.max() for c in kept)
-    if all_top - all_bottom <= 1.5 * (top - bottom):
+    if all_top - all_bottom <= 3 * (top - bottom):
         bottom, top = all_bottom, all_top
     pad = 0.07 * (top - bottom) or 0.05 * abs(top) or 1.0
     return float(bottom - pad), float(top + pad)
@@ -119,9 +193,11 @@ class Picture:
         self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
         self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
         self.any_sparse = any(phase == "sparse" for spans in self.spans for phase, _, _ in spans)
+        # A line only where it is the same for all: of one validation text in one tokenizer.
+        entropies = {run.unigram_entropy for run in runs}
+        self.entropy = entropies.pop() if len(entropies) == 1 else None
         self.strips = self.any_sparse and not self.one_schedule
-        few = len(runs) <= len(PALETTE)
-        self.colours = PALETTE[: len(runs)] if few else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
+        self.colours = run_colours((run.name, run.recipe) for run in runs)
 
     def _same(self, spans: list[tuple[str, float, float]], others: list[tuple[str, float, float]]) -> bool:
         """Whether two schedules have the same phases, within 0.5% of the x axis."""
@@ -190,7 +266,7 @@ class Picture:
 
     def frame(self, axes: Axes) -> None:
         """The x axis that all panels share, and the sparse phases behind it."""
-        axes.set_xlim(0, self.end * 1.005 or 1.0)
+        axes.set_xlim(-0.008 * self.end, self.end * 1.01 or 1.0)  # the first and the last marker whole
         axes.xaxis.set_major_formatter(FuncFormatter(amount))
         if self.any_sparse and self.one_schedule:
             for phase, start, end in self.spans[0]:
@@ -201,18 +277,22 @@ class Picture:
         """Training loss, every step and smoothed, and both validations."""
         self.frame(axes)
         for run, x, colour in zip(self.runs, self.x, self.colours, strict=True):
-            axes.plot(*points(run, x, run.values("loss")), color=colour, alpha=0.28, linewidth=0.7, zorder=2)
-            axes.plot(*points(run, x, self.smoothed(run, "loss")), color=colour, linewidth=2.0, zorder=3)
+            ink = TRAINING if self.single else colour
+            axes.plot(*points(run, x, run.values("loss")), color=ink, alpha=0.28, linewidth=0.7, zorder=2)
+            axes.plot(*points(run, x, self.smoothed(run, "loss")), color=ink, linewidth=2.0, zorder=3)
             for key, (marker, line, _) in VALIDATIONS.items():
                 at, values = points(run, x, run.values(key))
-                tint = PALETTE[1] if self.single else colour
                 every = max(1, len(at) // 30)
                 marks = slice((len(at) - 1) % every, None, every)  # counted so that the last validation has one
-                axes.plot(at, values, line, color=tint, marker=marker, markevery=marks, zorder=4, **MARKED)
-        curves = [self.smoothed(run, "loss") for run in self.runs]
-        curves += [run.values(key) for run in self.runs for key in VALIDATIONS]
-        # All as one curve, so that a run that ended early and high does not set the range.
-        axes.set_ylim(*y_range([np.concatenate(curves)], 0.0, 0.95))
+                axes.plot(at, values, line, color=colour, marker=marker, markevery=marks, zorder=4, **MARKED)
+        seen = [self.smoothed(run, "loss") for run in self.runs]
+        seen += [run.values(key) for run in self.runs for key in VALIDATIONS]
+        values = np.concatenate([curve[np.isfinite(curve)] for curve in seen])
+        # Down from where the runs begin: a later spike, as of a run that diverges, does not set the range.
+        first = max(losses[np.isfinite(losses)][0] for losses in (run.values("loss") for run in self.runs))
+        log_axis(axes, max(values.min(), 1e-3), max(first, np.quantile(values, 0.95)))
+        if self.entropy is not None:
+            axes.axhline(self.entropy, color=GREY, linewidth=1.1, linestyle=":", zorder=1)
         axes.set_ylabel("loss (nats a token)")
         if not self.strips:
             axes.set_xlabel(self.x_label)
@@ -220,13 +300,16 @@ class Picture:
 
     def legends(self, axes: Axes) -> None:
         """Legends: the colour of each run (top right), and the kinds of lines."""
-        ink, mark = (PALETTE[0], PALETTE[1]) if self.single else (GREY, GREY)
+        ink, mark = (TRAINING, self.colours[0]) if self.single else (GREY, GREY)
         handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
-        texts = ["training"]
+        texts = ["training, on the documents being read" if self.single else "training"]
         for key, (marker, line, text) in VALIDATIONS.items():
             if any(run.has(key) for run in self.runs):
                 handles += axes.plot([], [], line, color=mark, marker=marker, **MARKED)
                 texts.append(text)
+        if self.entropy is not None:
+            handles.append(Line2D([], [], color=GREY, linewidth=1.1, linestyle=":"))
+            texts.append(f"unigram entropy {self.entropy:.3f}")
         if self.any_sparse:
             handles.append(Patch(facecolor=SHADE if self.one_schedule else GREY, edgecolor="#BBBBBB", linewidth=0.5))
             texts.append("sparse phase")
@@ -319,6 +402,8 @@ def draw_front(
     deviation: float | None,
     x_label: str,
     named: Collection[str] | None = None,
+    colours: dict[str, str] | None = None,
+    model: str = "",
 ) -> Figure:
     """Final loss against cost, with the Pareto front.
 
@@ -327,10 +412,11 @@ def draw_front(
         baseline: the run that the others are compared with.
         deviation: standard deviation of the baseline's loss over its seeds, drawn as a band of +- this value.
         named: runs whose names are written beside their points; None: all.
+        colours: by run; the others are grey.
+        model: what the runs trained, for the title.
     """
-    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    figure = _titled("Final loss against cost; filled: no run is better in both", model, 5.2)
     axes = figure.subplots()
-    axes.set_title("Final loss against cost; orange: no run is better in both")
     level = points[baseline][1]
     axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
     if deviation is not None:
@@ -338,9 +424,11 @@ def draw_front(
     order = sorted(points, key=lambda name: points[name])
     front = [name for place, name in enumerate(order) if all(points[name][1] < points[o][1] for o in order[:place])]
     steps = [points[name] for name in front]
-    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=PALETTE[1], linewidth=1.4, zorder=2)
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=GREY, linewidth=1.2, zorder=2)
     for name, (x, y) in points.items():
-        axes.plot(x, y, "o", color=PALETTE[1] if name in front else PALETTE[0], markersize=6, zorder=3)
+        colour = (colours or {}).get(name, "#B0B0B0")
+        fill = colour if name in front else "white"
+        axes.plot(x, y, "o", color=colour, markerfacecolor=fill, markersize=6.5, markeredgewidth=1.6, zorder=3)
     axes.set_xlabel(x_label)
     axes.set_ylabel(f"final validation loss, dense inference (over {baseline})")
     low, high = min(x for x, _ in points.values()), max(x for x, _ in points.values())
@@ -360,6 +448,14 @@ def draw_front(
         taken.append((x, place))
         style: dict[str, Any] = {"va": "center", "fontsize": 9, "color": "#333333"}
         axes.text(x + 0.012, place, name, transform=axes.transAxes, **style).set_in_layout(False)
+    return figure
+
+
+def _titled(title: str, model: str, height: float) -> Figure:
+    """An empty figure that says what it shows, and of which model."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    text = f"{title}  ·  {model}" if model else title
+    figure.suptitle(text, fontsize=11.5, fontweight="bold", x=0.012, ha="left", color="#222222")
     return figure
 
 
@@ -393,11 +489,11 @@ def draw_behind(runs: dict[str, Run], baseline: Run) -> Figure:
         runs: by name, with val_loss and tokens.
         baseline: the dense run.
     """
-    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
+    figure = _titled("How many tokens behind the dense run, at the same loss", baseline.model, 4.8)
     axes = figure.subplots()
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
-    colours = PALETTE if len(runs) <= len(PALETTE) else colormaps["viridis"](np.linspace(0, 0.92, len(runs)))
-    for (name, run), colour in zip(runs.items(), colours, strict=False):
+    colours = run_colours((name, run.recipe) for name, run in runs.items())
+    for (name, run), colour in zip(runs.items(), colours, strict=True):
         tokens, behind = tokens_behind(run, baseline)
         axes.plot(tokens, behind, "-o", color=colour, label=name, **MARKED)
         sparse = np.isin(tokens, run.tokens[run.phases == "sparse"])
@@ -417,20 +513,22 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
         seeds: for each seed's name its runs by name, with val_loss and seconds, including the baseline.
         baseline: the dense run.
     """
-    figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained")
+    model = next(iter(seeds.values()))[baseline].model
+    figure = _titled(f"When runs reach the loss that {baseline} ends with", model, 4.8)
     every = figure.subplots(1, len(seeds), sharex=True, sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(name for runs in seeds.values() for name in runs))
-    late: list[np.ndarray] = []
+    recipes = {name: run.recipe for runs in seeds.values() for name, run in runs.items()}
+    names, colours = list(recipes), dict(zip(recipes, run_colours(recipes.items()), strict=True))
+    seen: list[np.ndarray] = []
     for axes, (seed, runs) in zip(every, seeds.items(), strict=True):
         level, end = runs[baseline].last("val_loss"), float(runs[baseline].seconds[-1])
         axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
         for name, run in runs.items():
             place, losses, minutes = names.index(name), run.values("val_loss"), run.seconds / 60
-            colour, known = PALETTE[place % len(PALETTE)], np.isfinite(losses)
+            colour, known = colours[name], np.isfinite(losses)
             axes.plot(minutes[known], losses[known], "-o", color=colour, label=name, **MARKED)
             sparse = known & (run.phases == "sparse")
             axes.plot(minutes[sparse], losses[sparse], "o", color=colour, markersize=4.6)
-            late.append(losses[minutes > minutes[-1] / 5])
+            seen.append(losses[known])
             reached = run.reaches(level)
             if name != baseline and reached is not None:
                 axes.axvline(reached / 60, color=colour, linewidth=1, linestyle=":")
@@ -438,12 +536,10 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
                 axes.annotate(said, at, (-6, 0), ("data", "axes fraction"), "offset points", color=colour, ha="right")
         axes.set_title(seed, loc="left")
         axes.set_xlabel("training time, minutes")
-    # The steep fall in the first fifth of the time would flatten the rest.
-    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
-    every[0].set_ylim(low - 0.05 * (high - low), high)
+    log_axis(every[0], min(values.min() for values in seen), max(values.max() for values in seen))
     every[0].set_ylabel("validation loss (filled: sparse phase)")
     handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)))
     return figure
 
 
@@ -452,13 +548,16 @@ def plot(paths: list[Path], out: Path | None = None, window: int | None = None, 
     if window is not None and window < 1:
         raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
     if out is not None and out.suffix.lower() != ".png":
-        raise ConfigError(f"-o {out}: give a file name that ends in .png")
+        raise ConfigError(f"--out {out}: give a file name that ends in .png")
     runs = load_runs(paths)
-    out = out or (runs[0].folder / "plot.png" if len(runs) == 1 else Path("loss.png"))
+    if out is None and len(runs) == 1:
+        out = runs[0].folder / "plot.png"
+    out = out or Path(os.path.commonpath([run.folder.resolve().parent for run in runs])) / "loss.png"
+    out = min(out, Path(os.path.relpath(out)), key=lambda path: len(str(path)))
     with rc_context(STYLE):
         figure = Picture(runs, window, against).draw()
         try:
-            figure.savefig(out)
+            save(figure, out)
         except OSError as error:
-            raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with -o") from None
+            raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
     return out

@@ -1,7 +1,7 @@
 """Draw runs from what they logged: loss, sparsity health and throughput in one PNG.
 
     python -m scripts.plot outputs/run                        # writes outputs/run/plot.png
-    python -m scripts.plot outputs/dense outputs/venom        # compares: writes loss.png here
+    python -m scripts.plot outputs/dense outputs/venom        # compares: writes outputs/loss.png, beside the runs
     python -m scripts.plot outputs/dense outputs/venom --against time
 
 A run's dump folder holds `metrics.jsonl`, one JSON object a logged step (recipes/metrics.py lists its keys), and
@@ -16,15 +16,15 @@ if not __package__:  # started as `python scripts/plot.py`: look imports up from
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.errors import ConfigError, exit_with
+from scripts.options import add_out
 from scripts.pictures import plot
+from scripts.runs import split_paths
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plot", description="Draw runs from their metrics.jsonl.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a dump folder or a metrics.jsonl")
-    parser.add_argument(
-        "-o", metavar="OUT.png", dest="out", type=Path, help="default: RUN/plot.png, or loss.png for several"
-    )
+    add_out(parser, "OUT.png", "default: RUN/plot.png, or for several runs loss.png in the folder that holds them")
     parser.add_argument(
         "--smooth", metavar="N", type=int, help="logged steps in the running mean; default: a 40th of the run"
     )
@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        print(plot(options.runs, options.out, options.smooth, options.against))
+        runs, others = split_paths(options.runs)
+        if others:
+            print(f"left out, no run: {', '.join(map(str, others))}")
+        print(f"wrote {plot(runs, options.out, options.smooth, options.against)}")
     except ConfigError as error:
         exit_with(error)
 

@@ -69,7 +69,8 @@ from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from scripts.pictures import DPI, GREY, PALETTE, STYLE
+from scripts.options import add_out
+from scripts.pictures import DPI, GREY, STYLE, run_colours, save
 from scripts.tables import probes_table
 
 BINS = 15
@@ -315,23 +316,22 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
         figure = Figure(figsize=(6.5, 7.0), dpi=DPI, layout="constrained")
         main, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
         main.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-        for place, (name, result) in enumerate(results.items()):
-            colour, dense = PALETTE[place % len(PALETTE)], result["modes"]["dense"]
+        colours = run_colours((name, result["recipe"]) for name, result in results.items())
+        for colour, (name, result) in zip(colours, results.items(), strict=True):
+            dense = result["modes"]["dense"]
             tokens, confidence, accuracy = (dense["reliability"][key] for key in ("tokens", "confidence", "accuracy"))
             full = [place for place, number in enumerate(tokens) if number]
             x, y = ([values[place] for place in full] for values in (confidence, accuracy))
-            style = "-" if place < len(PALETTE) else "--"
             label = f"{name}: ECE {100 * dense['ece']:.2f}%"
-            main.plot(x, y, style, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=label)
-            below.plot(x, [tokens[place] / sum(tokens) for place in full], style, color=colour, linewidth=1.4)
+            main.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=label)
+            below.plot(x, [tokens[place] / sum(tokens) for place in full], color=colour, linewidth=1.4)
         main.set_title("Calibration of next-token predictions, dense inference")
         main.set_ylabel("accuracy of the most likely token")
         main.legend(loc="upper left")
         below.set_ylabel("share of tokens")
         below.set_xlabel(f"confidence, {BINS} bins")
         below.set_ylim(bottom=0)
-        figure.savefig(out)
-    return out
+        return save(figure, out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -341,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "checkpoints", metavar="CHECKPOINT", nargs="+", help="a run's folder, or a checkpoint/step-N in it"
     )
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: the parent of the first run's folder")
+    add_out(parser, "FOLDER", "default: the parent of the first run's folder")
     parser.add_argument("--items", metavar="N", type=int, help=f"cloze items; default: {ITEMS}, on a CPU {CPU_ITEMS}")
     parser.add_argument(
         "--sequences",

@@ -38,10 +38,11 @@ class Run:
     """What one run logged, its lines in the order of their steps."""
 
     name: str
-    model: str
+    model: str  # as `model_name` has it
     recipe: str
     folder: Path
     lines: list[dict[str, Any]]
+    unigram_entropy: float | None = None  # of the validation text, nats a token
 
     def values(self, key: str) -> np.ndarray:
         """The value of a key in every line; NaN where it is missing, null or not finite. float [lines]"""
@@ -131,16 +132,42 @@ def load_run(path: Path) -> Run:
         raise ConfigError(f"{path}: no metrics.jsonl in this folder; give the dump folder (job.dump_folder) of a run")
     folder = metrics.parent
     lines = read_lines(metrics)
-    config = read_config(folder / "run.json")
-    section = config.get("model")
-    model = section if isinstance(section, dict) else {}
+    about = read_about(folder / "run.json")
     return Run(
         name=folder.resolve().name,
-        model=" ".join(str(model[key]) for key in ("name", "flavor") if model.get(key)),
-        recipe=Path(str(config.get("recipe") or "")).stem,
+        model=model_name(about),
+        recipe=Path(str(about.get("config", {}).get("recipe") or "")).stem,
         folder=folder,
         lines=lines,
+        unigram_entropy=about.get("unigram_entropy"),
     )
+
+
+def model_name(about: dict[str, Any]) -> str:
+    """What a run.json says about its model: "llama_relu2, 12.1 M parameters"; empty where it says nothing.
+
+    A flavor, such as "160m", is named only where no key of [model] changes its shape.
+    """
+    section = about.get("config", {}).get("model")
+    model = section if isinstance(section, dict) else {}
+    reshaped = any(model.get(key) is not None for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim"))
+    parts = [" ".join(str(model[key]) for key in ("name", "flavor")[: 2 - reshaped] if model.get(key))]
+    if number := about.get("parameters"):
+        parts.append(f"{number / 1e9:.3g} B parameters" if number >= 1e9 else f"{number / 1e6:.3g} M parameters")
+    return ", ".join(part for part in parts if part)
+
+
+def split_paths(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Paths of runs, and others that a shell's `*` brings along: files beside the runs, folders without metrics.jsonl.
+
+    A path that is alone, or not there, counts as one of a run: `load_run` says what is wrong with it.
+    """
+
+    def is_run(path: Path) -> bool:
+        return not path.exists() or (path / "metrics.jsonl").exists() or path.suffix == ".jsonl"
+
+    runs = [path for path in paths if is_run(path)]
+    return (runs, [path for path in paths if not is_run(path)]) if runs else (paths, [])
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
@@ -189,15 +216,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration in a run.json; empty where there is none, and the plot then names only the folder."""
+def read_about(path: Path) -> dict[str, Any]:
+    """A run.json; empty where there is none, and the plot then names only the folder."""
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_bytes()).get("config", {})
-    except (OSError, ValueError, AttributeError) as error:
+        about = json.loads(path.read_bytes())
+        if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
+            raise ValueError("no table of a run's configuration")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a run.json ({error}); mend it, or delete it to plot without names") from None
-    return config if isinstance(config, dict) else {}
+    return about
 
 
 def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:

@@ -69,7 +69,8 @@ from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
-from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot
+from scripts.options import add_out
+from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot, run_colours, save
 from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_groups, load_run, on_cpu, read_lines
 from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
@@ -171,7 +172,7 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
             )
         names.append(name)
         options = _options(shared) | _options(table)
-        for key, instead in (("debug.seed", "seeds"), ("job.dump_folder", "--outputs")):
+        for key, instead in (("debug.seed", "seeds"), ("job.dump_folder", "--out")):
             if key in options:
                 raise ConfigError(f"{file}: run {name}: {key} is the study's to set: use {instead} instead")
         for seed in sorted(set(seeds)):
@@ -461,8 +462,7 @@ def draw(study: Study) -> None:
     sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
     if dense is not None and sparse:
         with rc_context(STYLE):
-            draw_behind(sparse, load_run(dense)).savefig(folder / "behind.png")
-        print(folder / "behind.png")
+            print(save(draw_behind(sparse, load_run(dense)), folder / "behind.png"))
     front(folder, study.plot)
 
 
@@ -478,8 +478,7 @@ def reached(folder: Path, shown: list[str]) -> None:
     if baseline is None or not named:
         return
     with rc_context(STYLE):
-        draw_reached(named, baseline).savefig(folder / "reached.png")
-    print(folder / "reached.png")
+        print(save(draw_reached(named, baseline), folder / "reached.png"))
 
 
 def front(folder: Path, shown: list[str]) -> None:
@@ -507,11 +506,11 @@ def front(folder: Path, shown: list[str]) -> None:
     label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern requires"
     note = "\nruns on a CPU, which has no sparse kernels: times are not compared" if cpu else ""
     with rc_context(STYLE):
-        figure = draw_front(
-            points, baseline, deviation, f"{label}, over that of {baseline}{note}", points.keys() & set(shown)
-        )
-        figure.savefig(folder / "front.png")
-    print(folder / "front.png")
+        names = [name for name in shown if name in points]
+        recipes = {name: groups[name][0][0].recipe for name in names}
+        colours = dict(zip(recipes, run_colours(recipes.items()), strict=True))
+        label, model = f"{label}, over that of {baseline}{note}", groups[baseline][0][0].model
+        print(save(draw_front(points, baseline, deviation, label, names, colours, model), folder / "front.png"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -527,7 +526,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--limit-minutes", metavar="M", type=float, help="after M minutes runs save and end, and no other starts"
     )
-    parser.add_argument("--outputs", metavar="FOLDER", type=Path, help="default: outputs/studies/NAME")
+    add_out(parser, "FOLDER", "where the runs write; default: outputs/studies/NAME", former="--outputs")
     parser.add_argument("--list", action="store_true", help="only print the names of the runs, one per line")
     parser.add_argument(
         "--waves",
@@ -544,7 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: give 1 or more runs at once")
 
-    study = read_study(options.study, options.outputs)
+    study = read_study(options.study, options.out)
     chosen = study.runs
     if options.only:
         names = {run.name: {run.name, re.sub(r"_s\d+$", "", run.name)} for run in study.runs}

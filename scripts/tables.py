@@ -16,6 +16,7 @@ from scripts.runs import (
     flops_share,
     is_timed,
     load_groups,
+    model_name,
     read_lines,
     seed_of,
     sparse_share,
@@ -166,13 +167,13 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     corpus = about["corpus"]
     documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
     documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
-    model, seed = about["config"]["model"]["flavor"], seed_of(about)
+    seed = seed_of(about)
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
     dates = _range([one["date"][:10] for _, one in runs], "{}")
     commits = sorted({_commit(one) for _, one in runs if one.get("commit")})
     text = (
-        f"{model}, {about['parameters'] / 1e6:.0f} M parameters, {tokens} M tokens of {documents}"
+        f"{model_name(about)}, {tokens} M tokens of {documents}"
         + (f", seed {seed}" if one_seed else "")
         + f"; {devices}, {versions}, {dates}"
         + (f", commit {', '.join(commits)}" if commits else "")
@@ -222,7 +223,7 @@ def batches_table(folder: Path) -> str:
     config, hardware = abouts[0]["config"], abouts[0]["hardware"]
     versions = ", ".join(f"{name} {abouts[0]['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     text = (
-        f"{config['model']['flavor']}, sequences of {config['training']['seq_len']} tokens, "
+        f"{model_name(abouts[0])}, sequences of {config['training']['seq_len']} tokens, "
         f"{'compiled, ' if config['compile']['enable'] else ''}activation checkpointing: "
         f"{config['activation_checkpoint']['mode']}. {hardware['ranks']} x {hardware['device']}, {versions}, "
         f"{_range([each['date'][:10] for each in abouts], '{}')}, "

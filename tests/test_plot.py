@@ -80,15 +80,20 @@ def command(*arguments: str | Path, module: bool = True, cwd: Path = ROOT) -> su
 def test_one_run_as_a_module(tmp_path):
     run = write_run(tmp_path / "run")
     result = command(run)
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"{run / 'plot.png'}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"wrote {run / 'plot.png'}\n", "")
     pixels(run / "plot.png")
 
 
 def test_several_runs_as_a_file_from_another_folder(tmp_path):
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", (("dense", 1.0),), "dense")]
-    result = command(*runs, module=False, cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "loss.png\n", "")
-    pixels(tmp_path / "loss.png")
+    folder = tmp_path / "study"
+    runs = [write_run(folder / "a"), write_run(folder / "b", (("dense", 1.0),), "dense")]
+    (folder / "README.md").write_text("what a shell's * brings along")
+    (folder / "hf").mkdir()
+    others = [folder / "README.md", folder / "hf"]
+    result = command(*runs, *others, module=False, cwd=tmp_path)
+    said = f"left out, no run: {others[0]}, {others[1]}\nwrote study/loss.png\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+    pixels(folder / "loss.png")
 
 
 def test_a_metrics_file_without_run_json(tmp_path):
@@ -102,13 +107,17 @@ def test_panels_of_one_run(tmp_path):
     figure = drawn(write_run(tmp_path / "run"))
     assert titles(figure) == [*pictures.HEALTH, "tokens a second", "learning rate"]
     assert figure.get_suptitle() == "llama_relu2 debug  ·  venom_2of16"
+    assert "training, on the documents being read" in texts(figure) and "unigram" not in texts(figure)
     assert "run (venom_2of16): validation" in texts(figure)
     assert "validation, with the pattern" in texts(figure)
     (shade,) = figure.axes[0].patches
     extent = shade.get_extents().transformed(figure.axes[0].transData.inverted())
     assert extent.intervalx == pytest.approx([40 * 4096, 160 * 4096])
-    # The first steps' spike, at 9, does not set the range.
-    assert figure.axes[0].get_ylim()[1] < 6
+    losses = runs.load_run(tmp_path / "run").values("loss")
+    low, high = figure.axes[0].get_ylim()
+    assert low < losses.min() and high > losses[0], "the first point is in the frame"
+    left, right = figure.axes[0].get_xlim()
+    assert left < 0 and right > 200 * 4096, "the first and the last marker are whole"
 
 
 @pytest.mark.parametrize("drop", [("flip_rate",), ("flip_rate", "router_balance"), tuple(pictures.HEALTH), ("lr",)])
@@ -135,9 +144,57 @@ def test_many_runs_and_runs_of_one_name(tmp_path):
     assert figure.get_suptitle() == "llama_relu2 debug  ·  9 recipes"
 
 
-def test_a_run_that_ended_early_does_not_set_the_range(tmp_path):
-    long, short = write_run(tmp_path / "long"), write_run(tmp_path / "short", steps=8)
-    assert drawn(long, short).axes[0].get_ylim()[1] < 7
+def test_a_spike_does_not_set_the_range(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[50] = json.dumps(json.loads(lines[50]) | {"loss": 1e4})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert drawn(run).axes[0].get_ylim()[1] < 20
+
+
+def test_the_unigram_entropy_is_a_line_where_it_is_the_runs_own(tmp_path):
+    def write(name, entropy):
+        folder = write_run(tmp_path / name)
+        about = json.loads((folder / "run.json").read_text()) | {"unigram_entropy": entropy}
+        (folder / "run.json").write_text(json.dumps(about))
+        return folder
+
+    one, same, other = write("one", 5.125), write("same", 5.125), write("other", 6.0)
+    for figure in (drawn(one), drawn(one, same)):
+        assert "unigram entropy 5.125" in texts(figure)
+        assert [line for line in figure.axes[0].lines if list(line.get_ydata()) == [5.125, 5.125]]
+    assert "unigram" not in texts(drawn(one, other))
+
+
+def test_a_model_is_named_by_its_own_shape():
+    model = {"name": "llama_relu2", "flavor": "160m", "dim": None, "n_layers": None}
+    name = runs.model_name
+    assert name({"config": {"model": model}, "parameters": 129_000_000}) == "llama_relu2 160m, 129 M parameters"
+    assert name({"config": {"model": model | {"dim": 256}}, "parameters": 12062976}) == "llama_relu2, 12.1 M parameters"
+    assert name({"config": {"model": model}, "parameters": 1_040_000_000}) == "llama_relu2 160m, 1.04 B parameters"
+    assert name({}) == name({"config": {"model": 3}}) == ""
+
+
+def test_a_recipe_has_one_colour_in_all_pictures():
+    table = pictures.RECIPE_COLOURS
+    colours = pictures.run_colours
+    assert len(set(table.values()) | set(pictures.OTHER_COLOURS)) == len(table) + len(pictures.OTHER_COLOURS)
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} <= table.keys()
+    named = [("dense_s0", "dense"), ("variant_s0", "columns_half"), ("columns_half_s0", "columns_half")]
+    assert colours(named) == [table["dense"], pictures.OTHER_COLOURS[0], table["columns_half"]]
+    assert colours(named[1:]) == colours(named)[1:]
+    assert colours([("a/variant", "columns_half")]) == [table["columns_half"]]
+    assert colours([("variant", "columns_half"), ("columns_half_s0, step 9", "columns_half")]) == colours(named[1:])
+    assert colours([("mine", "mine")]) == [pictures.OTHER_COLOURS[0]]
+
+
+def test_a_logarithmic_axis_has_few_round_numbers():
+    for low, high in ((3.0, 3.2), (1.9, 3.0), (1.9, 9.0), (0.01, 9.0)):
+        axes = Figure().subplots()
+        pictures.log_axis(axes, low, high)
+        bottom, top = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+        assert bottom < low and high < top and 3 <= len(ticks) <= 32, ticks
 
 
 def test_smoothing_stops_at_a_change_of_phase():
@@ -172,12 +229,16 @@ def test_training_time_leaves_compilation_out(tmp_path):
 
 def test_the_front_is_what_nobody_beats_in_both(tmp_path):
     points = {"dense": (1.0, 2.0), "good": (0.7, 2.01), "fast": (0.5, 2.1), "slow": (0.9, 2.05), "equal": (0.7, 2.02)}
-    figure = pictures.draw_front(points, "dense", 0.01, "time")
+    figure = pictures.draw_front(points, "dense", 0.01, "time", colours={"good": "#0072B2"}, model="a model")
+    assert figure.get_suptitle().endswith("·  a model")
     (axes,) = figure.axes
     (steps,) = (line for line in axes.lines if line.get_drawstyle() == "steps-post")
     assert list(zip(*steps.get_data(), strict=True)) == [points[name] for name in ("fast", "good", "dense")]
     labels = {text.get_text(): text.get_position() for text in axes.texts}
     assert set(labels) == set(points)
+    marks = {tuple(map(float, line.get_xydata()[0])): line for line in axes.lines if line.get_marker() == "o"}
+    assert marks[points["good"]].get_markerfacecolor() == "#0072B2", "on the front: filled"
+    assert marks[points["slow"]].get_markerfacecolor() == "white"
     assert labels["equal"][1] - labels["good"][1] >= 0.034, "labels of near points do not cover each other"
     figure.savefig(tmp_path / "front.png")
     pixels(tmp_path / "front.png")
@@ -200,6 +261,7 @@ def test_tokens_behind_are_those_that_dense_did_not_need(tmp_path):
     figure = pictures.draw_behind({"other": other, "dense": dense}, dense)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["other", "dense"]
+    assert figure.get_suptitle() == "How many tokens behind the dense run, at the same loss"
     figure.savefig(tmp_path / "behind.png")
     pixels(tmp_path / "behind.png")
 
@@ -217,7 +279,9 @@ def test_reached_is_when_a_run_has_the_loss_that_dense_ends_with(tmp_path):
     figure = pictures.draw_reached(
         {"seed 0": {"dense": dense, "fast": fast}, "seed 1": {"dense": dense, "slow": slow}}, "dense"
     )
+    assert figure.get_suptitle() == "When runs reach the loss that dense ends with"
     first, second = figure.axes
+    assert first.get_ylim()[1] > 5.0, "the first validation is in the frame"
     assert [text.get_text() for text in first.texts] == ["0.50 of dense's time"] and not second.texts
     assert first.texts[0].xy[0] == 1.5 and (first.get_title("left"), second.get_title("left")) == ("seed 0", "seed 1")
     figure.savefig(tmp_path / "reached.png")
@@ -298,7 +362,7 @@ def test_refused_arguments(tmp_path, capsys):
         (str(tmp_path / "none"),): f"error: {tmp_path}/none: no such folder or file; give the dump folder",
         (str(empty),): f"error: {empty}: no metrics.jsonl in this folder; give the dump folder",
         (str(run), "--smooth", "0"): "error: --smooth 0: give 1 (no smoothing) or more",
-        (str(run), "-o", "plot.pdf"): "error: -o plot.pdf: give a file name that ends in .png",
+        (str(run), "-o", "plot.pdf"): "error: --out plot.pdf: give a file name that ends in .png",
         (
             str(run),
             "-o",

@@ -112,7 +112,7 @@ def test_a_study_s_arrays_go_on_from_one_another(slurm, write_study, tmp_path):
     file, jobs = write_study(start + rest), []
     for wave in slurm(sys.executable, "-m", "scripts.study", str(file), "--waves").split():
         options = (f"--array={wave}", *(f"--dependency=afterok:{job}" for job in jobs[-1:]))
-        words, log = (str(file), "--outputs", str(tmp_path / "out")), tmp_path / f"wave_{len(jobs)}.log"
+        words, log = (str(file), "--out", str(tmp_path / "out")), tmp_path / f"wave_{len(jobs)}.log"
         jobs.append(submit(slurm, log, "study.sbatch", *words, options=options))
     assert len(jobs) == 2
     until(

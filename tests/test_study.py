@@ -34,7 +34,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, cap
     monkeypatch.setenv("RANK", "1")  # as left by another job, and none of a run's business
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\n'
     file = write_study(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
-    words = [str(file), "--outputs", str(tmp_path / "out")]
+    words = [str(file), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "scripts.study", *words, "--only", "dense"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "out" / "dense_s0" / "metrics.jsonl"
@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_another_s_checkpoint(write_study, tmp_path):
     phases = 'schedule.phases = [{ mode = "dense", end = 4 }, { mode = "sparse", end = 8 }, { mode = "dense" }]\n'
     branch = f'[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "dense/step-4"\n{phases}'
     file = write_study(dense + branch)
-    words = [str(file), "--outputs", str(tmp_path / "out")]
+    words = [str(file), "--out", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match=r"branch_s0 goes on from .*step-4, which is not there: run dense_s0 as well"):
         study.main([*words, "--only", "branch"])
     assert study.main([*words, "--jobs", "2"]) == 0
@@ -89,7 +89,7 @@ def test_a_shorter_run_that_others_begin_with_is_no_result(write_study, tmp_path
     start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
     rest = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\nafter = "start/step-4"\n'
     file = write_study(start + rest)
-    words = [str(file), "--outputs", str(tmp_path / "out")]
+    words = [str(file), "--out", str(tmp_path / "out")]
     assert study.main(words) == 0
     assert sorted(path.name for path in file.parent.iterdir() if path.is_dir()) == ["dense_s0"]
     assert list(rows(file.parent / "dense_s0")) == list(range(1, 13))
@@ -105,7 +105,7 @@ def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, ca
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
     file = write_study(failing + branch)
-    assert study.main([str(file), "--outputs", str(tmp_path / "out")]) == 1
+    assert study.main([str(file), "--out", str(tmp_path / "out")]) == 1
     out, error = capfd.readouterr()
     assert "not complete: branch_s0" in out and "error: failing_s0 failed" in error
     assert not (tmp_path / "out" / "branch_s0" / "log.txt").exists()
@@ -148,7 +148,7 @@ def test_complete_means_the_last_step_and_its_checkpoint(write_study, tmp_path):
         ("seeds = [0, 1]", "training.stepz = 1", "run dense: .*training.stepz; did you mean training.steps"),
         ("seeds = [0, 1]", "seeds = []", "seeds = .* of run dense: give a list"),
         ("seeds = [0, 1]", "debug.seed = 1", "run dense: debug.seed is the study's to set: use seeds"),
-        ("seeds = [0, 1]", 'job.dump_folder = "x"', "use --outputs instead"),
+        ("seeds = [0, 1]", 'job.dump_folder = "x"', "use --out instead"),
         ("seeds = [0, 1]", "validation.enable = false", "set validation.enable = true"),
         ("recipes/groups_quarter", "recipes/groups_third", "run groups: recipe = .*no such file"),
         ('name = "groups"', 'name = "dense"', r"runs\[1\].name = \"dense\" is the name of another run"),
@@ -168,13 +168,16 @@ def test_refused_studies(write_study, tmp_path, old, new, message):
     assert not any(path.is_file() for path in tmp_path.glob("out/**/*"))
 
 
-def test_refused_arguments(write_study, tmp_path):
+def test_refused_arguments(write_study, tmp_path, capsys):
     file = write_study(RUNS, 'plot = ["sense"]')
     with pytest.raises(ConfigError, match="plot names no run sense: there are dense, groups"):
         study.read_study(file, tmp_path / "out")
-    words = [str(write_study(RUNS)), "--outputs", str(tmp_path / "out")]
+    words = [str(write_study(RUNS)), "--out", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match=r"--only sense: no such run .* there are dense_s0, dense_s1, groups_s0"):
         study.main([*words, "--only", "sense"])
+    with pytest.raises(SystemExit, match="2"):
+        study.main([words[0], "--outputs", "x"])
+    assert "--outputs is called --out now" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--jobs 0"):
         study.main([*words, "--jobs", "0"])
     absent = str(write_study(RUNS + 'data.sources = [{ type = "text", path = "absent/*.txt" }]\n'))
@@ -313,9 +316,9 @@ def test_runs_on_a_cpu_are_not_compared_by_time(tmp_path, monkeypatch, capsys):
     labels = []
     original = study.draw_front
 
-    def draw_front(points, baseline, deviation, label, shown):
+    def draw_front(points, baseline, deviation, label, *more):
         labels.append((label, points["groups"][0]))
-        return original(points, baseline, deviation, label, shown)
+        return original(points, baseline, deviation, label, *more)
 
     monkeypatch.setattr(study, "draw_front", draw_front)
     write_result(tmp_path / "dense_s0", 2.1, 0, sparse=False)
