@@ -28,7 +28,9 @@ from kernels import FeedForwardSparsity, Pattern, Preceding, hidden_activations,
 torch._dynamo.config.specialize_float = True
 
 
-def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, FeedForwardSparsity | None]:
+def inference_modes(
+    sparsity: FeedForwardSparsity, seq_len: int, experts: bool = False
+) -> dict[str, FeedForwardSparsity | None]:
     """The ways in which FFNs can run at inference, by name: what h and W1 are cut to; None: nothing.
 
         dense      as inference runs them
@@ -44,6 +46,7 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
     Args:
         sparsity: what the run's sparse phases do.
         seq_len: tokens in a sequence.
+        experts: whether the FFNs are experts, which have neither of the last two.
     """
     modes: dict[str, FeedForwardSparsity | None] = {"dense": None}
     sparsity = replace(sparsity, cut_along_tokens=False)  # of the backward pass, and not every text can be cut so
@@ -58,6 +61,8 @@ def inference_modes(sparsity: FeedForwardSparsity, seq_len: int) -> dict[str, Fe
     alone = FeedForwardSparsity(pattern.of_one_token())
     if pattern.v > 1:  # else no tokens share a pattern, and "token" is what there is already
         modes["token"] = alone
+    if experts:
+        return modes
     if sparsity.clusters:
         modes["cluster"] = replace(alone, clusters=sparsity.clusters, by_cluster=True)
     if pattern.v > 1:

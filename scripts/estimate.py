@@ -55,10 +55,11 @@ from configs.repository import ROOT
 from configs.schema import JobConfig
 from configs.titan import TORCH_DTYPE_MAP
 from kernels import MASKED, Cost, Family, Shape
+from kernels.experts import ExpertByExpert
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
 from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
-from recipes.sparsity import computes_in, flops_per_token, sparse_family, sparse_layers_flops
+from recipes.sparsity import computes_in, expert_shape, flops_per_token, sparse_family, sparse_layers_flops
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
 
@@ -169,7 +170,9 @@ def _memory_of(
     args, tokens, (layer, *_) = model.model_args, on.tokens, model.layers.values()
     width, d, layers = on.compute, args.dim, len(part.layers)
     kv = d // args.n_heads * (args.n_kv_heads or args.n_heads)
-    hidden = layer.feed_forward.w1.out_features
+    # Rows that the FFN, or the experts, of a layer multiply.
+    rows = tokens * args.top_k if args.num_experts else tokens
+    hidden = args.hidden_dim if args.num_experts else layer.feed_forward.w1.out_features
     count = sum(parameter.numel() for parameter in layer.parameters())
     head = args.vocab_size * d
     parameters = layers * count + (head if part.embeds else 0) + (head + d if part.heads else 0)
@@ -177,6 +180,10 @@ def _memory_of(
     fsdp = on.shard > 1
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
+    if args.num_experts:
+        # Sorted by expert on the way in; float32, to be weighed by the router's scores, on the way out.
+        attention += rows * d * (width + 4)
+        attention += 2 * width * tokens * hidden if args.shared_expert else 0
     copies = 0 if fsdp or width == on.state else width * count
     by_operator = mode == "selective" and config.activation_checkpoint.selective_ac_option == "op"
     every = 1.0
@@ -192,15 +199,18 @@ def _memory_of(
             whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
             cost = Cost(kept_h=whole)
         else:
-            cost = family.cost(args.sparsity, Shape(d, hidden, tokens))
-        ffn = width * hidden * (tokens * cost.kept_h + d * cost.kept_weights)
-        work = tokens * (width * hidden * 2 * cost.gradients + on.stream * d)
+            shape = expert_shape(args, tokens) if args.num_experts else Shape(d, hidden, tokens)
+            cost = family.cost(args.sparsity, shape)
+        ffn = width * hidden * (rows * cost.kept_h + d * cost.kept_weights)
+        work = rows * (width * hidden * 2 * cost.gradients + on.stream * d)
         work += width * d * hidden * cost.copied_rows  # or as many rows of a gradient
         recomputed = tokens * on.stream * d
         if by_operator:
             # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
             recomputed += tokens * (width * (2 * d + kv) + 4 * args.n_heads)
-            if family is None:
+            if args.num_experts:
+                recomputed += tokens * width * args.num_experts  # the router's scores; grouped products are not of two
+            elif family is None:
                 recomputed += tokens * width * hidden
             elif args.sparsity.clusters:
                 recomputed += tokens * width * args.sparsity.clusters
@@ -250,6 +260,8 @@ def _memory_of(
 
 def ffn_reached(args: LlamaArgs) -> tuple[float, str] | None:
     """An FFN's measured speed-up over dense and where it stands, of this recipe at this shape; None: not measured."""
+    if args.num_experts:
+        return None
     wanted = dataclasses.replace(args.sparsity, clusters=0)
     names = [name for name, (_, sparsity) in CONTENDERS.items() if sparsity == wanted]
     for file in sorted((ROOT / "docs" / "kernels").rglob("kernels.json")):
@@ -298,7 +310,8 @@ def estimate(arguments: list[str]) -> str:
     dtype = TORCH_DTYPE_MAP[computes_in(config, on.shard > 1)]
     family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, family, on.tensor)
+    flops = flops_per_token(dense, args, family, on.tensor, on.tokens)
+    active = parameters - args.inactive_parameters
     mode = config.activation_checkpoint.mode
 
     lines = [
@@ -307,11 +320,18 @@ def estimate(arguments: list[str]) -> str:
         "(replicate x shard x tensor x pipeline)",
         f"{parameters / 1e6:,.1f} M parameters, {(parameters - 2 * args.vocab_size * args.dim) / 1e6:,.1f} M without "
         f"embedding and output; vocabulary {args.vocab_size}",
+        *(
+            [f"{active / 1e6:,.1f} M active parameters, which a token uses; FLOPs are theirs"]
+            if args.num_experts
+            else []
+        ),
         f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
         f"micro-batches of {on.tokens:,}, {on.accumulates} a step",
     ]
     if family is not None:
-        lines.append(f"sparse phases: {family.name} ({reason if family is MASKED else 'on a GPU with its kernels'})")
+        lines.append(
+            f"sparse phases: {family.name} ({reason if _is_reference(family) else 'on a GPU with its kernels'})"
+        )
 
     columns = [None] if family is None else [None, family]
     parts = [memory(config, model, on, mode, each) for each in columns]
@@ -370,7 +390,7 @@ def _sparse_note(
         family: that computes them.
         seconds_a_flop: seconds of a step for each FLOP a token.
     """
-    if family is MASKED:
+    if _is_reference(family):
         return ["Sparse steps run on the reference, which is never faster than dense."]
     fp8 = f", those in fp8 at {FP8_SPEED} times the speed" if args.sparsity.fp8 else ""
     said = [f"Sparse steps: the FLOPs that are executed, at the MFU of dense ones{fp8}. That is a bound."]
@@ -384,6 +404,10 @@ def _sparse_note(
         f"The FFN reaches {100 * speedup * share:.0f}% of it: {speedup:.2f}x of {1 / share:.2f}x ({where}).",
         f"With the FFN at what it reaches a sparse step takes {1e3 * seconds:,.1f} ms.",
     ]
+
+
+def _is_reference(family: Family) -> bool:
+    return family is MASKED or (isinstance(family, ExpertByExpert) and family.inner is MASKED)
 
 
 def _row(name: str, cells: list[str]) -> str:

@@ -13,6 +13,8 @@ bytes of bits per byte are the text's own (recipes/validation.py has the formula
 The local task asks which of four lines comes next in a document; the three wrong ones are lines from elsewhere in the
 same document. Chance is 25%.
 
+A mixture of experts is scored in the trainer's own model; it has no tasks and no quantised weights yet.
+
 With --pattern the checkpoint runs in the trainer's own model, in every mode of `inference_modes`
 (models/feed_forward.py): dense; as in a sparse phase, whose choice sees later tokens; and by choices that do not.
 
@@ -45,7 +47,7 @@ from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from scripts.trained import choose_device, find_model, load_model
+from scripts.trained import choose_device, find_model, load_model, refuse_experts
 
 # arXiv 2602.06183's list, in lm-evaluation-harness's names.
 PAPER_TASKS = (
@@ -239,9 +241,9 @@ def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> d
 
 
 def score_patterns(
-    checkpoint: Checkpoint, text: Text, device: torch.device, dtype: str | None
+    checkpoint: Checkpoint, text: Text, device: torch.device, dtype: str | None, patterns: bool = True
 ) -> dict[str, dict[str, float]]:
-    """The checkpoint's scores on a text, dense and in every inference mode.
+    """The checkpoint's scores on a text in the trainer's own model, dense and in every inference mode.
 
     With them the share of h's energy that is kept, and the tokens a second of a prompt of one micro-batch.
 
@@ -250,14 +252,16 @@ def score_patterns(
         text: that is scored.
         device: where the model runs.
         dtype: of products, "float32" or "bfloat16"; None: what the run computed in.
+        patterns: False: dense alone.
 
     Raises:
         ConfigError: a run without activation sparsity.
     """
     length, batch_size = checkpoint.config.training.seq_len, checkpoint.config.training.local_batch_size
-    if checkpoint.args.sparsity.pattern is None:
+    if patterns and checkpoint.args.sparsity.pattern is None:
         raise ConfigError(f"--pattern: {checkpoint.config.recipe} cuts no activations, so there is nothing to compare")
-    modes = inference_modes(checkpoint.args.sparsity, length)
+    experts = bool(checkpoint.args.num_experts)
+    modes = inference_modes(checkpoint.args.sparsity, length, experts) if patterns else {"dense": None}
     model, sparsity = checkpoint.model(device, text.batches(length, batch_size)[0][0])
 
     def logits(ids: Tensor) -> Tensor:
@@ -273,7 +277,7 @@ def score_patterns(
 
     ids, _ = text.batches(length, batch_size)[0]
     model.train()  # in evaluation the FFNs measure the energy, which takes time
-    if device.type == "cuda":
+    if device.type == "cuda" and not experts:
         for block in model.layers.values():
             block.compile(fullgraph=True)  # as the trainer does
     for name, mode in modes.items():
@@ -347,11 +351,14 @@ def main() -> None:
     scores: dict[str, dict[str, float]] = {}
     tasks: dict[str, dict[str, float]] = {}
     packages = ["torch", "torchao"]
-    if options.pattern and text is not None:
+    experts = isinstance(source, Checkpoint) and bool(source.args.num_experts)  # a model that transformers lacks
+    if isinstance(source, Checkpoint) and (options.quantize or options.tasks):
+        refuse_experts(source)
+    if (options.pattern or experts) and text is not None:
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"--pattern: {source} is an export, which has no pattern: name the run's checkpoint")
-        scores |= score_patterns(source, text, device, options.dtype)
-    if not options.pattern or options.quantize or options.tasks:
+        scores |= score_patterns(source, text, device, options.dtype, options.pattern)
+    if not (options.pattern or experts) or options.quantize or options.tasks:
         packages += ["transformers"]
         model, tokenizer = load_model(source, options.dtype, device)
         if text is not None:

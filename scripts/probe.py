@@ -108,7 +108,7 @@ class Probe:
         """All measurements, in the format of probe.json; with `dense_only`, those of dense inference."""
         result: dict[str, Any] = {"sequences": sum(map(len, self.batches)), "bins": BINS, "modes": {}}
         sparsity = FeedForwardSparsity() if dense_only else self.checkpoint.args.sparsity
-        modes = inference_modes(sparsity, self.config.training.seq_len)
+        modes = inference_modes(sparsity, self.config.training.seq_len, bool(self.checkpoint.args.num_experts))
         where = f"{self.checkpoint.run.name}, step {self.checkpoint.step}"
         self.progress = Progress(where, len(modes) * self.tokens_per_mode() + items * self.tokens_per_item())
         with torch.no_grad(), self.checkpoint.autocast(torch.device(device_type)):

@@ -61,8 +61,24 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def refuse_experts(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a mixture of experts, which transformers does not have."""
+    if checkpoint.args.num_experts:
+        raise ConfigError(
+            f'{checkpoint.folder} is a mixture of squared-ReLU experts (model.name = "llama_moe_relu2"), and '
+            "transformers has no such model: its experts have a gate or, as Nemotron-H's, go with attention that has "
+            "no rotary embedding. From the checkpoint itself run scripts.generate, or scripts.evaluate with --text "
+            "and without --tasks and --quantize"
+        )
+
+
 def export_weights(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Tensor]:
-    """The parameters as transformers names and orders them, on the CPU; dtype None is what the run computed in."""
+    """The parameters as transformers names and orders them, on the CPU; dtype None is what the run computed in.
+
+    Raises:
+        ConfigError: a model that transformers does not have.
+    """
+    refuse_experts(checkpoint)
     wanted = TORCH_DTYPE_MAP[dtype or checkpoint.config.training.mixed_precision_param]
     state = {name: value.to(wanted) for name, value in checkpoint.weights().items()}
     return {name: value.contiguous() for name, value in StateDictAdapter(checkpoint.args).to_hf(state).items()}

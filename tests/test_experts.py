@@ -2,10 +2,11 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, losses, merge, rows
 from torch import Tensor
 
 import kernels
@@ -23,6 +24,8 @@ from kernels.experts import (
 from models.experts import Experts, expert_balance
 from models.llama import Llama, llama_args
 from recipes.check import check_config
+from scripts import evaluate, export_hf, generate
+from scripts.estimate import estimate
 
 COUNTS = [37, 0, 3, 24, 9]  # rows of five experts: several blocks, none, fewer than a sparse expert has, whole, short
 PATTERN = Groups(v=8, g=2, keep=0.5, sample=2, balance=0.5)
@@ -176,6 +179,24 @@ def test_flavors_have_the_sizes_they_are_named_for():
             assert (total, active) == pytest.approx(expected, rel=0.05), flavor
 
 
+def test_an_estimate_counts_active_parameters_and_rows_that_fill_up_blocks():
+    said = estimate(["--config", "configs/moe_160m.toml", "--training.steps", "100"])
+    assert "409.0 M parameters" in said and "154.2 M active parameters" in said and "experts_columns" in said
+    dense, sparse = (
+        float(next(line for line in said.splitlines() if line.startswith(name)).split()[-2])
+        for name in ("dense to step 10", "sparse to step 90")
+    )
+    # Of two thirds of the FLOPs, ten layers' experts of twelve are left 1/48 for choosing and an eighth, and blocks of
+    # 1024 that are filled up: 128 and one for each of eight experts.
+    args, _ = check_config(load_config(["--config", "configs/moe_160m.toml"])[0])
+    args.vocab_size = 32768
+    with torch.device("meta"):
+        _, flops = args.get_nparams_and_flops(Llama(args), 2048)
+    experts = 6 * 10 * 2 * 2 * 768 * 2304
+    left = (128 + 8) / 128 * (1 / 8 + 1 / 48)
+    assert sparse / dense == pytest.approx(1 - experts / flops * (1 - left), rel=1e-3)
+
+
 def test_inputs_to_cluster_by_are_an_expert_s_own_evenly_spaced():
     experts = Experts(3, 1, 4, FeedForwardSparsity())
     x = torch.arange(1.0, 14.0)[:, None]
@@ -215,23 +236,36 @@ def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recip
 
 
 MOE = ("--model.name", "llama_moe_relu2", "--model.flavor", "moe_debug", "--model.hidden_dim", "64")
+WORDS = (*MOE, "--router.cluster_size", "16", "--checkpoint.interval", "4")
 
 
-def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(train, tmp_path):
-    """In tiny jobs an expert gets 64 tokens of a micro-batch on average, a block."""
-    words = (*MOE, "--router.cluster_size", "16")
-    whole = train(tmp_path / "whole", *words, recipe="columns_quarter")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a whole tiny run, in which an expert gets 64 tokens of a micro-batch on average, a block."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+
+    def get(train):
+        if not folder.exists():
+            train(folder, *WORDS, recipe="columns_quarter")
+        return folder
+
+    return get
+
+
+def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(train, trained, tmp_path):
+    words, whole = WORDS, rows(trained(train))
     assert [step for step, row in whole.items() if row["phase"] == "sparse"] == [4, 5, 6, 7, 8]
     assert whole[12]["loss"] < whole[1]["loss"] - 0.3
     for step in (4, 8):
         assert whole[step]["val_loss_sparse"] != whole[step]["val_loss"]
         assert 0.25 < whole[step]["energy_kept"] < 1 and 0 < whole[step]["router_balance"] <= 1
         assert 0 < whole[step]["layers/1/expert_balance"] <= 1 <= whole[step]["expert_load_max"] <= 4
-    about = json.loads((tmp_path / "whole" / "run.json").read_text())
+    about = json.loads((trained(train) / "run.json").read_text())
     assert about["backend"]["name"] == "experts_reference"
     assert about["active_parameters"] == about["parameters"] - 2 * 2 * 2 * 64 * 32
 
     for killed in (3, 6):  # before the switch, and after it and a validation
+        words = merge(list(WORDS), ["--checkpoint.interval", "3"])
         train(tmp_path / "run", *words, recipe="columns_quarter", stop_after=killed)
     resumed = train(tmp_path / "run", *words, recipe="columns_quarter")
     assert losses(resumed) == losses(whole)
@@ -240,14 +274,40 @@ def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(
         train(tmp_path / "run", *words, "--model.shared_expert", "true", recipe="columns_quarter")
 
 
-def test_all_experts_at_once_train_as_one_after_another(train, tmp_path):
-    words = (*MOE, "--router.cluster_size", "16", "--checkpoint.enable", "false")
-    expected = train(tmp_path / "reference", *words, recipe="columns_quarter")
+def test_all_experts_at_once_train_as_one_after_another(train, trained, tmp_path):
+    expected = rows(trained(train))
     with kernels.prefer(GROUPED_COLUMNS):
-        actual = train(tmp_path / "grouped", *words, recipe="columns_quarter")
+        actual = train(tmp_path / "grouped", *WORDS, "--checkpoint.enable", "false", recipe="columns_quarter")
     about = json.loads((tmp_path / "grouped" / "run.json").read_text())
     assert about["backend"]["name"] == "experts_columns"
     assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
+
+
+def test_a_checkpoint_generates_and_is_scored_and_is_no_model_of_transformers(train, trained, monkeypatch, capsys):
+    folder = trained(train)
+
+    def run(module, *words) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+
+    words = (folder, "--prompt", "def f1_2(x):", "--max-new-tokens", "40", "--device", "cpu")
+    for temperature in ("0", "0", "1.5"):
+        run(generate, *words, "--temperature", temperature)
+    (greedy, again, drawn) = capsys.readouterr().out.split("def f1_2(x):")[1:]
+    assert greedy == again != drawn and greedy.strip()
+
+    text = folder.parent / "text.py"
+    text.write_text("def f3_4(x):\n    return x * 7 + 4\n" * 30)
+    run(evaluate, folder, "--text", text, "--pattern", "--device", "cpu")
+    scores = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["scores"]
+    assert list(scores) == ["dense", "sparse", "token"] and scores["sparse"]["loss"] != scores["dense"]["loss"]
+    run(evaluate, folder, "--text", text, "--device", "cpu")
+    alone = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["scores"]
+    assert alone["dense"]["loss"] == scores["dense"]["loss"] and len(alone) == 1
+
+    for module, more in ((export_hf, (folder.parent / "out",)), (evaluate, ("--text", text, "--quantize", "int8"))):
+        with pytest.raises(ConfigError, match=r"mixture of squared-ReLU experts .* scripts.generate"):
+            run(module, folder, *more)
 
 
 def test_balancing_makes_experts_equally_busy(train, tmp_path):
