@@ -5,6 +5,7 @@ depends on its phase (`recipes/schedule.py`, `recipes/sparsity.py`), a sparse ph
 be interrupted by a signal at any time, and it resumes exactly.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -526,6 +527,21 @@ def _remove_if_empty(lock: FileLock) -> None:
         folder.rmdir()
 
 
+class _Console(logging.StreamHandler):
+    """Lines that cannot be written, as on a full disk or into a closed pipe, are reported once and do not end a run."""
+
+    reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.reported:
+            self.reported = True
+            with contextlib.suppress(OSError):
+                print(f"the run's output cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+
+
 def set_up_process(config: JobConfig) -> None:
     """Run as one process where torchrun did not start this, and let rank 0 alone speak."""
     if "RANK" not in os.environ:
@@ -534,7 +550,7 @@ def set_up_process(config: JobConfig) -> None:
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Console(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     speaks = os.environ["RANK"] == "0"
     # torchtitan logs to the root logger.

@@ -295,6 +295,17 @@ def test_a_full_disk_in_the_middle_of_a_run(tiny, train, straight, tmp_path):
     assert losses(rows(tmp_path)) == straight(train)
 
 
+def test_a_run_goes_on_where_its_output_cannot_be_written(tiny, straight, train, tmp_path):
+    words = ["--config", "configs/debug.toml", *merge(tiny, ["--job.dump_folder", str(tmp_path / "run")])]
+    outputs = [Path("/dev/full"), tmp_path / "stderr"]
+    process = PROCESSES.Process(target=run_train, args=(words, dict(os.environ), outputs))
+    process.start()
+    process.join(120)
+    said = "the run's output cannot be written (No space left on device); the run goes on\n"
+    assert process.exitcode == 0 and (tmp_path / "stderr").read_text() == said
+    assert losses(rows(tmp_path / "run")) == straight(train)
+
+
 def _train_on_a_small_disk(words: list[str], results: Path) -> None:
     """Mount a file system for this process alone, fill it in the middle of a run, make room, and run again."""
     libc = ctypes.CDLL(None, use_errno=True)
