@@ -151,6 +151,20 @@ def _check_stages(config: JobConfig, n_layers: int) -> None:
         )
 
 
+def in_words(config: JobConfig, n_layers: int) -> str:
+    """A checked job's pipeline: "1F1B, 4 micro-batches of 1 x 512 tokens, layers of each GPU: 0-1 | 2-3"."""
+    degree, length = config.parallelism.pipeline_parallel_degree, config.training.seq_len
+    names = stages(config, n_layers)
+    ranks = []
+    for rank in range(degree):
+        parts = [[name.removeprefix("layers.") for name in part if "layers." in name] for part in names[rank::degree]]
+        ranks.append(", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else part[0] for part in parts if part))
+    return (
+        f"{config.parallelism.pipeline_parallel_schedule}, {micro_batches(config)} micro-batches of "
+        f"{micro_batch_size(config)} x {length} tokens, layers of each GPU: {' | '.join(ranks)}"
+    )
+
+
 def build_pipeline(model: nn.Module, parallel_dims: titan.ParallelDims, job_config: JobConfig, *arguments):
     """torchtitan's hook for a pipeline: its schedule, this rank's stages, and whether they have the first and last."""
     mesh = parallel_dims.get_mesh("pp")

@@ -14,6 +14,7 @@ from recipes.data import check_loading
 from recipes.files import Report
 from recipes.metrics import duration
 from recipes.mixture import used_sources
+from recipes.pipeline import in_words
 from recipes.schedule import Span
 from recipes.sources import LOCAL, find_source, load_tokens
 from recipes.sparsity import computes_in, sparse_family
@@ -42,6 +43,8 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         f"recipe      {config.recipe}: " + ", ".join(f"{span.mode} to step {span.stop}" for span in spans),
         f"sparse FFN  {family.name}: {reason}" if family else f"sparse FFN  none: {reason}",
     ]
+    if config.parallelism.pipeline_parallel_degree > 1:
+        lines.append(f"pipeline    {in_words(config, args.n_layers)}")
     for place, (index, source) in enumerate(used_sources(config)):
         key, read = f"data.sources[{index}].path", f"{source.path} on the Hugging Face hub, streamed: not looked at"
         if source.type in LOCAL:

@@ -5,13 +5,21 @@ gradient, which is added up by stages, and the order in which an interleaved sch
 units in the last place of float32, 6e-8. Patterns and clusters are the same choices, as they read the same numbers.
 """
 
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import fork, merge, rows
 
+from configs.loader import load_config
+from configs.titan import torchtitan
+from recipes.check import check_config
 from recipes.restore import find_checkpoint
+from recipes.summary import summary
+from recipes.trainer import SparseTrainer
 from scripts.trained import export_weights
 
 PIPELINE = ("--parallelism.pipeline_parallel_degree", "2")
@@ -33,11 +41,10 @@ ROUNDING = 1e-5
 TIMES = {"tokens_per_second", "step_seconds", "peak_memory_gib", "peak_active_gib", "switch_seconds", "graphs_compiled"}
 
 
-def run(tiny, folder, recipe: str, *words: str, processes: int = 2) -> dict[int, dict]:
+def run(tiny, folder, recipe: str, *words: str, processes: int = 2, prepare=None) -> dict[int, dict]:
     command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
-    result = fork(
-        *("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command), processes=processes
-    )
+    command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command]
+    result = fork(*command, processes=processes, prepare=prepare)
     assert result.returncode == 0, result.stdout + result.stderr
     return rows(folder)
 
@@ -60,9 +67,23 @@ def go_on_after(step: int, folder, copy) -> None:
     (copy / "checkpoint" / "latest").write_text(f"step-{step}")
 
 
+def signal_the_last_stage() -> None:
+    """A signal reaches rank 1 alone, in step 5."""
+    enter_phase = SparseTrainer._enter_phase
+
+    def enter(self, batches):
+        if self.step == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        enter_phase(self, batches)
+
+    SparseTrainer._enter_phase = enter  # type: ignore[method-assign]
+
+
 def test_sparse_stages_give_the_run_of_one_process_and_resume_in_each_other(tiny, train, tmp_path):
-    """Through both switches; the router's clusters, health by layer, validation, checkpoints by name, the export."""
+    """Through a signal and both switches: clusters, health by layer, validation, checkpoints by name, the export."""
     one = train(tmp_path / "one", *SPARSE, *ALONE, recipe="columns_quarter")
+    stopped = run(tiny, tmp_path / "two", "columns_quarter", *SPARSE, *PIPELINE, prepare=signal_the_last_stage)
+    assert max(stopped) == 5 and (tmp_path / "two" / "checkpoint" / "latest").read_text() == "step-5"
     two = run(tiny, tmp_path / "two", "columns_quarter", *SPARSE, *PIPELINE)
     assert {"layers/0/nonzero_share", "layers/3/energy_kept", "layers/3/router_balance"} < one[4].keys()
     assert_equal(two, one)
@@ -78,12 +99,19 @@ def test_sparse_stages_give_the_run_of_one_process_and_resume_in_each_other(tiny
     assert_equal(run(tiny, tmp_path / "again", "columns_quarter", *SPARSE, *PIPELINE, *INTERLEAVED), one)
 
 
-def test_dense_stages_accumulate_and_checkpoint_activations(tiny, train, tmp_path):
-    words = (*DENSE, *FOUR_LAYERS, "--training.steps", "4")
-    one = train(tmp_path / "one", *words, *ALONE, recipe="dense")
-    pipeline = (*PIPELINE, "--parallelism.pipeline_parallel_schedule", "GPipe")
-    checkpoints = ("--activation_checkpoint.mode", "full", "--training.skip_bad_batches", "1")
-    two = run(tiny, tmp_path / "two", "dense", *words, *pipeline, *TWO_EACH, *checkpoints)
+@pytest.mark.parametrize("recipe", ["dense", "swiglu", "venom_2of16"])
+def test_stages_accumulate_and_checkpoint_activations(tiny, train, tmp_path, recipe):
+    words = [*FOUR_LAYERS, "--training.steps", "4"]
+    if recipe == "venom_2of16":  # with 2:4 weights: their scales, and how many entries of their masks change
+        phases = '[{mode = "dense", end = 1}, {mode = "sparse", end = 3}, {mode = "dense", end = 1.0}]'
+        words += ["--activations.v", "32", "--schedule.phases", phases, "--schedule.dense_layers", "1"]
+    else:
+        words += [*DENSE, "--model.name", "llama_swiglu" if recipe == "swiglu" else "llama_relu2"]
+        recipe = "dense"
+    one = train(tmp_path / "one", *words, *ALONE, recipe=recipe)
+    assert recipe == "dense" or {"flip_rate", "layers/3/flip_rate"} < one[3].keys()
+    words += ["--parallelism.pipeline_parallel_schedule", "GPipe", "--activation_checkpoint.mode", "full"]
+    two = run(tiny, tmp_path / "two", recipe, *words, *PIPELINE, *TWO_EACH, "--training.skip_bad_batches", "1")
     assert all(row.pop("skipped_batches") == 0 for row in two.values())
     assert_equal(two, one)
 
@@ -103,3 +131,17 @@ def test_four_ranks_compile_stages_and_shard_them_by_tensor(tiny, tmp_path):
     four = run(tiny, tmp_path / "four", "columns_quarter", *words, *PIPELINE, processes=4)
     assert_equal(four, two)
     assert {step for step, row in four.items() if row["graphs_compiled"]} == {1, 4}
+
+
+def test_a_check_says_which_layers_each_gpu_has(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config, _ = load_config(["--config", "configs/debug.toml", *PIPELINE, *INTERLEAVED])
+    assert (
+        "pipeline    Interleaved1F1B, 8 micro-batches of 1 x 256 tokens, layers of each GPU: 0, 3 | 1-2\n"
+    ) in summary(config, *check_config(config))
+
+
+def test_rank_0_writes_the_metrics_of_a_pipeline():
+    """torchtitan lets the first rank of the last stage open W&B's run."""
+    parallel_dims = SimpleNamespace(pp_enabled=True, world_size=4, pp=2)
+    assert torchtitan.components.metrics._get_metrics_rank(parallel_dims, None) == 0
