@@ -463,9 +463,15 @@ class SparseTrainer(titan.Trainer):
             f"{config.model.name} {config.model.flavor}: {parameters_in_words(args)}, "
             f"vocabulary {args.vocab_size}, on {dist.get_world_size()} x {device}, in {config.job.dump_folder}"
         )
-        dtype, (chosen, why) = config.training.mixed_precision_param, device_dtype()
-        given = f'as the configuration or the run so far has it; "auto" for a new run is {chosen}: {why}'
-        logger.info(f"products in {dtype} (training.mixed_precision_param), {why if dtype == chosen else given}")
+        if self.parallel_dims.fsdp_enabled or not (self.parallel_dims.tp_enabled or self.parallel_dims.pp_enabled):
+            dtype, (chosen, why) = config.training.mixed_precision_param, device_dtype()
+            given = f'as the configuration or the run so far has it; "auto" for a new run is {chosen}: {why}'
+            logger.info(f"products in {dtype} (training.mixed_precision_param), {why if dtype == chosen else given}")
+        else:
+            logger.info(
+                f"products in {config.training.dtype} (training.dtype): tensor and pipeline parallelism have mixed "
+                "precision only with FSDP2"
+            )
         if config.lr_scheduler.warmup_steps > config.training.steps:
             logger.info(f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is cut to training.steps")
         phases = ", ".join(f"{span.mode} to step {span.stop}" for span in spans)

@@ -46,6 +46,8 @@ def run(tiny, folder, recipe: str, *words: str, processes: int = 2, prepare=None
     command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command]
     result = fork(*command, processes=processes, prepare=prepare)
     assert result.returncode == 0, result.stdout + result.stderr
+    alone = processes == 2 and "--parallelism.pipeline_parallel_degree" in words  # without FSDP
+    assert ("products in float32 (training.dtype)" in result.stdout) == alone, result.stdout
     return rows(folder)
 
 
