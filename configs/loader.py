@@ -30,6 +30,7 @@ USAGE = """usage: torchrun --nproc_per_node=GPUS train.py --config FILE [--recip
                         of both a name is enough: --config 160m --recipe columns_half
   --check               only check, and say what would run; --check json prints the resolved configuration as JSON
   --section.key value   any key below; a list or table as TOML: --schedule.phases '[{mode = "dense"}]'
+                        docs/glossary.md says what the terms mean
 
 python train.py ... runs the same as one process.
 """

@@ -107,8 +107,8 @@ class Weights:
 
     products: list[int] = field(default_factory=lambda: [1, 3])
     """
-    Which products read the 2:4 weight: 1 (W1, forward, exact gradients) and 3 (W2 for the gradient of h only, an
-    approximation).
+    Which of the FFN's six products (docs/glossary.md) read the 2:4 weight: 1 (W1, forward, exact gradients) and 3 (W2
+    for the gradient of h only, an approximation).
     """
 
 
@@ -139,7 +139,7 @@ class Activations:
     """
 
     sample: int = _in(1, 1)
-    """groups: a block chooses by every `sample`-th of its tokens, so that product (1) need not be computed for all."""
+    """groups: a block chooses by every `sample`-th of its tokens, so that x W1^T need not be computed for all."""
 
     balance: float = _in(0.0, 0.0, 1.0)
     """

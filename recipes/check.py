@@ -304,6 +304,11 @@ def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
 
 def _check_pattern_name(name: str) -> None:
     patterns = recipe_patterns()
+    if name == "columns" and name not in patterns:
+        raise ConfigError(
+            'activations.pattern = "columns" is pattern = "groups" with g = 1 and v of 512 tokens or more, as in '
+            "recipes/columns_quarter.toml: write it so"
+        )
     if name != "none" and name not in patterns:
         close = difflib.get_close_matches(name, patterns, n=1)
         hint = f'did you mean "{close[0]}"?' if close else f"there are none, {', '.join(sorted(patterns))}"

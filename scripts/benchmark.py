@@ -45,7 +45,7 @@ from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
-from scripts.options import add_out
+from scripts.options import TERMS, add_out
 from scripts.pictures import GREY, PALETTE, STYLE
 from scripts.runs import read_lines
 
@@ -416,7 +416,9 @@ def _shown(entry: dict[str, Any], mode: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark", description="Measure training steps. Other keys are train.py's, for all."
+        prog="python -m scripts.benchmark",
+        description="Measure training steps. Other keys are train.py's, for all.",
+        epilog=TERMS,
     )
     parser.add_argument("--config", required=True, help="the job, such as configs/7b_slice.toml")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], metavar="NAME", help="default: all")

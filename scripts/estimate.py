@@ -62,6 +62,7 @@ from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches,
 from recipes.sparsity import computes_in, expert_shape, flops_per_token, sparse_family, sparse_layers_flops
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
+from scripts.options import TERMS
 
 GIB = 2**30
 MODES = "none", "selective", "full"
@@ -282,6 +283,7 @@ def estimate(arguments: list[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.estimate",
         description=__doc__,
+        epilog=TERMS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

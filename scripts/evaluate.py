@@ -47,6 +47,7 @@ from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
+from scripts.options import TERMS
 from scripts.trained import choose_device, find_model, load_model, refuse_experts
 
 # arXiv 2602.06183's list, in lm-evaluation-harness's names.
@@ -317,7 +318,7 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TERMS)
     parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="score these text files")
     parser.add_argument(

@@ -1,8 +1,10 @@
-"""Options that several scripts share."""
+"""Options and a line of help that several scripts share."""
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+TERMS = "What the terms mean: docs/glossary.md."  # for ArgumentParser(epilog=...)
 
 
 def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, former: str | None = None, **more: Any) -> None:

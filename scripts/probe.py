@@ -69,7 +69,7 @@ from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from scripts.options import add_out
+from scripts.options import TERMS, add_out
 from scripts.pictures import DPI, GREY, STYLE, run_colours, save
 from scripts.tables import probes_table
 
@@ -336,7 +336,9 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.probe", description="Leak, calibration, cloze accuracy and health of checkpoints."
+        prog="python -m scripts.probe",
+        description="Information leakage from later tokens (leak), calibration, cloze accuracy and sparsity health.",
+        epilog=TERMS,
     )
     parser.add_argument(
         "checkpoints", metavar="CHECKPOINT", nargs="+", help="a run's folder, or a checkpoint/step-N in it"

@@ -23,6 +23,7 @@ import re
 import sys
 
 from configs.repository import ROOT
+from scripts.options import TERMS
 from scripts.tables import TABLES
 
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,7 +41,9 @@ def fill(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.report", description="Rewrite the tables of all pages from the data beside them."
+        prog="python -m scripts.report",
+        description="Rewrite the tables of all pages from the data beside them.",
+        epilog=TERMS,
     )
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is not up to date")
     options = parser.parse_args(arguments)

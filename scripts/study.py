@@ -69,7 +69,7 @@ from configs.schema import JobConfig
 from recipes.check import check_config
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
-from scripts.options import add_out
+from scripts.options import TERMS, add_out
 from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot, run_colours, save
 from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_groups, load_run, on_cpu, read_lines
 from scripts.tables import runs_table
@@ -515,7 +515,9 @@ def front(folder: Path, shown: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.study", description="Run a study, collect its results, print its table, draw it."
+        prog="python -m scripts.study",
+        description="Run a study, collect its results, print its table, draw it.",
+        epilog=TERMS,
     )
     parser.add_argument("study", metavar="STUDY.toml", type=Path, help="the study's file, or its folder")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="run only these runs: dense (all seeds), or dense_s0")

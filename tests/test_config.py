@@ -70,6 +70,7 @@ BAD = [
     (f"{DEBUG} --optimizer.lr fast", ["optimizer.lr", "fast", "number"]),
     (f"{DEBUG} --optimizer.lr nan", ["optimizer.lr", "nan", "number"]),
     (f"{DEBUG} --compile.enable maybe", ["compile.enable", "maybe", "true or false"]),
+    (f"{DEBUG} --activations.pattern columns", ['pattern = "groups" with g = 1', "recipes/columns_quarter.toml"]),
     (f"{DEBUG} --activations.pattern venon", ["activations.pattern", "venon", '"venom"']),
     (f"{DEBUG} --data.sources 5", ["data.sources", "5", "list of table"]),
     (f"{DEBUG} --data.sources '[{{typ = \"text\"}}]'", ["data.sources[0].typ", "did you mean data.sources[0].type?"]),
