@@ -82,6 +82,7 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.config import job_config as titan_config  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input  # noqa: E402
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
@@ -155,6 +156,7 @@ __all__ = [
     "parallelize_llama",
     "parallelize_moe",
     "pipeline_llm",
+    "prepare_context_parallel_input",
     "titan_config",
     "torchtitan",
     "trunc_normal_",

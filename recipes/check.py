@@ -26,6 +26,9 @@ from recipes.sparsity import activation_pattern, feed_forward_sparsity
 
 CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx")  # torchtitan's that find something in these models
 
+RING_ATTENTION = {"cuda": ("bfloat16",)}
+"""Types of devices on which PyTorch has ring attention, and what it computes in there."""
+
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The environment variable with which torchrun gives every restart a store of its own."""
 
@@ -224,7 +227,9 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         except ValueError as error:
             why = f" (model.hidden_dim{of})" if of else ""
             raise ConfigError(f"activations.{error}{why}; change it or what it has to fit") from None
-    tokens = micro_batch_size(config) * config.training.seq_len
+    context = config.parallelism.context_parallel_degree
+    tokens = micro_batch_size(config) * config.training.seq_len // context
+    share = f" / parallelism.context_parallel_degree = {context}" if context > 1 else ""
     batch = (
         "training.local_batch_size"
         if config.parallelism.pipeline_parallel_degree == 1
@@ -233,12 +238,12 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     if pattern is not None and pattern.v > tokens:
         raise ConfigError(
             f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
-            f"({batch} x training.seq_len): lower v or raise those"
+            f"({batch} x training.seq_len{share}): lower v or raise those"
         )
     if activations.cut_along_tokens and tokens % COLUMNS:
         raise ConfigError(
             f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {COLUMNS}: "
-            f"change {batch} or training.seq_len"
+            f"change {batch} or training.seq_len{share and f' (the tokens are those{share})'}"
         )
     if router.enable:
         if neurons % router.cluster_size:
@@ -334,12 +339,14 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
     parallelism = config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     tensor, pipeline = parallelism.tensor_parallel_degree, parallelism.pipeline_parallel_degree
-    for name in ("context_parallel_degree", "expert_parallel_degree"):
-        if (degree := getattr(parallelism, name)) != 1:
-            raise ConfigError(
-                f"parallelism.{name} = {degree} is not supported: set it to 1, shard with data_parallel_shard_degree"
-            )
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree") if args.num_experts else ():
+    context = parallelism.context_parallel_degree
+    if (degree := parallelism.expert_parallel_degree) != 1:
+        raise ConfigError(
+            f"parallelism.expert_parallel_degree = {degree} is not supported: set it to 1, shard with "
+            "data_parallel_shard_degree"
+        )
+    shares = "tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"
+    for name in shares if args.num_experts else ():
         if (degree := getattr(parallelism, name)) != 1:
             raise ConfigError(
                 f"parallelism.{name} = {degree} is not supported for experts (model.name = "
@@ -351,9 +358,12 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
             f"parallelism.enable_async_tensor_parallel = true works with dense phases only, but {config.recipe} has "
             "a sparse one: set it to false"
         )
-    others = replicate * tensor * pipeline
+    if context > 1:
+        _check_context_parallelism(config)
+    others = replicate * tensor * pipeline * context
     if shard == 0 or world % others or (shard > 0 and shard * others != world):
         piped = f" x pipeline_parallel_degree = {pipeline}" if pipeline > 1 else ""
+        piped += f" x context_parallel_degree = {context}" if context > 1 else ""
         raise ConfigError(
             f"parallelism: data_parallel_replicate_degree = {replicate} x data_parallel_shard_degree = {shard} x "
             f"tensor_parallel_degree = {tensor}{piped} is not the {world} process{'es' if world > 1 else ''} of this "
@@ -371,16 +381,39 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
         raise ConfigError(
             f"model.n_kv_heads = {kv_heads} is not divisible by tensor_parallel_degree = {tensor}: change one of them"
         )
-    if config.training.seq_len % (2 * tensor):  # as torchtitan asserts
+    if config.training.seq_len % (2 * tensor * context):  # as torchtitan asserts
+        shared = f" x context_parallel_degree = {2 * tensor * context}" if context > 1 else f" = {2 * tensor}"
         raise ConfigError(
-            f"training.seq_len = {config.training.seq_len} is not divisible by 2 x tensor_parallel_degree = "
-            f"{2 * tensor}: change it"
+            f"training.seq_len = {config.training.seq_len} is not divisible by 2 x tensor_parallel_degree{shared}: "
+            "change it"
+        )
+
+
+def _check_context_parallelism(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    degree = f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree}"
+    if parallelism.pipeline_parallel_degree > 1:
+        raise ConfigError(
+            f"{degree} with pipeline_parallel_degree = {parallelism.pipeline_parallel_degree} is not supported: set "
+            "one of them to 1"
+        )
+    if parallelism.context_parallel_load_balancer != "headtail":
+        raise ConfigError(
+            f"parallelism.context_parallel_load_balancer = {json.dumps(parallelism.context_parallel_load_balancer)} is "
+            'not for causal attention: use "headtail"'
+        )
+    if parallelism.context_parallel_rotate_method != "allgather":  # torchtitan 0.2.2 reads the key no more
+        raise ConfigError(
+            f'parallelism.context_parallel_rotate_method = "{parallelism.context_parallel_rotate_method}" has no '
+            'effect in torchtitan 0.2.2: leave it at "allgather"'
         )
 
 
 def _check_batch(config: JobConfig, world: int) -> None:
     parallelism, training = config.parallelism, config.training
-    ranks = world // (parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree)
+    ranks = world // (
+        parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree * parallelism.context_parallel_degree
+    )
     local, batch = training.local_batch_size, training.global_batch_size
     if batch != -1 and (batch < 1 or batch % (local * ranks)):
         raise ConfigError(
@@ -438,6 +471,15 @@ def _check_machine(config: JobConfig) -> None:
             f"torchrun --max-restarts={restarts} would fail at the first restart, since its store keeps the addresses "
             f"of the ranks before it: set the environment variable {UNSHARED}=1 for torchrun"
         )
+    if (degree := config.parallelism.context_parallel_degree) > 1:
+        context, dtype = f"parallelism.context_parallel_degree = {degree}", config.training.mixed_precision_param
+        if device_type not in RING_ATTENTION:
+            raise ConfigError(f"{context} needs GPUs: PyTorch has no ring attention for the {device_type}; set it to 1")
+        if dtype not in RING_ATTENTION[device_type]:
+            raise ConfigError(
+                f'{context}: PyTorch has no ring attention in training.mixed_precision_param = "{dtype}"; use '
+                f'"{RING_ATTENTION[device_type][0]}"'
+            )
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device_type == "cuda" and local_world > torch.cuda.device_count():
         raise ConfigError(

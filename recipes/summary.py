@@ -32,8 +32,8 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
     args.vocab_size = expected_vocabulary(config)
     parameters = count_parameters(args)
     tensor = config.parallelism.tensor_parallel_degree
-    ranks = world // (tensor * config.parallelism.pipeline_parallel_degree)
-    dtype = TORCH_DTYPE_MAP[computes_in(config, ranks > 1)]
+    shards = world // (tensor * config.parallelism.pipeline_parallel_degree)  # by data or, each sequence, by context
+    dtype = TORCH_DTYPE_MAP[computes_in(config, shards > 1)]
     family, reason = sparse_family(args, spans, torch.device(device_type), dtype, tensor_parallel=tensor)
     lines = [
         f"model       {config.model.name} {config.model.flavor}: {parameters_in_words(args)}, vocabulary "

@@ -234,13 +234,15 @@ class SparseTrainer(titan.Trainer):
 
     def _enter_phase(self, batches: "_Batches") -> None:
         def forward() -> None:
-            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(*batches.peek())
+            batch, labels = batches.peek()
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(batch, labels.to(self.device))
             with self.train_context(), self.maybe_enable_amp:
                 if self.parallel_dims.pp_enabled:
                     pipeline = Inference(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage)
-                    pipeline.losses(inputs.to(self.device), labels.to(self.device))
+                    pipeline.losses(inputs, labels)
                 else:
-                    self.model_parts[0](inputs.to(self.device), **extra_inputs, **extra_kwargs)
+                    self.model_parts[0](inputs, **extra_inputs, **extra_kwargs)
             for part in self.model_parts:
                 reshard(part)  # the neurons' order is for the shards
 

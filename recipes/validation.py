@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from configs.schema import JobConfig
-from configs.titan import IGNORE_INDEX, BaseTokenizer, BaseValidator, ParallelDims, device_type
+from configs.titan import (
+    IGNORE_INDEX,
+    BaseTokenizer,
+    BaseValidator,
+    ParallelDims,
+    device_type,
+    prepare_context_parallel_input,
+)
 from recipes.data import validation_sequences
 from recipes.pipeline import Inference
 from recipes.tokenizer import token_bytes
@@ -68,6 +75,7 @@ class Validator(BaseValidator):
         self.context = validation_context
         self.amp = maybe_enable_amp
         self.mesh = parallel_dims.get_optional_mesh("batch")
+        self.context_mesh = parallel_dims.get_optional_mesh("cp")
         self.pipeline = parallel_dims.get_optional_mesh("pp")
         self.inference = pp_schedule and Inference(pp_schedule, bool(pp_has_first_stage), bool(pp_has_last_stage))
         sequences = validation_sequences(tokenizer, job_config)
@@ -81,6 +89,7 @@ class Validator(BaseValidator):
             f"of unigram entropy {self.unigram_entropy:.3f} nats a token"
         )
         self.batch_size = job_config.training.local_batch_size
+        self.load_balancer = job_config.parallelism.context_parallel_load_balancer
         # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.
         batches = -(-len(sequences) // (self.batch_size * dp_world_size))
         missing = batches * self.batch_size * dp_world_size - len(sequences)
@@ -108,6 +117,8 @@ class Validator(BaseValidator):
                 loss = self._loss(model_parts, inputs.to(device_type), labels.to(device_type))
                 total += torch.stack([loss.double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])
         total = total.to(device_type)
+        if self.context_mesh is not None:  # each rank has the losses of its share of the sequences
+            dist.all_reduce(total[:1], group=self.context_mesh.get_group())
         if self.mesh is not None:
             dist.all_reduce(total, group=self.mesh.get_group())
         if self.pipeline is not None:  # the last stage has the loss
@@ -139,7 +150,12 @@ class Validator(BaseValidator):
         with self.context(), self.amp:
             if self.inference is None:
                 (model,) = model_parts
-                return _local(self.loss_fn(model(inputs), labels))
+                positions: dict[str, Any] = {}
+                if self.context_mesh is not None:
+                    inputs, labels, positions = prepare_context_parallel_input(
+                        inputs, labels, positions, self.context_mesh, inputs.device, self.load_balancer
+                    )
+                return _local(self.loss_fn(model(inputs, **positions), labels))
             losses = [_local(loss) for loss in self.inference.losses(inputs, labels)]
             return torch.stack(losses).sum() if losses else inputs.new_zeros(())
 

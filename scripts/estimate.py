@@ -38,7 +38,9 @@ activation checkpointing. Start-up, validation, checkpoints and exposed communic
 
 **Pipeline.** Memory is that of the GPU that holds most: a schedule keeps the activations of several micro-batches, most
 in the first stage. With FSDP a stage stays gathered, and its gradients whole, through all micro-batches of a local
-batch. The time includes the pipeline's bubble, as if all stages took equally long. None of it has been measured.
+batch. The time includes the pipeline's bubble, as if all stages took equally long. With context parallelism a GPU has
+its share of a sequence's tokens; the keys and values that ring attention gathers in one layer are left out. None of it
+has been measured.
 """
 
 import argparse
@@ -75,14 +77,16 @@ class Layout:
 
     Attributes:
         gpus: all of them. shard, tensor: GPUs that share the parameters of one copy (FSDP), and a layer (TP).
+        context: those of the former that share a sequence.
         pipeline: groups of GPUs that have different layers.
-        tokens: in a micro-batch. accumulates: micro-batches of a step, on one GPU.
+        tokens: of a micro-batch on one GPU. accumulates: micro-batches of a step, on one GPU.
         compute: bytes of a number that products read; stream: of one between blocks; state: of a parameter.
     """
 
     gpus: int
     shard: int
     tensor: int
+    context: int
     pipeline: int
     tokens: int
     accumulates: int
@@ -129,8 +133,9 @@ def layout(config: JobConfig, gpus: int) -> Layout:
     parallelism, training = config.parallelism, config.training
     tensor = parallelism.tensor_parallel_degree
     pipeline = parallelism.pipeline_parallel_degree
-    data = gpus // (tensor * pipeline)
-    shard = data // parallelism.data_parallel_replicate_degree
+    context = parallelism.context_parallel_degree
+    data = gpus // (tensor * pipeline * context)
+    shard = context * data // parallelism.data_parallel_replicate_degree
     micro, batch = micro_batch_size(config), training.global_batch_size
     batch = training.local_batch_size * data if batch == -1 else batch
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
@@ -139,8 +144,9 @@ def layout(config: JobConfig, gpus: int) -> Layout:
         gpus=gpus,
         shard=shard,
         tensor=tensor,
+        context=context,
         pipeline=pipeline,
-        tokens=micro * training.seq_len,
+        tokens=micro * training.seq_len // context,
         accumulates=batch // (micro * data),
         compute=compute,
         stream=compute if shard > 1 else state,
@@ -296,7 +302,7 @@ def estimate(arguments: list[str]) -> str:
     gpus = options.gpus
     if gpus is None:
         gpus = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
-        gpus *= degrees.pipeline_parallel_degree
+        gpus *= degrees.pipeline_parallel_degree * degrees.context_parallel_degree
         gpus *= max(degrees.data_parallel_shard_degree, 1)
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: give 1 or more")
@@ -319,7 +325,7 @@ def estimate(arguments: list[str]) -> str:
     lines = [
         f"{config.model.name} {config.model.flavor}, {config.recipe}, {gpus} GPU{'s' if gpus > 1 else ''}: "
         f"{gpus // (on.shard * on.tensor * on.pipeline)} x {on.shard} x {on.tensor} x {on.pipeline} "
-        "(replicate x shard x tensor x pipeline)",
+        "(replicate x shard x tensor x pipeline)" + f", {on.context} to a sequence" * (on.context > 1),
         f"{parameters / 1e6:,.1f} M parameters, {(parameters - 2 * args.vocab_size * args.dim) / 1e6:,.1f} M without "
         f"embedding and output; vocabulary {args.vocab_size}",
         *(

@@ -15,7 +15,7 @@ import recipes.check
 from configs.errors import ConfigError
 from configs.loader import load_config
 from configs.schema import RECIPE_SECTIONS
-from recipes.check import check_config
+from recipes.check import RING_ATTENTION, check_config
 from recipes.summary import summary
 
 DEBUG = "--config configs/debug.toml"
@@ -141,7 +141,23 @@ BAD = [
         f"{DEBUG} --parallelism.tensor_parallel_degree 2 --parallelism.enable_async_tensor_parallel",
         ["enable_async_tensor_parallel", "dense phases only"],
     ),
-    (f"{DEBUG} --parallelism.context_parallel_degree 2", ["context_parallel_degree = 2", "set it to 1"]),
+    (f"{DEBUG} --parallelism.context_parallel_degree 2", ["x context_parallel_degree = 2 is not the 1 process"]),
+    (
+        f"{DEBUG} --parallelism.context_parallel_degree 2 --activations.v 2048",
+        ["activations.v = 2048 exceeds the 1024 tokens", "/ parallelism.context_parallel_degree = 2"],
+    ),
+    (
+        f"{PIPELINE} --parallelism.context_parallel_degree 2 --activations.v 64",
+        ["context_parallel_degree = 2 with pipeline_parallel_degree = 2", "set one of them to 1"],
+    ),
+    (
+        f"{DEBUG} --parallelism.context_parallel_degree 2 --parallelism.context_parallel_load_balancer ptrr",
+        ['context_parallel_load_balancer = "ptrr"', 'use "headtail"'],
+    ),
+    (
+        f"{DEBUG} --parallelism.context_parallel_degree 2 --parallelism.context_parallel_rotate_method alltoall",
+        ['context_parallel_rotate_method = "alltoall"', 'leave it at "allgather"'],
+    ),
     (
         f"{PIPELINE} --activations.v 512",
         ["activations.v = 512", "256 tokens", "pipeline_parallel_microbatch_size x training.seq_len"],
@@ -248,9 +264,25 @@ def test_world_size_must_match_the_degrees(monkeypatch):
             "--recipe recipes/dense.toml --parallelism.tensor_parallel_degree 2 --model.n_kv_heads 1",
             "model.n_kv_heads = 1 is not divisible by tensor_parallel_degree = 2",
         ),
+        (
+            "--parallelism.context_parallel_degree 2 --activations.v 32 --training.seq_len 98",
+            "training.seq_len = 98 is not divisible by 2 x tensor_parallel_degree x context_parallel_degree = 4",
+        ),
     ]:
         with pytest.raises(ConfigError, match=part):
             check(f"{DEBUG} {words}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has ring attention")
+def test_context_parallelism_needs_ring_attention(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = f"{DEBUG} --parallelism.context_parallel_degree 2"
+    with pytest.raises(ConfigError, match=r"context_parallel_degree = 2 needs GPUs: .* for the cpu"):
+        check(words)
+    monkeypatch.setitem(RING_ATTENTION, "cpu", ("bfloat16",))
+    with pytest.raises(ConfigError, match=r'mixed_precision_param = "float32"; use "bfloat16"'):
+        check(words)
+    check(f"{words} --training.mixed_precision_param bfloat16")
 
 
 def test_restarts_need_a_store_that_they_do_not_share(monkeypatch):

@@ -166,6 +166,21 @@ def test_gpus_share_the_states_and_a_node_accumulates_less():
     assert layout(config, 8).step_tokens == layout(config, 64).step_tokens == 256 * 4096
 
 
+def test_gpus_that_share_a_sequence_have_its_tokens_and_shard_the_states():
+    words = ("--config", "configs/1b.toml", *QUARTER, "--training.global_batch_size", "8")
+    context = ("--parallelism.context_parallel_degree", "2")
+    data, both = parts(*words, gpus=2), parts(*words, *context, gpus=2)
+    for name in ("parameters", "optimizer's two moments"):
+        assert both[name] == data[name]
+    for name in ("activations: attention, norms", "activations: h, y1 of the FFN", "logits and loss"):
+        assert both[name] == data[name] / 2
+    config, _ = load_config([*words, *context])
+    check_keys(config, 2)
+    assert layout(config, 2).accumulates == 2 and layout(config, 2).step_tokens == 8 * 4096
+    report = estimate([*words, *context])
+    assert "2 GPUs: 1 x 2 x 1 x 1 (replicate x shard x tensor x pipeline), 2 to a sequence" in report
+
+
 def test_checkpointing_trades_in_its_order():
     for backend in (None, "groups"):
         for option in ("2", "op"):

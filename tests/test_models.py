@@ -189,6 +189,8 @@ def test_rotary_embedding_is_torchtitan_s(dtype):
     angles = torch.outer(torch.arange(5.0), torch.rand(8))
     freqs_cis = torch.polar(torch.ones_like(angles), angles)
     expected, _ = apply_rotary_emb(x, x, freqs_cis)
+    positions = torch.arange(5).flip(0).expand(2, -1)
+    torch.testing.assert_close(rotate(x.flip(1), freqs_cis, positions).flip(1), rotate(x, freqs_cis))
     actual = rotate(x, freqs_cis)
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     torch.testing.assert_close(actual, expected, **close)
