@@ -95,12 +95,27 @@ def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, trai
     assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
 
 
+def test_a_job_that_loses_a_process_goes_on_by_itself(slurm, tiny, train, tmp_path):
+    changes = ["--training.steps", str(STEPS), "--validation.freq", "20", "--checkpoint.interval", "5"]
+    folder, log = tmp_path / "run", tmp_path / "job.log"
+    words = merge(tiny, [*changes, "--job.dump_folder", str(folder)])
+    job = submit(slurm, log, "one_node.sbatch", "--config", "configs/debug.toml", *words)
+    until((folder / "checkpoint" / "latest").exists, log)
+    subprocess.run(["pkill", "-KILL", "-f", f"^[^ ]*python[^ ]* -u train.py .*{folder}"], check=True)
+    until(lambda: field(slurm, job, "JobState") == "COMPLETED", log)
+    text = log.read_text()
+    assert field(slurm, job, "Restarts") == "0"
+    assert "resumed after step" in text and f"job {job} is finished" in text, text
+    assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
+
+
 def test_a_failed_job_keeps_its_status_and_is_not_requeued(slurm, tmp_path):
     log = tmp_path / "job.log"
     job = submit(slurm, log, "one_node.sbatch", "--config", str(tmp_path / "missing.toml"))
     until(lambda: field(slurm, job, "JobState") == "FAILED", log)
     assert field(slurm, job, "Restarts") == "0" and field(slurm, job, "ExitCode") != "0:0"
-    assert "missing.toml" in log.read_text() and "is not requeued" in log.read_text()
+    text = log.read_text()
+    assert "is not requeued" in text and text.count("error: ") == text.count("missing.toml") == 1, text
 
 
 def test_a_study_s_arrays_go_on_from_one_another(slurm, write_study, tmp_path):
