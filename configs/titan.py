@@ -10,6 +10,7 @@ and call the public names that the classes `*Hooks` give them.
 """
 
 import contextlib
+import functools
 import inspect
 import os
 import resource
@@ -92,6 +93,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.models.llama4 import parallelize_llama as parallelize_moe  # noqa: E402
 from torchtitan.models.moe import MoE, MoEArgs  # noqa: E402
 from torchtitan.models.moe import moe as _moe  # noqa: E402
+from torchtitan.models.moe import utils as _moe_utils  # noqa: E402
 from torchtitan.models.utils import trunc_normal_  # noqa: E402
 from torchtitan.protocols import train_spec as _train_spec  # noqa: E402
 from torchtitan.protocols.train_spec import TrainSpec  # noqa: E402
@@ -114,6 +116,9 @@ class _TorchOnCpu:
 
 if device_type == "cpu":
     _moe.torch = _TorchOnCpu()
+    _moe_utils.generate_permute_indices = functools.partial(_moe_utils.generate_permute_indices, use_cpu=True)
+# This project's grouped products fill up each expert's rows themselves: rows of zeros would stand in sparse blocks.
+_moe_utils.TOKEN_GROUP_ALIGN_SIZE_M = 1
 
 __all__ = [
     "IGNORE_INDEX",
@@ -180,6 +185,8 @@ PRIVATE: list[tuple[Any, str, str]] = [
         "replaced: rank 0 has the loss of a pipeline, too, and writes",
     ),
     (torchtitan.train, "CheckpointManager", "replaced: the Trainer constructs this class, TrainSpec names no other"),
+    (_moe_utils, "generate_permute_indices", "replaced without a GPU by its own CPU path, which nothing chooses"),
+    (_moe_utils, "TOKEN_GROUP_ALIGN_SIZE_M", "set: expert parallelism sends each expert its rows and no others"),
     (_moe, "torch", "replaced without a GPU: its router counts tokens by a histogram that a CPU has not"),
     (torchtitan.tools.utils, "_get_available_device_type", "replaced while torchtitan is imported without a GPU"),
     (torchtitan.tools.utils, "_get_device_module", "replaced while torchtitan is imported without a GPU"),

@@ -65,6 +65,15 @@ class Experts(nn.Module):
         """W1 and W2, each with the dimension of its neurons, as `FeedForward.matrices`."""
         return (self.w1, 1), (self.w2, 1)
 
+    def keep_buffers_whole(self) -> None:
+        """Make plain tensors of the buffers, which expert parallelism replicates as DTensors like those of any module.
+
+        What a rank counts is of its own experts, so they are no replicas.
+        """
+        for name, buffer in self.named_buffers():
+            if isinstance(buffer, DTensor):
+                self.register_buffer(name, buffer.to_local(), persistent=False)
+
     @torch.no_grad()
     def init_weights(self, init_std: float) -> None:
         """Initialise as `FeedForward` does."""
@@ -77,16 +86,18 @@ class Experts(nn.Module):
         """
         Args:
             x: `[N, dim]`, sorted by expert.
-            num_tokens_per_expert: `[E]`, any integral dtype; rows past their sum give zeros.
+            num_tokens_per_expert: `[E]`, or of the rank's experts; any integral dtype. Rows past their sum give zeros.
         """
         w1, w2 = (each.to_local() if isinstance(each, DTensor) else each for each in (self.w1, self.w2))
         counts, order = num_tokens_per_expert.long(), None
+        # Under expert parallelism a rank has some of the experts, and the centroids of all.
+        first = self.w1.device_mesh.get_local_rank("ep") * len(counts) if isinstance(self.w1, DTensor) else 0
         if self.sparse and self.sparsity.clusters:
-            centroids = self.centroids.unflatten(0, (-1, self.sparsity.clusters))
+            centroids = self.centroids.unflatten(0, (-1, self.sparsity.clusters))[first : first + len(counts)]
             clusters, order = route_within_experts(x, centroids, counts)
             if not self.training:
                 owner = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
-                at = owner * self.sparsity.clusters + clusters[: len(owner)]
+                at = (first + owner) * self.sparsity.clusters + clusters[: len(owner)]
                 self.routed.add_(torch.bincount(at, minlength=len(self.routed)))
         if not self.training:
             self._count(x, w1, counts, order)
@@ -111,7 +122,7 @@ class Experts(nn.Module):
             tokens: of each expert at most, evenly spaced among those it has.
 
         Returns:
-            `[E, tokens, dim]` float32, filled up with zeros, for which no neuron is active.
+            `[E, tokens, dim]` float32, of the rank's experts; filled up with zeros, for which no neuron is active.
         """
         counts = num_tokens_per_expert.long()[:, None]
         at = torch.arange(tokens, device=x.device) * counts.clamp(min=tokens) // tokens

@@ -278,12 +278,13 @@ def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
             )
     pattern = activation_pattern(activations)
     assert pattern is not None
-    rows = training.local_batch_size * training.seq_len * args.top_k
+    ranks = config.parallelism.expert_parallel_degree  # whose tokens an expert gets
+    rows = training.local_batch_size * training.seq_len * args.top_k * ranks
     if rows < pattern.v * args.num_experts:
         raise ConfigError(
             f"activations.v = {pattern.v} exceeds the tokens of an expert, {rows // args.num_experts} on average "
-            "(training.local_batch_size x training.seq_len x model.top_k / model.num_experts = "
-            f"{rows} / {args.num_experts}): lower v or raise those"
+            "(training.local_batch_size x training.seq_len x model.top_k x parallelism.expert_parallel_degree / "
+            f"model.num_experts = {rows} / {args.num_experts}): lower v or raise those"
         )
 
 
@@ -339,11 +340,18 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
     parallelism = config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     tensor, pipeline = parallelism.tensor_parallel_degree, parallelism.pipeline_parallel_degree
-    context = parallelism.context_parallel_degree
-    if (degree := parallelism.expert_parallel_degree) != 1:
+    context, experts = parallelism.context_parallel_degree, parallelism.expert_parallel_degree
+    if (degree := parallelism.expert_tensor_parallel_degree) != 1:
+        raise ConfigError(f"parallelism.expert_tensor_parallel_degree = {degree} is not supported: set it to 1")
+    if experts != 1 and not args.num_experts:
         raise ConfigError(
-            f"parallelism.expert_parallel_degree = {degree} is not supported: set it to 1, shard with "
-            "data_parallel_shard_degree"
+            f'parallelism.expert_parallel_degree = {experts}, but model.name = "{config.model.name}" has no experts: '
+            "set it to 1"
+        )
+    if parallelism.expert_parallel_comm_backend != "standard":
+        raise ConfigError(
+            f'parallelism.expert_parallel_comm_backend = "{parallelism.expert_parallel_comm_backend}" is not '
+            'supported: use "standard"'
         )
     shares = "tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"
     for name in shares if args.num_experts else ():
@@ -371,6 +379,11 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
         )
     if shard < 0:
         shard = world // others
+    if experts < 1 or shard % experts or (args.num_experts and args.num_experts % experts):
+        raise ConfigError(
+            f"parallelism.expert_parallel_degree = {experts} does not divide the {shard} ranks that shard the model "
+            f"(data_parallel_shard_degree) and model.num_experts = {args.num_experts}: change one of them"
+        )
     if replicate > 1 and shard == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree = {replicate} without sharding halves gradients in "

@@ -263,6 +263,7 @@ class Sparsity(Stateful):
         self.peers = peers
         self.micro_batches = micro_batches(config)
         self.shards = config.parallelism.tensor_parallel_degree
+        self.expert_ranks = config.parallelism.expert_parallel_degree  # neighbouring ones share out a layer's experts
         self.phase = "dense"
         # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
         self.prepared: dict[str, Any] = {}
@@ -355,7 +356,8 @@ class Sparsity(Stateful):
                 x = arguments[0]
                 replicas = self.shards if isinstance(x, DTensor) else 1
                 if isinstance(feed_forward, Experts):
-                    x = feed_forward.sample_inputs(x, arguments[1], EXPERTS_SAMPLE // (feed_forward.parts * ranks))
+                    tokens = EXPERTS_SAMPLE * self.expert_ranks // (feed_forward.parts * ranks)
+                    x = feed_forward.sample_inputs(x, arguments[1], tokens)
                 else:
                     x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
                     x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))]
@@ -377,7 +379,8 @@ class Sparsity(Stateful):
                 parts = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(parts, x, group=self.peers)
                 # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
-                x = torch.cat(parts[:: self.shards], -2)
+                own = [torch.cat(parts[rank :: self.expert_ranks], -2) for rank in range(self.expert_ranks)]
+                x = torch.cat(own) if isinstance(feed_forward, Experts) else torch.cat(parts[:: self.shards])
             inputs.append(x)
         return inputs
 

@@ -2,11 +2,12 @@
 
 import json
 import shlex
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, losses, merge, rows
+from conftest import ROOT, fork, losses, merge, rows
 from torch import Tensor
 
 import kernels
@@ -335,6 +336,10 @@ BAD = [
         "MOE --recipe dense --parallelism.pipeline_parallel_degree 2",
         ["pipeline_parallel_degree = 2 is not supported for experts"],
     ),
+    ("MOE --recipe dense --parallelism.expert_parallel_degree 2", ["expert_parallel_degree = 2 does not divide the 1"]),
+    ("--parallelism.expert_parallel_degree 2", ["expert_parallel_degree = 2", "has no experts"]),
+    ("--parallelism.expert_tensor_parallel_degree 2", ["expert_tensor_parallel_degree = 2 is not supported"]),
+    ("MOE --parallelism.expert_parallel_comm_backend deepep", ['comm_backend = "deepep" is not supported']),
     ("MOE --model.converters '[\"quantize.linear.float8\"]'", ["model.converters", "not supported for experts"]),
     ("MOE --training.enable_cpu_offload true", ["enable_cpu_offload = true"]),
 ]
@@ -347,3 +352,66 @@ def test_bad_input_is_one_message(words, named):
     with pytest.raises(ConfigError) as error:
         check_config(load_config(command)[0])
     assert all(each in str(error.value) for each in named), str(error.value)
+
+
+def run_ranks(tiny, folder, *words: str, processes: int = 2) -> dict[int, dict]:
+    command = merge(merge(tiny, list(WORDS)), [*words, "--job.dump_folder", str(folder)])
+    result = fork(
+        *("--config", "configs/debug.toml", "--recipe", "recipes/columns_quarter.toml", *command), processes=processes
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return rows(folder)
+
+
+# Two micro-batches a step, of one rank or of two, in which an expert gets a block of 32 tokens on average.
+HALVES = (
+    *("--training.local_batch_size", "2", "--training.global_batch_size", "4", "--activations.v", "32"),
+    *("--router.cluster_by", "weights", "--training.steps", "8", "--validation.sequences", "8"),
+    *("--schedule.phases", '[{mode = "dense", end = 3}, {mode = "sparse", end = 6}, {mode = "dense", end = 1.0}]'),
+)
+
+
+def test_two_ranks_shard_experts_and_resume_exactly(tiny, train, tmp_path):
+    """As one process with the same micro-batches, to rounding; the ranks' loads balance the experts together."""
+    one = train(tmp_path / "one", *merge(list(WORDS), list(HALVES)), recipe="columns_quarter")
+    two = run_ranks(tiny, tmp_path / "two", *HALVES)
+    for step in (1, 2, 3, 4):
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
+        assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-3)
+    assert losses(two) == pytest.approx(losses(one), rel=5e-3)
+    for name in ("val_loss", "expert_balance", "expert_load_max"):
+        assert two[4][name] == pytest.approx(one[4][name], rel=1e-3), name
+
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint" / "step-8")
+    (tmp_path / "again" / "checkpoint" / "latest").write_text("step-4")
+    assert losses(run_ranks(tiny, tmp_path / "again", *HALVES)) == losses(two)
+
+
+def test_compiled_and_checkpointed_experts_train_as_eager_ones(tiny, train, trained, tmp_path):
+    wrapped = (
+        *("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager"),
+        *("--activation_checkpoint.mode", "full", "--checkpoint.enable", "false", "--training.steps", "5"),
+        *("--schedule.phases", '[{mode = "dense", end = 3}, {mode = "sparse", end = 1.0}]'),
+    )
+    expected = losses(rows(trained(train)))
+    actual = losses(run_ranks(tiny, tmp_path / "run", *wrapped, processes=0))
+    assert [actual[step] for step in (1, 2, 3, 4)] == pytest.approx([expected[step] for step in (1, 2, 3, 4)], rel=1e-4)
+
+
+def test_expert_parallelism_equals_one_process_with_the_tokens_of_all_ranks(tiny, train, trained, tmp_path):
+    """A rank has two experts of four, which get the tokens of both ranks: blocks are those of one process."""
+    layout = ("--training.local_batch_size", "2", "--parallelism.expert_parallel_degree", "2")
+    one = rows(trained(train))
+    two = run_ranks(tiny, tmp_path / "two", *layout)
+    for step in (1, 2, 3, 4):
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
+        assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-3)
+    assert losses(two) == pytest.approx(losses(one), rel=5e-3)
+
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
+    (tmp_path / "two" / "checkpoint" / "latest").write_text("step-4")
+    alone = train(tmp_path / "two", *WORDS, recipe="columns_quarter")
+    assert alone[5]["loss"] == pytest.approx(two[5]["loss"], rel=1e-5), "experts, biases and centroids are whole"
+    assert losses(alone) == pytest.approx(losses(two), rel=5e-3)
