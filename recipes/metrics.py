@@ -43,6 +43,7 @@ from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, device_type, get_peak_flops
 from recipes.checkpoint import write_atomically
 from recipes.data import num_rows
+from recipes.progress import duration
 from recipes.schedule import Span
 
 logger = logging.getLogger("sparsetitan")
@@ -321,13 +322,6 @@ def _step_of(line: str) -> float:
 
 def _short(number: float) -> str:
     return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 3m05s or 2h07m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def build_metrics(job_config: JobConfig, parallel_dims: ParallelDims, model_args=None, tag=None) -> Metrics:

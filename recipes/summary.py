@@ -12,9 +12,9 @@ from configs.titan import TORCH_DTYPE_MAP, device_type
 from models.llama import LlamaArgs, count_parameters, parameters_in_words
 from recipes.data import check_loading
 from recipes.files import Report
-from recipes.metrics import duration
 from recipes.mixture import used_sources
 from recipes.pipeline import in_words
+from recipes.progress import duration
 from recipes.schedule import Span
 from recipes.sources import LOCAL, find_source, load_tokens
 from recipes.sparsity import computes_in, sparse_family

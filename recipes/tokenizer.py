@@ -38,6 +38,7 @@ from configs.errors import ConfigError, first_line, refuse
 from configs.schema import JobConfig
 from configs.titan import TokenizerHooks
 from recipes.mixture import load_corpus
+from recipes.progress import Progress
 from recipes.tokens import read_manifest
 
 logger = logging.getLogger("sparsetitan")
@@ -255,6 +256,15 @@ def _sample(config: JobConfig) -> Iterator[str]:
                 return
 
 
+def _sample_size(config: JobConfig) -> float:
+    """About how many bytes `_sample` yields."""
+    corpus, limit = load_corpus(config), config.tokenizer.sample_bytes
+    if corpus.streamed:
+        return limit
+    there = sum(sum(part.report.bytes.values()) for part in corpus.parts)
+    return max(1, min(limit, there * (1 - config.data.validation_share)))
+
+
 def _train(config: JobConfig, folder: Path) -> None:
     vocab_size = config.tokenizer.vocab_size
     logger.info("training a byte-level BPE of %d tokens on the corpus", vocab_size)
@@ -266,9 +276,22 @@ def _train(config: JobConfig, folder: Path) -> None:
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,
     )
-    _in_thread(lambda: tokenizer.train_from_iterator(_sample(config), trainer))
+    reading = Progress("BPE: reading and counting words", _sample_size(config), logger.info)
+    merging: list[Progress] = []
+
+    def pieces() -> Iterator[str]:
+        for piece in _sample(config):
+            yield piece
+            reading.advance(len(piece.encode("utf-8")))
+        merging.append(Progress("BPE", 1, logger.info))
+
+    def wait() -> None:
+        for each in merging:  # the library does not say how far it is
+            each.wait("merging the most frequent pairs, a fraction of the time that reading took")
+
+    _in_thread(lambda: tokenizer.train_from_iterator(pieces(), trainer), wait)
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning("the corpus gives a vocabulary of %d tokens only", tokenizer.get_vocab_size())
 
@@ -293,8 +316,8 @@ def _train(config: JobConfig, folder: Path) -> None:
     logger.info("trained a BPE of %d tokens in %.1f s: %s", tokenizer.get_vocab_size(), seconds, folder)
 
 
-def _in_thread(function: Callable[[], object]) -> None:
-    """Call a function that heeds no signals, so that this thread still does."""
+def _in_thread(function: Callable[[], object], wait: Callable[[], None]) -> None:
+    """Call a function that heeds no signals, so that this thread still does; call `wait` ten times a second."""
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -307,6 +330,7 @@ def _in_thread(function: Callable[[], object]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
+        wait()
     if failed:
         raise failed[0]
 

@@ -22,6 +22,7 @@ Every evaluation is a line of evaluations.jsonl, in the run's folder or in the e
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -33,18 +34,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tqdm
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from configs.errors import ConfigError, exit_with, first_line
 from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
+from recipes.progress import Progress
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.options import TERMS
@@ -95,11 +98,12 @@ class Text:
             logits: token ids `[B, S]` to logits `[B, S, vocabulary]`, on any device.
             length: tokens in a sequence, but for a shorter last one.
             batch_size: sequences in a batch.
-            name: what is scored, for the progress bar.
+            name: what is scored, for the lines of progress.
         """
-        total = 0.0
-        for ids, targets in tqdm(self.batches(length, batch_size), desc=name, leave=False, disable=None):
+        total, progress = 0.0, Progress(f"text, {name}", len(self.ids) - 1)
+        for ids, targets in self.batches(length, batch_size):
             out = logits(ids).float()
+            progress.advance(ids.numel())
             total += float(F.cross_entropy(out.flatten(0, 1), targets.flatten().to(out.device), reduction="sum"))
         loss = total / (len(self.ids) - 1)
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -159,8 +163,31 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('--tasks needs lm-evaluation-harness: pip install -e ".[eval]", or give only --text')
     import lm_eval
+    import lm_eval.api.model
+    import lm_eval.api.task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+    class Harness(HFLM):
+        """The harness's model, which says how many of a task's requests it has answered."""
+
+        def _loglikelihood_tokens(self, requests, *args, **kwargs):
+            self.progress = Progress("tasks", len(requests))
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps, *args, **kwargs):
+            logits = super()._model_call(inps, *args, **kwargs)
+            self.progress.advance(len(inps))
+            return logits
+
+        def generate_until(self, requests, *args, **kwargs):
+            self.progress = Progress("tasks", len(requests))
+            return super().generate_until(requests, *args, **kwargs)
+
+        def _model_generate(self, context, *args, **kwargs):
+            tokens = super()._model_generate(context, *args, **kwargs)
+            self.progress.advance(len(context))
+            return tokens
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for every context that is cut to the model's length
     tasks: list[Any] = [name for name in names if name != "local"]
@@ -176,11 +203,13 @@ def evaluate_tasks(
             file = Path(folder) / "local.jsonl"
             file.write_text("".join(json.dumps(item) + "\n" for item in items))
             tasks.append(_local_task(file))
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        print(f"tasks: reading the items of {', '.join(names)}", flush=True)
         try:
-            results = lm_eval.simple_evaluate(
-                harness, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
-            )
+            with _without_bars(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+                results = lm_eval.simple_evaluate(
+                    harness, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+                )
         except OSError as error:  # ConnectionError and its kin; what else a task raises is a fault of its own
             raise ConfigError(
                 f"the tasks' data cannot be had ({str(error).splitlines()[0]}): without a network give "
@@ -190,6 +219,24 @@ def evaluate_tasks(
         name: {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, int | float)}
         for name, metrics in results["results"].items()
     }
+
+
+@contextlib.contextmanager
+def _without_bars(*modules: ModuleType) -> Iterator[None]:
+    """Keep modules, and what imports tqdm meanwhile, from drawing bars: lines of progress take their place."""
+
+    class Without(tqdm.tqdm):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    bar = tqdm.tqdm
+    try:
+        for module in (tqdm, *modules):
+            module.tqdm = Without  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module in (tqdm, *modules):
+            module.tqdm = bar  # type: ignore[attr-defined]
 
 
 def _local_task(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 Each checkpoint gets an entry, keyed by its step, in `OUT/RUN/probe.json`. A table is printed and `OUT/reliability.png`
 is drawn. Everything is measured on held-out documents, in every mode in which the model's FFNs can run:
 `inference_modes` of models/feed_forward.py names and explains the modes. On a CPU the defaults are small
-(CPU_SEQUENCES, CPU_ITEMS), so standard errors are larger. Every PROGRESS seconds a line shows the time left.
+(CPU_SEQUENCES, CPU_ITEMS), so standard errors are larger. Lines show the time left (recipes/progress.py).
 
 **Leak.** In a sparse phase a token's output depends on later tokens: they take part in choosing the pattern of its
 block, and sorting by the router affects which block it is in. To measure this, later text is replaced by text of
@@ -67,6 +67,7 @@ from kernels import FeedForwardSparsity
 from models.feed_forward import inference_modes
 from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
+from recipes.progress import Progress
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.options import TERMS, add_out
@@ -81,7 +82,6 @@ CUTS = 16  # replacements per sequence for next_*; each takes a forward pass of 
 ITEMS = 500
 CPU_SEQUENCES = 8
 CPU_ITEMS = 50
-PROGRESS = 10.0  # seconds
 LINE_END = re.compile(r"(?m)( ?)(?<!\w)([^\W\d]\w{2,})[^\w\n]*$")
 WORD = re.compile(r"[^\W\d]\w{2,}")
 
@@ -246,24 +246,6 @@ class Probe:
         accuracy = right / count
         error = math.sqrt(accuracy * (1 - accuracy) / count)
         return {"items": count, "choices": CHOICES, "accuracy": accuracy, "standard_error": error}
-
-
-class Progress:
-    """Prints how much of a known number of tokens is done and the time left, every PROGRESS seconds."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
-        self.began = self.printed = time.monotonic()
-
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        if now - self.printed < PROGRESS:
-            return
-        self.printed = now
-        left = (now - self.began) * (self.total - self.done) / self.done
-        minutes, seconds = divmod(round(left), 60)
-        print(f"{self.name}: {self.done / self.total:.0%}, about {minutes}m{seconds:02d}s left", flush=True)
 
 
 def _changes(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:

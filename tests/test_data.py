@@ -17,6 +17,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
 from configs.titan import HuggingFaceTokenizer
-from recipes import data, files, mixture, tokenizer
+from recipes import data, files, mixture, progress, tokenizer
 from recipes.sources import is_held_out
 
 
@@ -747,6 +748,34 @@ def test_bpe_round_trip_and_bytes(bpe_config):
         assert tokens[0] == 0 and tokens[-1] == 1 and not {0, 1} & set(tokens[1:-1])
         assert bpe.decode(tokens) == text
         assert sizes[tokens].sum() == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("sample_bytes", [1 << 16, 1 << 20])  # less than the corpus has, and more
+def test_bpe_training_says_how_far_it_is(bpe_config, monkeypatch, caplog, sample_bytes):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    for index in range(200):
+        (Path(bpe_config.data.sources[0].path) / f"long{index}.txt").write_text(f"{index} " * 300)
+    bpe_config.tokenizer.sample_bytes = sample_bytes
+    with caplog.at_level("INFO", "sparsetitan"):
+        tokenizer.prepare_tokenizer(bpe_config)
+    lines = [line.removeprefix("BPE: reading and counting words: ") for line in caplog.messages if "left" in line]
+    shares = [int(line.split("%")[0]) for line in lines]
+    assert len(shares) > 20 and shares == sorted(shares) and shares[0] < 5 and 90 <= shares[-1] <= 100
+    assert lines[-1].endswith("about 0m00s left")
+
+
+def test_progress_is_said_now_and_then(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    work = progress.Progress("work", 400, said.append)
+    for _ in range(8):
+        now[0] += 4
+        work.advance(50)
+    assert said == ["work: 38%, about 0m20s left", "work: 75%, about 0m08s left"]
+    now[0] += 5000
+    work.wait("waiting")
+    work.wait("waiting")
+    assert said[2:] == ["work: waiting, 1h23m so far"]
 
 
 def test_bpe_is_trained_once(bpe_config, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from configs.loader import load_config
 from kernels import FeedForwardSparsity, Groups, Preceding, Venom
 from kernels.groups.ffn import TILE_GROUPS
 from models.feed_forward import FeedForward, inference_modes
+from recipes import progress
 from recipes.mixture import load_corpus
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer
@@ -256,14 +258,21 @@ def test_a_block_takes_the_choice_of_the_block_before(pattern):
     assert Preceding(pattern, 10).density(32) == pytest.approx(0.4 + 0.6 * pattern.density(32))
 
 
-def test_the_local_task_runs_in_the_harness(run, text, evaluated, monkeypatch):
+def test_the_local_task_runs_in_the_harness(run, text, evaluated, monkeypatch, capsys):
     documents = [Path(file).read_text() for file in text]
     items = local_items(documents, 30, 25)
     assert len(items) == 30 and items == local_items(documents, 30, 25)
     for item in items:
         assert len(set(item["choices"])) == 4 and max(map(len, item["choices"])) <= 25
         assert any(item["context"] + item["choices"][item["answer"]] in document for document in documents)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    capsys.readouterr()
     row = evaluated(run, "--text", *text, "--tasks", "local", "--limit", "30")
+    out, err = capsys.readouterr()
+    for name in ("text, float32", "tasks"):
+        shares = [int(share) for share in re.findall(rf"^{name}: (\d+)%, about \d+m\d\ds left$", out, re.MULTILINE)]
+        assert len(shares) > 2 and shares == sorted(shares) and shares[0] < 50 and shares[-1] >= 90
+    assert not any(bar in err for bar in ("Running loglikelihood", "Building contexts", "bootstrap"))
     assert 0 <= row["tasks"]["local"]["acc"] <= 1 and row["tasks"]["local"]["sample_len"] == 30
 
     from lm_eval import tasks

@@ -10,6 +10,7 @@ from matplotlib import image
 
 from configs.errors import ConfigError
 from configs.schema import JobConfig, Source
+from recipes import progress
 from recipes.restore import find_checkpoint
 from recipes.sparsity import Sparsity
 from scripts import probe
@@ -147,7 +148,7 @@ def test_small_defaults_on_a_cpu_and_progress_that_ends_at_its_total(train, word
     made = probe.Probe(str(tmp_path / "run"))
     assert sum(map(len, made.batches)) == (probe.CPU_SEQUENCES if probe.device_type == "cpu" else 32)
     assert sum(map(len, probe.Probe(str(tmp_path / "run"), 12).batches)) == 12
-    monkeypatch.setattr(probe, "PROGRESS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     capsys.readouterr()
     made.measure(items=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
