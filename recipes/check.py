@@ -91,8 +91,13 @@ def _dtype_so_far(config: JobConfig) -> Any:
     folder = Path(config.job.dump_folder)
     if not config.checkpoint.enable or not any((folder / config.checkpoint.folder).glob(f"step-*/{MANIFEST}")):
         return None
+    return recorded_dtype(folder / "run.json")
+
+
+def recorded_dtype(about: Path) -> Any:
+    """training.mixed_precision_param of a run.json; None where that is missing or damaged."""
     try:
-        dtype = json.loads((folder / "run.json").read_bytes())["config"]["training"]["mixed_precision_param"]
+        dtype = json.loads(about.read_bytes())["config"]["training"]["mixed_precision_param"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dtype if dtype in ("bfloat16", "float32") else None

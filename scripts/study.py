@@ -66,7 +66,7 @@ from configs.errors import ConfigError, TooLargeError, exit_with
 from configs.loader import load_config, resolved
 from configs.repository import ROOT
 from configs.schema import JobConfig
-from recipes.check import check_config
+from recipes.check import check_config, recorded_dtype
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
 from scripts.options import TERMS, add_out
@@ -181,6 +181,8 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
             command = [f"--{key}={word}" for key, word in options.items()]
             try:
                 config, _ = load_config(command)
+                if config.training.mixed_precision_param == "auto":  # results that are there keep theirs on any machine
+                    config.training.mixed_precision_param = recorded_dtype(file.parent / full / "run.json") or "auto"
                 check_config(config)
             except ConfigError as error:
                 raise ConfigError(f"{file}: run {name}: {error}") from None
