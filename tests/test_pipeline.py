@@ -24,6 +24,7 @@ from recipes.trainer import SparseTrainer
 from scripts.trained import export_weights
 
 PIPELINE = ("--parallelism.pipeline_parallel_degree", "2")
+TENSOR = ("--parallelism.tensor_parallel_degree", "2")
 INTERLEAVED = ("--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")
 # Four sequences a step, one to a micro-batch; validation, too, without rows that fill up a batch.
 ALONE = ("--training.local_batch_size", "1", "--training.global_batch_size", "4")
@@ -48,8 +49,9 @@ def run(tiny, folder, recipe: str, *words: str, processes: int = 2, prepare=None
     command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command]
     result = fork(*command, processes=processes, prepare=prepare)
     assert result.returncode == 0, result.stdout + result.stderr
-    alone = processes == 2 and "--parallelism.pipeline_parallel_degree" in words  # without FSDP
-    assert ("products in float32 (training.dtype)" in result.stdout) == alone, result.stdout
+    splits = sum(word in words for word in (PIPELINE[0], TENSOR[0]))
+    without_fsdp = processes == 2**splits
+    assert ("products in float32 (training.dtype)" in result.stdout) == without_fsdp, result.stdout
     return rows(folder)
 
 
@@ -136,7 +138,7 @@ def test_four_ranks_shard_stages_by_fsdp(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_four_ranks_compile_stages_and_shard_them_by_tensor(tiny, tmp_path):
-    words = (*SPARSE, *COMPILED, "--parallelism.tensor_parallel_degree", "2", "--model.n_kv_heads", "2")
+    words = (*SPARSE, *COMPILED, *TENSOR, "--model.n_kv_heads", "2")
     two = run(tiny, tmp_path / "two", "columns_quarter", *words, *ALONE)
     four = run(tiny, tmp_path / "four", "columns_quarter", *words, *PIPELINE, processes=4)
     assert_equal(four, two)
