@@ -198,7 +198,7 @@ def test_a_product_can_be_repeated_on_the_same_lists(tokens, width, hidden, kept
     calls = (
         lambda: products.reduce_neurons(tiles, lists, w1, order, tokens),
         lambda: products.reduce_neurons(tiles, lists, w2.T, order, tokens),
-        lambda: products.sample(dy, w2, tiles, lists, kept),
+        lambda: products.sample_dy1(dy, w2.T, tiles, lists),
         lambda: products.reduce_tokens(tiles, lists, x, False),
         lambda: products.reduce_tokens(tiles, lists, x, True),
     )
