@@ -74,7 +74,7 @@ FIRST_2OF4 = {"weights.pattern": "2:4", "weights.products": "[1]"}
 # torchtitan's converter scales each tensor by its own maximum, in every step, unless a recipe of torchao's is named.
 FLOAT8_TENSORWISE = {"model.converters": '["quantize.linear.float8"]'}
 FLOAT8_FFN = FLOAT8_TENSORWISE | {"quantize.linear.float8.filter_fqns": '["attention", "output"]'}
-FP8 = {"precision.ffn": '"fp8"'}
+BY_ALL = FLOAT8_FFN | {"activations.sample": "1"}
 FLOAT8 = FLOAT8_TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise"}
 
 CONTENDERS = {
@@ -83,6 +83,7 @@ CONTENDERS = {
     "dense": _recipe("dense", "squared ReLU, dense"),
     "float8": _recipe("dense", "the same in torchao's row-wise float8", FLOAT8),
     "float8_tensorwise": _recipe("dense", "the same in torchao's tensor-wise float8", FLOAT8_TENSORWISE),
+    "float8_ffn": _recipe("dense", "the same, float8 in the FFNs alone", FLOAT8_FFN),
     "weights_2of4": _recipe("weights_2of4", "2:4 weights in (1) and (3)"),
     "activations_2of4": _recipe("activations_2of4", "2:4 activations, along tokens too"),
     "venom_4of16": _recipe("venom_4of16", "4 of 16 neurons"),
@@ -94,12 +95,10 @@ CONTENDERS = {
     "columns_eighth": _recipe("columns_eighth", "an eighth of the neurons, blocks of 1024"),
     "groups_quarter_2of4": _recipe("groups_quarter", "a quarter, and 2:4 W1", FIRST_2OF4),
     "groups_eighth_2of4": _recipe("groups_eighth", "an eighth, and 2:4 W1", FIRST_2OF4),
-    "columns_half_fp8": _recipe("columns_half", "half of the neurons, in fp8", FP8),
-    "columns_quarter_fp8": _recipe("columns_quarter", "a quarter, in fp8", FP8),
-    "columns_eighth_fp8": _recipe("columns_eighth", "an eighth, in fp8", FP8),
-    "columns_half_fp8_float8": _recipe("columns_half", "half in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
-    "columns_quarter_fp8_float8": _recipe("columns_quarter", "quarter in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
-    "columns_eighth_fp8_float8": _recipe("columns_eighth", "eighth in fp8, dense FFNs in float8", FP8 | FLOAT8_FFN),
+    "columns_half_fp8": _recipe("columns_half_fp8", "half in fp8, dense FFNs in float8", FLOAT8_FFN),
+    "columns_quarter_fp8": _recipe("columns_quarter_fp8", "quarter in fp8, dense FFNs in float8", FLOAT8_FFN),
+    "columns_eighth_fp8": _recipe("columns_eighth_fp8", "eighth in fp8, dense FFNs in float8", FLOAT8_FFN),
+    "columns_quarter_fp8_all": _recipe("columns_quarter_fp8", "the quarter, chosen by all tokens", BY_ALL),
     "columns_eighth_float8": _recipe("columns_eighth", "an eighth, and row-wise float8 elsewhere", FLOAT8),
 }
 

@@ -32,6 +32,8 @@ from models.llama import FLAVORS, Llama, llama_args
 from recipes.sparsity import Sparsity
 from recipes.trainer import SparseTrainer, _lock
 
+# Blocks in fp8 have 512 tokens at least, and have to fit into a micro-batch.
+FP8 = ("--activations.v", "512", "--training.seq_len", "128")
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
@@ -54,7 +56,8 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_through_its_phases(train, uninterrupted, recipe):
-    run = uninterrupted(train, recipe) if recipe != "dense" else uninterrupted(train, recipe, *DENSE)
+    words = DENSE if recipe == "dense" else FP8 if recipe.endswith("_fp8") else ()
+    run = uninterrupted(train, recipe, *words)
     assert sorted(run) == list(range(1, LAST_STEP + 1))
     sparse = [step for step, row in run.items() if row["phase"] == "sparse"]
     assert sparse == ([] if recipe == "dense" else [4, 5, 6, 7, 8])
