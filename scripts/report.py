@@ -10,7 +10,8 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- batches: FOLDER -->  a row for each run in the folder: whether its micro-batch fits, and how fast it trains
     <!-- evaluations: FOLDER -->  a row for each way in which a run's model was evaluated on a text: evaluations.jsonl
                               of scripts/evaluate.py, which is copied there from the run's folder
-    <!-- headline: FILE -->   a row for each recipe: what it gains and costs, from both kinds of results
+    <!-- headline: FILE -->   a row for each recipe: what it gains and costs, from a file of scripts/law.py
+    <!-- law: FILE -->        the same file: effective tokens and speed-ups at equal loss, with their intervals
     <!-- kernels: FILE -->    a row for each contender and shape: kernels.json of scripts/benchmark_kernels.py
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from scripts.law import read as read_evidence
+from scripts.law import speeds
 from scripts.plot_kernels import STAGES
 from scripts.runs import (
     Run,
@@ -479,40 +481,80 @@ def parts_table(file: Path) -> str:
 
 
 def headline_table(file: Path) -> str:
-    """Speed-ups of steps and whole runs, loss, and time to equal loss: a row for each recipe.
+    """Speed-ups of steps and whole runs, loss, and speed-up at equal loss: a row for each recipe.
 
     Args:
-        file: headline.json. `study`: a folder of runs. `nats_an_e_fold`: decrease of the dense loss, in nats, when the
-            tokens grow by a factor of e. `rows`: recipe, run of the study, and `steps`: for each model size the folder
-            of a training.json and the name of a contender in it.
+        file: what scripts/law.py reads.
     """
-    told, root = json.loads(file.read_text()), file.parent.parent
-    groups, baseline = load_groups(root / told["study"])
-    assert baseline is not None
-    peers = baseline_losses(groups, baseline)
+    evidence, told = read_evidence(file), json.loads(file.read_text())
     rows = []
-    for entry in told["rows"]:
-        steps, whole = [], []
-        loss = mean(run.last("val_loss") for run, _ in groups[entry["run"]]) - peers[entry["run"]]
-        for size, (folder, name) in entry["steps"].items():
-            contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
-            float8 = min(each["ms"]["dense"] for other, each in contenders.items() if "float8" in other)
-            sparse = contenders[name]["ms"]["sparse"]
-            steps.append(f"{size} {contenders['dense']['ms']['dense'] / sparse:.2f}x, {float8 / sparse:.2f}x")
-            speed = contenders[name]["whole"]
-            sooner = math.exp(-loss / told["nats_an_e_fold"])
-            rival = contenders["dense"]["ms"]["dense"] / float8
-            whole.append((size, speed, speed * sooner, speed * sooner / rival))
+    for recipe, entry in told["recipes"].items():
+        steps, whole, sooner = [], [], []
+        largest = evidence.largest(recipe)
+        cell, (share, _, _) = evidence.recipes[recipe][largest], evidence.shares(recipe, largest)
+        for model, speed in speeds(entry).items():
+            steps.append(f"{model} {speed.step:.2f}x, {speed.step / speed.rival:.2f}x")
+            whole.append(f"{model} {speed.whole:.2f}x, {speed.whole / speed.rival:.2f}x")
+            sooner.append(f"{model} {speed.whole * share:.2f}x, {speed.whole * share / speed.rival:.2f}x")
+        penalty = mean(cell.values)
         rows.append(
             {
-                "recipe": f"[`{entry['recipe']}`](recipes/{entry['recipe']}.toml)",
+                "recipe": f"[`{recipe}`](recipes/{recipe}.toml)",
                 "its sparse step": "; ".join(steps),
-                "whole run": "; ".join(f"{size} {speed:.2f}x" for size, speed, _, _ in whole),
-                "loss at equal tokens": f"+{100 * loss / peers[entry['run']]:.1f}%",
-                "same loss sooner": "; ".join(f"{size} {speed:.2f}x, {rival:.2f}x" for size, _, speed, rival in whole),
+                "whole run": "; ".join(whole),
+                "loss at equal tokens": f"{100 * penalty / evidence.law.loss(cell.parameters, cell.tokens):+.1f}%",
+                "at equal loss": "; ".join(sooner),
             }
         )
     return _table(rows, False, lambda _: "")
+
+
+def law_table(file: Path, pad: bool = False) -> str:
+    """Penalties, effective tokens and iso-loss speed-ups with intervals: a row for each recipe and budget.
+
+    Args:
+        file: what scripts/law.py reads.
+        pad: as in `runs_table`.
+    """
+    evidence, told = read_evidence(file), json.loads(file.read_text())
+    rows = []
+    for recipe, cells in evidence.recipes.items():
+        for place, cell in enumerate(cells):
+            share, low, high = evidence.shares(recipe, place)
+            row = {
+                "recipe": recipe if pad else f"`{recipe}`",
+                "parameters": amount(float(f"{cell.parameters:.2g}")),
+                "tokens each": f"{cell.tokens / cell.parameters:.1f}",
+                "seeds": str(len(cell.values)),
+                "loss over dense": f"{mean(cell.values):+.4f}",
+                "effective tokens": f"{100 * share:.1f}% ({100 * low:.1f} to {100 * high:.1f})",
+            }
+            if pad:
+                del row["parameters"], row["seeds"]  # for a terminal's width
+            rows += [
+                row
+                | {
+                    "speed of": model,
+                    "whole run": f"{speed.whole:.2f}x, {speed.whole / speed.rival:.2f}x",
+                    "at equal loss": "{:.2f}x ({:.2f} to {:.2f})".format(
+                        *(speed.whole / speed.rival * each for each in (share, low, high))
+                    ),
+                }
+                for model, speed in speeds(told["recipes"][recipe]).items()
+            ] or [row | dict.fromkeys(("speed of", "whole run", "at equal loss"), "-")]
+    law = evidence.law
+    size = f" + {law.scale_n:.3g} / N^{law.a:.2f}" if law.scale_n else ""
+    slopes = ", ".join(
+        f"{law.slope(tokens):.2f} at {amount(float(f'{tokens:.3g}'))} tokens"
+        for tokens in sorted({cell.tokens for cell in evidence.dense})
+    )
+    text = (
+        f"Dense law: L = {law.constant:.3f}{size} + {law.scale_d:.3g} / D^{law.b:.3f}, "
+        f"of {len(evidence.dense)} budgets and {sum(len(cell.values) for cell in evidence.dense)} runs. Its slope, in "
+        f"nats an e-fold of tokens: {slopes}. In parentheses: 90% intervals. Whole run: over bf16 dense, and over the "
+        "fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times the effective tokens."
+    )
+    return _table(rows, pad, lambda _: text)
 
 
 def faults_table(file: Path) -> str:
@@ -550,6 +592,7 @@ def faults_table(file: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
+    "law": law_table,
     "runs": runs_table,
     "batches": batches_table,
     "probes": probes_table,

@@ -27,9 +27,10 @@ PLAIN |= {
     "sequences",
     "fits",
     "(2) to (6)",
+    "parameters",
 }
-TABLES = r"<!-- (?:runs|probes|evaluations|training|headline|batches|kernels)\b[^>]*-->\s*\| ([^\n]*) \|\n"
-SCRIPTS = ("benchmark", "benchmark_kernels", "estimate", "evaluate", "plot", "probe", "report", "study")
+TABLES = r"<!-- (?:runs|probes|evaluations|training|headline|law|batches|kernels)\b[^>]*-->\s*\| ([^\n]*) \|\n"
+SCRIPTS = ("benchmark", "benchmark_kernels", "estimate", "evaluate", "law", "plot", "probe", "report", "study")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from scripts import tables
+from scripts.law import Cell, Evidence, Law
 from scripts.report import BLOCK, PAGES, fill
 from scripts.runs import Run
 from scripts.tables import _jumps
@@ -75,25 +77,23 @@ def test_jumps_at_switches_are_over_the_dense_run_and_what_was_there_before():
 
 
 def test_headline_table(tmp_path, monkeypatch):
-    def of(loss, phases):
-        lines = [{"step": 10, "loss": loss, "val_loss": loss}]
-        return [(Run("name", "model", "recipe", Path(), lines), {"config": {"debug": {"seed": 0}}, "phases": phases})]
-
-    groups = {"dense": of(4.0, [["dense", 1, 10]]), "quarter": of(4.1, [["dense", 1, 1], ["sparse", 2, 10]])}
-    monkeypatch.setattr(tables, "load_groups", lambda folder: (groups, "dense"))
+    cell = Cell(12e6, 1e8, (0.1, 0.3))
+    law = Law(2.0, 0.0, 1.0, 2.0 * 1e8, 1.0)  # 4.0 at 1e8 tokens, and 4.2 at 2 / 2.2 of them
+    evidence = Evidence([cell], {"columns_quarter": [cell]}, law, [law] * 2, {"columns_quarter": np.full((2, 1), 0.2)})
+    monkeypatch.setattr(tables, "read_evidence", lambda file: evidence)
+    monkeypatch.setattr("scripts.law.ROOT", tmp_path)
     contenders = {
-        "dense": {"ms": {"dense": 240.0}},
-        "float8_tensorwise": {"ms": {"dense": 220.0}},
-        "quarter_float8": {"ms": {"dense": 200.0, "sparse": 150.0}, "whole": 1.5},
+        "dense": {"ms": {"dense": 240.0}, "sparse_share": 0.0},
+        "float8_tensorwise": {"ms": {"dense": 220.0}, "sparse_share": 0.0},
+        "float8_ffn": {"ms": {"dense": 200.0}, "sparse_share": 0.0},
+        "quarter": {"ms": {"dense": 190.0, "sparse": 150.0}, "sparse_share": 0.8, "whole": 1.5},
     }
-    (tmp_path / "docs" / "steps").mkdir(parents=True)
-    (tmp_path / "docs" / "steps" / "training.json").write_text(json.dumps({"contenders": contenders}))
-    row = {"recipe": "columns_quarter", "run": "quarter", "steps": {"1B": ["docs/steps", "quarter_float8"]}}
-    headline = {"study": "docs/study", "nats_an_e_fold": 0.2, "rows": [row]}
-    (tmp_path / "docs" / "headline.json").write_text(json.dumps(headline))
-    table = tables.headline_table(tmp_path / "docs" / "headline.json")
-    # Over the faster of the two float8 steps; e^-0.5 of 1.5 is 0.91, and 0.76 over a rival that is 1.2x.
-    assert "| 1B 1.60x, 1.33x | 1B 1.50x | +2.5% | 1B 0.91x, 0.76x |" in table
+    (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
+    told = {"recipes": {"columns_quarter": {"runs": [], "speeds": {"1B": [str(tmp_path), "quarter"]}}}}
+    (tmp_path / "evidence.json").write_text(json.dumps(told))
+    table = tables.headline_table(tmp_path / "evidence.json")
+    # Over the faster of the two float8 steps, which is 1.2x; 1.5x times 2 / 2.2 is 1.36x.
+    assert "| 1B 1.60x, 1.33x | 1B 1.50x, 1.25x | +5.0% | 1B 1.36x, 1.14x |" in table
 
 
 def entry(**more):

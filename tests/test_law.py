@@ -1,0 +1,142 @@
+"""The fit of losses, effective tokens, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs.errors import ConfigError
+from scripts import law
+from scripts.law import Cell, Law
+
+TRUE = Law(1.8, 60.0, 0.3, 900.0, 0.32)
+SIZES, RATIOS = (12e6, 25e6, 48e6, 129e6), (2.5, 5.0, 10.0, 20.0, 40.0)
+
+
+def cells(true, sizes, noise=0.0, seeds=2):
+    random = np.random.default_rng(1)
+    points = [(n, ratio * n) for n in sizes for ratio in RATIOS]
+    return [Cell(n, d, tuple(true.loss(n, d) + noise * random.standard_normal(seeds))) for n, d in points]
+
+
+def fitted(of):
+    return law.fit(of, [sum(cell.values) / len(cell.values) for cell in of])
+
+
+def test_the_law_is_found_again():
+    exact = fitted(cells(TRUE, SIZES))
+    assert exact.b == pytest.approx(TRUE.b, rel=1e-3) and exact.a == pytest.approx(TRUE.a, rel=1e-3)
+    assert exact.loss(7e9, 140e9) == pytest.approx(TRUE.loss(7e9, 140e9), rel=1e-3)
+    noisy = fitted(cells(TRUE, SIZES, noise=0.003))
+    assert noisy.loss(1e9, 20e9) == pytest.approx(TRUE.loss(1e9, 20e9), abs=0.05)
+    one = fitted(cells(TRUE, SIZES[:1]))
+    assert one.b == pytest.approx(TRUE.b, rel=1e-3) and one.scale_n == 0
+    assert one.constant == pytest.approx(TRUE.constant + TRUE.scale_n / SIZES[0] ** TRUE.a, rel=1e-3)
+
+
+def test_effective_tokens_are_where_dense_has_the_loss():
+    for penalty in (-0.02, 0.0, 0.05):
+        share = TRUE.share(1e9, penalty)
+        assert TRUE.loss(12e6, share * 1e9) == pytest.approx(TRUE.loss(12e6, 1e9) + penalty)
+    assert TRUE.share(1e9, -1.01 * TRUE.scale_d / 1e9**TRUE.b) == math.inf  # lower than with all tokens there are
+    grown = TRUE.loss(12e6, 1e9) - TRUE.loss(12e6, 1e9 * math.exp(1e-4))
+    assert grown / 1e-4 == pytest.approx(TRUE.slope(1e9), rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes, budgets, message", [(1, 2, "2 budgets and 1 sizes"), (2, 3, "6 budgets and 2 sizes")])
+def test_a_law_needs_budgets_and_sizes(sizes, budgets, message):
+    few = [Cell(n, ratio * n, (3.0,)) for n in SIZES[:sizes] for ratio in RATIOS[:budgets]]
+    with pytest.raises(ConfigError, match=message):
+        law.fit(few, [3.0] * len(few))
+
+
+def store(folder, name, seed, tokens, loss, parameters=12_000_000):
+    run = folder / f"{name}_s{seed}"
+    run.mkdir(parents=True)
+    phases = [["dense", 1, 10]] if name.startswith("dense") else [["dense", 1, 1], ["sparse", 2, 10]]
+    about = {"config": {"debug": {"seed": seed}}, "parameters": parameters, "phases": phases}
+    (run / "run.json").write_text(json.dumps(about))
+    row = {"step": 10, "tokens": tokens, "loss": loss, "val_loss": loss}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    """A file of evidence and its runs: three dense budgets and a recipe 0.05 and 0.07 above dense."""
+    study = tmp_path / "study"
+    for tokens in (30_000_000, 60_000_000, 120_000_000):
+        for seed in (0, 1):
+            loss = TRUE.loss(12e6, tokens) + 0.01 * seed
+            store(study, f"dense_{tokens // 1_000_000}", seed, tokens, loss)
+            if tokens == 120_000_000:
+                store(study, "quarter", seed, tokens, loss + 0.05 + 0.02 * seed)
+    told = {
+        "dense": [{"study": "study", "run": f"dense_{millions}"} for millions in (30, 60, 120)],
+        "recipes": {"columns_quarter": {"runs": [{"study": "study", "run": "quarter", "dense": "dense_120"}]}},
+    }
+    file = tmp_path / "evidence.json"
+    file.write_text(json.dumps(told))
+    return file
+
+
+def test_a_file_of_evidence(evidence):
+    read = law.read(evidence, evidence.parent)
+    (cell,) = read.recipes["columns_quarter"]
+    assert cell.values == pytest.approx((0.05, 0.07))  # paired by seed
+    share, low, high = read.shares("columns_quarter", 0)
+    assert share == pytest.approx(read.law.share(1.2e8, 0.06)) and 0 < low < share < high
+    assert law.draw(read).axes[1].get_yticklabels()[0].get_text() == "columns_quarter"
+    again = law.read.__wrapped__(evidence, evidence.parent)
+    assert again.shares("columns_quarter", 0) == (share, low, high)  # the draws are those of one seed
+
+
+def test_intervals_hold_what_is_true():
+    """Of 30 sets of runs, the 90% interval of effective tokens holds the true share in 27, give or take."""
+    true, random, inside = Law(2.6, 0.0, 1.0, 2.6e5, 0.69), np.random.default_rng(0), 0
+    budgets, share = (3e7, 6e7, 1.2e8), Law(2.6, 0.0, 1.0, 2.6e5, 0.69).share(1.2e8, 0.02)
+    for _ in range(30):
+        dense = [Cell(1e7, d, tuple(true.loss(1e7, d) + 0.01 * random.standard_normal(3))) for d in budgets]
+        own = Cell(1e7, 1.2e8, tuple(0.02 + 0.003 * random.standard_normal(3)))
+        generator = np.random.default_rng(random.integers(1 << 30))
+        laws = [law.fit(dense, list(means), true) for means in law._drawn(dense, generator, dense)[:40]]
+        penalties = {"one": law._drawn([own], generator, [own])[:40]}
+        read = law.Evidence(dense, {"one": [own]}, fitted(dense), laws, penalties)
+        inside += read.shares("one", 0)[1] < share < read.shares("one", 0)[2]
+    assert 22 <= inside <= 30
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda told: told["dense"].pop(), "2 budgets"),
+        (lambda told: told["dense"][0].update(run="none"), "study has no run none: there are dense_120"),
+        (lambda told: told["recipes"]["columns_quarter"]["runs"][0].update(dense="dense_60"), "differ in their tokens"),
+        (lambda told: told.pop("recipes"), "not a file of evidence"),
+        (lambda told: told["dense"][0].update(what="x"), "not a file of evidence"),
+    ],
+)
+def test_a_wrong_file_is_one_message(evidence, change, message):
+    told = json.loads(evidence.read_text())
+    change(told)
+    evidence.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match=message):
+        law.read.__wrapped__(evidence, evidence.parent)
+
+
+def test_one_seed_has_no_interval(evidence):
+    for run in evidence.parent.glob("study/*_s1"):
+        run.rename(run.with_name(run.name + "_left_out"))
+        (run.with_name(run.name + "_left_out") / "run.json").unlink()
+    with pytest.raises(ConfigError, match="no run has a second seed"):
+        law.read.__wrapped__(evidence, evidence.parent)
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "evidence.json"
+    file.write_bytes((ROOT / "docs" / "evidence.json").read_bytes())
+    assert law.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "columns_quarter_fp8" in printed and "Dense law: L =" in printed
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
