@@ -1,23 +1,21 @@
 """Context parallelism: a rank has a share of each sequence, and its FFNs see the tokens of that share alone.
 
-PyTorch's ring attention has no path on a CPU. There, ranks gather the keys and values of the whole sequences instead,
-and attend by the positions of their own tokens: the same function, by which all else is tested. Then a run equals one
-process whose sparse FFNs take the shares of a micro-batch one after the other, to rounding.
+A run equals one process whose sparse FFNs take the shares of a micro-batch one after the other, to rounding. PyTorch's
+ring attention is for the attention kernels of GPUs; here the same ring is put around the one for CPUs.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from conftest import fork, launch, merge, rows
-from test_parallel import ALONE, LAST_STEP, ROUNDING, SHARDABLE, assert_steps_of_one
+from test_parallel import ALONE, COMPILED, LAST_STEP, ROUNDING, SHARDABLE, assert_steps_of_one
 from torch import Tensor
-from torchtitan.models.llama3.infra import parallelize
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
-import recipes.check
 from models.feed_forward import FeedForward
+from recipes.check import RING_ATTENTION
 
 CONTEXT = ("--parallelism.context_parallel_degree", "2")
 TENSOR = ("--parallelism.tensor_parallel_degree", "2")
@@ -39,56 +37,31 @@ def whole(parts: list[Tensor]) -> Tensor:
     return torch.cat([*heads, *reversed(tails)], 1)
 
 
-class Gather(torch.autograd.Function):
-    """The tensors of all ranks, one above the other. Backward: all ranks' gradients of this one's tensor, added up."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+def ring_attention(op, args: tuple, kwargs: dict) -> tuple[DTensor, ...]:
+    """PyTorch's ring around its attention for CPUs, forward or backward: q, k, v `[B, heads, S / ranks, D]` of a rank."""
+    mesh = args[0].device_mesh
+    names = [argument.name for argument in op._schema.arguments]
+    given = {name: arg.to_local() if isinstance(arg, DTensor) else arg for name, arg in zip(names, args, strict=False)}
+    given = {"dropout_p": 0.0, **given, **kwargs}
+    if "grad_out" in given:
+        results = ring._templated_ring_attention_backward(mesh.get_group(), 2, op, grad_out_name="grad_out", **given)
+    else:
+        results = ring._templated_ring_attention(mesh.get_group(), 2, op, **given)
+    return tuple(DTensor.from_local(each, mesh, [Shard(2)], run_check=False) for each in results)
 
 
-class GatheredAttention(torch.nn.Module):
-    """What ring attention computes, from gathered keys and values: q, k, v are `[B, heads, S / ranks, D]`."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group, self.rank = group, dist.get_rank(group)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> Tensor:
-        k, v = (
-            whole(list(Gather.apply(each.transpose(1, 2).contiguous(), self.group))).transpose(1, 2) for each in (k, v)
-        )
-        positions = torch.arange(k.shape[2]).view(1, -1, 1)
-        own = shares(positions, self.group.size())[self.rank].flatten()
-        mask = own[:, None] >= positions.flatten()
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=enable_gqa)
-
-
-def gather_in_attention() -> None:
-    """Let this process, of a run on CPUs, have context parallelism without ring attention."""
-
-    def apply(modules, mesh, attention_type: str) -> None:
-        gathered = GatheredAttention(mesh.get_group())
-        for module in modules:
-            module.forward = gathered.forward
-
-    parallelize.apply_cp_to_attention_module = apply
-    recipes.check.RING_ATTENTION["cpu"] = ("float32",)
+def ring_on_a_cpu() -> None:
+    """Let this process, of a run on CPUs, have context parallelism."""
+    aten = torch.ops.aten
+    ring.custom_ops[aten._scaled_dot_product_flash_attention_for_cpu.default] = ring_attention
+    ring.custom_ops[aten._scaled_dot_product_flash_attention_for_cpu_backward.default] = ring_attention
+    RING_ATTENTION["cpu"] = ("float32",)
 
 
 def run(tiny, folder: Path, recipe: str, *words: str, processes: int = 2) -> dict[int, dict]:
     command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
     words = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command)
-    result = fork(*words, processes=processes, prepare=gather_in_attention)
+    result = fork(*words, processes=processes, prepare=ring_on_a_cpu)
     assert result.returncode == 0, result.stdout + result.stderr
     return rows(folder)
 
@@ -106,10 +79,10 @@ def in_shares(train, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
-def test_two_shares_of_each_sequence_take_the_steps_of_one_process_and_resume_on_it(tiny, in_shares, tmp_path):
-    """In both modes, with both validations, the switch, checkpoints, and the count of tokens."""
-    folder, words = tmp_path / "two", (*WORDS, "16", "--activations.g", "32")
-    two = run(tiny, folder, "groups_quarter", *words, *CONTEXT)
+def test_two_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
+    """Compiled, in both modes, with both validations, the switch, checkpoints, the count of tokens; one head of keys."""
+    folder, words = tmp_path / "two", (*WORDS, "16", "--activations.g", "32", "--model.n_kv_heads", "1")
+    two = run(tiny, folder, "groups_quarter", *words, *CONTEXT, *COMPILED)
     one = in_shares(tmp_path / "one", *words, recipe="groups_quarter", stop_after=1)
     for name in ("loss", "grad_norm", "tokens"):
         assert two[1][name] == pytest.approx(one[1][name], rel=ROUNDING)
