@@ -235,7 +235,8 @@ def _make(index: int, source: Source, config: JobConfig, out: Path, tokenizer: P
         plan |= about
         _Worker.store = store
     _make_plan(folder, plan)
-    if (folder / "manifest.json").is_file():
+    with contextlib.suppress(ConfigError):  # a manifest that is missing or damaged is written from the shards
+        tokens.read_manifest(folder)
         print(f"{folder} is complete")
         return folder
     copy_tokenizer(tokenizer, folder / "tokenizer")
@@ -269,10 +270,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.make_tokens", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("out", help="the folder to write; it comes before the keys of train.py")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one for each core")
     parser.add_argument("--verify", action="store_true", help="compare the files that are there with their checksums")
     options, words = parser.parse_known_args(arguments)
+    before = arguments[max(0, arguments.index(options.out) - 1)]
+    if before in words:  # argparse takes the value of a key that it does not know for the folder
+        raise ConfigError(f"{before} {options.out}: name the folder to write first, before the keys of train.py")
+    options.out = Path(options.out)
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is out of bounds: at least 1")
     if options.verify:
@@ -311,7 +316,10 @@ def main(arguments: list[str]) -> None:
             "a worker process was killed, perhaps for lack of memory: the same command goes on; lower --workers"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{options.out} cannot be written ({error}): the same command goes on") from error
+        raise ConfigError(
+            f"{options.out} cannot be written ({error.strerror or error}): free space, make it writable or name "
+            "another folder; the same command goes on"
+        ) from error
     print("\na configuration that reads them says")
     for source, folder in made:
         print(f'\n[[data.sources]]\ntype = "tokens"\npath = {json.dumps(str(folder))}\nweight = {source.weight}')

@@ -258,10 +258,21 @@ def test_a_stream_becomes_tokens(tmp_path, command, monkeypatch):
     assert [store.text(place) for place in range(len(store))] == [document(index) for index in range(50)]
     assert len(store.manifest["shards"]) > 3
     kept = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    for name in ("00001.json", "manifest.json"):
-        (folder / name).unlink()
+    (folder / "00001.json").unlink()
+    (folder / "manifest.json").unlink()
     make_tokens.main(words)
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == kept
+    (folder / "manifest.json").write_text('{"format":')  # damaged: the shards are all there
+    make_tokens.main(words)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == kept
+
+
+def test_a_folder_that_cannot_be_written_or_stands_at_the_end_is_refused(tmp_path, command):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file cannot be written \(File exists\): .* name another folder"):
+        make_tokens.main([str(tmp_path / "file"), *command[1:]])
+    with pytest.raises(ConfigError, match="--config debug: name the folder to write first"):
+        make_tokens.main(["--config", "debug", str(tmp_path / "tokens")])
 
 
 def test_a_stream_that_changed_since_an_interruption_is_refused(tmp_path, command, monkeypatch):
