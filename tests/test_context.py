@@ -38,7 +38,7 @@ def whole(parts: list[Tensor]) -> Tensor:
 
 
 def ring_attention(op, args: tuple, kwargs: dict) -> tuple[DTensor, ...]:
-    """PyTorch's ring around its attention for CPUs, forward or backward: q, k, v `[B, heads, S / ranks, D]` of a rank."""
+    """PyTorch's ring around its attention for CPUs, forward or backward, of a rank's `[B, heads, S / ranks, D]`."""
     mesh = args[0].device_mesh
     names = [argument.name for argument in op._schema.arguments]
     given = {name: arg.to_local() if isinstance(arg, DTensor) else arg for name, arg in zip(names, args, strict=False)}
@@ -80,7 +80,7 @@ def in_shares(train, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 def test_two_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
-    """Compiled, in both modes, with both validations, the switch, checkpoints, the count of tokens; one head of keys."""
+    """Compiled, in both modes, with both validations, the switch, checkpoints, the count of tokens; one key head."""
     folder, words = tmp_path / "two", (*WORDS, "16", "--activations.g", "32", "--model.n_kv_heads", "1")
     two = run(tiny, folder, "groups_quarter", *words, *CONTEXT, *COMPILED)
     one = in_shares(tmp_path / "one", *words, recipe="groups_quarter", stop_after=1)
