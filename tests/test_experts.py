@@ -25,6 +25,7 @@ from kernels.experts import (
 from models.experts import Experts, expert_balance
 from models.llama import Llama, llama_args
 from recipes.check import check_config
+from recipes.sparsity import expert_shape, flops_per_token
 from scripts import evaluate, export_hf, generate
 from scripts.estimate import estimate
 
@@ -196,6 +197,51 @@ def test_an_estimate_counts_active_parameters_and_rows_that_fill_up_blocks():
     experts = 6 * 10 * 2 * 2 * 768 * 2304
     left = (128 + 8) / 128 * (1 / 8 + 1 / 48)
     assert sparse / dense == pytest.approx(1 - experts / flops * (1 - left), rel=1e-3)
+
+
+def test_the_page_s_bounds_are_those_that_the_estimate_counts():
+    page = (ROOT / "docs" / "experts.md").read_text()
+    table = [line.split("|")[1:-1] for line in page.splitlines() if "columns_" in line and line.endswith("x |")]
+    assert len(table) == 6
+    for job, recipe, tokens, experts, step, faster in ([cell.strip(" `") for cell in row] for row in table):
+        config, _ = load_config(["--config", job, "--recipe", recipe])
+        args, _ = check_config(config)
+        args.vocab_size, batch = 32768, config.training.local_batch_size * config.training.seq_len
+        with torch.device("meta"):
+            _, dense = args.get_nparams_and_flops(Llama(args), config.training.seq_len)
+        share = flops_per_token(dense, args, GROUPED_COLUMNS, tokens=batch)["sparse_executed"] / dense
+        executed = GROUPED_COLUMNS.cost(args.sparsity, expert_shape(args, batch)).executed_share
+        assert tokens == f"{batch * args.top_k // args.num_experts:,}"
+        assert (experts, step, faster) == (f"{executed:.0%}", f"{share:.0%}", f"{1 / share:.2f}x"), (job, recipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance):
+    """Several blocks, no token, fewer than a sparse expert has, a short block; rows of no expert."""
+    counts, (width, hidden) = torch.tensor([1100, 0, 40, 700]), (256, 512)
+    sparsity = FeedForwardSparsity(Groups(512, 1, 0.25, sample=8, balance=balance))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (int(counts.sum()) + 5, width), (4, hidden, width), (4, hidden, width)
+    given = [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
+    order = order_of(counts.tolist(), len(given[0]))
+
+    def run(function, device, dtype, *more) -> list[Tensor]:
+        leaves = [each.bfloat16().to(device, dtype).requires_grad_() for each in given]
+        y = function(*leaves, counts.to(device), *more)
+        return [each.cpu().double() for each in gradients_on(y, leaves)]
+
+    def gradients_on(y: Tensor, leaves) -> list[Tensor]:
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.device, y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    expected = run(sparse_experts, "cpu", torch.float64, sparsity, order, ExpertByExpert(MASKED))
+    actual = run(sparse_experts, "cuda", torch.bfloat16, sparsity, order.cuda(), GROUPED_COLUMNS)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert (found - wanted).norm() < 0.1 * wanted.norm()  # of two neurons equal to rounding either is chosen
+    dense = run(dense_experts, "cpu", torch.float64)
+    for found, wanted in zip(run(dense_experts, "cuda", torch.bfloat16), dense, strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_inputs_to_cluster_by_are_an_expert_s_own_evenly_spaced():
