@@ -184,7 +184,8 @@ class Picture:
                 if not np.isfinite(run.seconds).all():
                     raise ConfigError(f"--against time: {run.folder} lacks tokens_per_second or tokens in a line")
             unit, size = ("minutes", 60) if max(run.seconds[-1] for run in runs) >= 300 else ("seconds", 1)
-            self.x_label, self.x = f"training time, {unit}", [run.seconds / size for run in runs]
+            where = " on a CPU, which has no sparse kernels" if any(run.on_cpu for run in runs) else ""
+            self.x_label, self.x = f"training time{where}, {unit}", [run.seconds / size for run in runs]
         elif all(run.has("tokens") for run in runs):
             self.x_label, self.x = "tokens", [run.tokens for run in runs]
         else:

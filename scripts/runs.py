@@ -43,6 +43,7 @@ class Run:
     folder: Path
     lines: list[dict[str, Any]]
     unigram_entropy: float | None = None  # of the validation text, nats a token
+    on_cpu: bool = False
 
     def values(self, key: str) -> np.ndarray:
         """The value of a key in every line; NaN where it is missing, null or not finite. float [lines]"""
@@ -140,6 +141,7 @@ def load_run(path: Path) -> Run:
         folder=folder,
         lines=lines,
         unigram_entropy=about.get("unigram_entropy"),
+        on_cpu=on_cpu(about),
     )
 
 

@@ -16,6 +16,8 @@ from conftest import RANK_NAMES, ROOT, rows
 
 from configs.errors import ConfigError, TooLargeError
 from scripts import study
+from scripts.pictures import Picture
+from scripts.runs import load_runs
 from scripts.tables import runs_table
 
 RUNS = """
@@ -336,6 +338,8 @@ def test_runs_on_a_cpu_are_not_compared_by_time(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / f"{name}.png").exists() for name in ("loss", "front", "behind"))
     assert not any((tmp_path / f"{name}.png").exists() for name in ("loss_time", "reached"))
     assert "reached" not in runs_table(tmp_path)
+    asked_for = Picture(load_runs([tmp_path / "dense_s0", tmp_path / "groups_s0"]), None, "time")
+    assert asked_for.x_label == "training time on a CPU, which has no sparse kernels, seconds"
     (timed, seconds), (flops, share) = labels
     assert timed == "training time, over that of dense" and seconds == pytest.approx(0.7)
     assert flops.startswith("FLOPs that the pattern requires, over that of dense\nruns on a CPU")
