@@ -144,7 +144,10 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
     for run, about in group:
         peer, phases = dense.get(seed_of(about), {}), about["phases"]
         lines = zip(run.values("step"), run.values("loss"), strict=True)
-        over = {step: loss / peer[step] - 1 for step, loss in lines if step in peer}
+        ratios = {step: loss / peer[step] for step, loss in lines if step in peer}
+        over = {
+            step: ratio - 1 for step, ratio in ratios.items() if math.isfinite(ratio)
+        }  # of a skipped batch it is not
         jumps.append([])
         for _, start, _ in phases[1:]:
             before = [by for step, by in over.items() if step < start]
@@ -167,8 +170,11 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
     about = runs[0][1]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
     corpus = about["corpus"]
-    documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
-    documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    documents = "streamed documents"
+    if corpus["documents"] is not None:
+        documents = f"{corpus['documents']:,} documents ({corpus['file_bytes'] / 1e6:,.0f} MB"
+        documents += f", {corpus['copies']:,} copies left out)" if corpus.get("copies") else ")"
+    skipped = [f"`{run.name}` {count}" for run, one in runs if (count := one.get("skipped_batches"))]
     seed = seed_of(about)
     tokens = _range([run.last("tokens") / 1e6 for run, _ in runs], "{:.3g}")
     devices = " and ".join(sorted({f"{one['hardware']['ranks']} x {one['hardware']['device']}" for _, one in runs}))
@@ -197,6 +203,8 @@ def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set
         "seed, as a share of the dense run's time.",
     }
     text += "".join(f" {meaning}" for column, meaning in meanings.items() if column in columns)
+    if skipped:
+        text += f" Batches skipped because their loss or gradient was not finite: {', '.join(skipped)}."
     return text
 
 

@@ -101,3 +101,24 @@ def test_committed_results_are_thinned():
         if about != thin.thin_about(about) or lines != thin.thin_lines(lines):
             whole.append(str(file.parent.relative_to(ROOT)))
     assert whole == []
+
+
+def test_a_table_of_streamed_documents_and_skipped_batches(tmp_path):
+    """A skipped batch has no loss; the rise at the switch is that of the steps around it, and its number is told."""
+    write_run(tmp_path / "dense_s0", [("dense", 1000)] * 3)
+    write_run(tmp_path / "sparse_s0", [("dense", 1000), ("sparse", 1900), ("dense", 1000)])
+    for name in ("dense_s0", "sparse_s0"):
+        file = tmp_path / name / "run.json"
+        about = json.loads(file.read_text())
+        about["corpus"]["documents"] = None
+        file.write_text(json.dumps(about | {"skipped_batches": 2 * (name == "sparse_s0")}))
+    file = tmp_path / "sparse_s0" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for step in (5, 6):  # before and after the switch to sparse
+        lines[step - 1]["loss"] = None
+    lines[6]["loss"] *= 1.1
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = runs_table(tmp_path)
+    assert "| +10.0%, +0.0% |" in table
+    assert "M tokens of streamed documents, seed 0; " in table
+    assert table.endswith("Batches skipped because their loss or gradient was not finite: `sparse_s0` 2.")
