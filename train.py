@@ -44,6 +44,10 @@ def main(args: list[str]) -> None:
         if not any(reason in str(error) for reason in ("out of memory", "CUDA calloc")):
             raise
         raise too_large(config, error) from error
+    except Exception as error:
+        if trainer is not None and (lost := trainer.dataloader.lost_process()):
+            raise lost from error
+        raise
     finally:
         if trainer is not None:
             trainer.close()

@@ -26,6 +26,12 @@ class TooLargeError(ConfigError):
     status = 3
 
 
+class LostProcessError(ConfigError):
+    """A process that reads the data was killed: no fault of the input."""
+
+    status = 1
+
+
 def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
     """The error for a key's value, in the form that all of them have."""
     return ConfigError(f"{key} = {json.dumps(value)}: {problem}; {remedy}")

@@ -22,12 +22,15 @@ next sequence, also from between two micro-batches and across the end of an epoc
 number of ranks and data-loading processes: each takes the states of its rows, whoever had them before.
 """
 
+import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import datasets
@@ -35,7 +38,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from configs.errors import STOPPING, ConfigError, refuse
+from configs.errors import STOPPING, ConfigError, LostProcessError, refuse
 from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
@@ -347,6 +350,10 @@ class Loader(ParallelAwareDataloader):
     dataset: RowStreams
     _saved_ranks = 0
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._processes: set[BaseProcess] = set()
+
     def expect(self, ranks: int) -> None:
         """Let `state_dict` have the keys of a checkpoint of so many data-parallel ranks, until that is loaded."""
         self._saved_ranks = ranks
@@ -357,14 +364,35 @@ class Loader(ParallelAwareDataloader):
             return {f"dp_rank_{rank}": b"" for rank in range(self._saved_ranks)} | {"world_size": 0}
         return super().state_dict()
 
+    def __iter__(self) -> Iterator:
+        before = set(multiprocessing.active_children())
+        try:
+            return super().__iter__()
+        finally:
+            self._processes |= set(multiprocessing.active_children()) - before
+
+    def lost_process(self) -> LostProcessError | None:
+        """The error to report where a data-loading process was killed. PyTorch raises any of several, at any time."""
+        with _unreported_deaths():
+            for process in self._processes:
+                process.join(0.1)  # it may be ending
+        for process in self._processes:
+            if process.exitcode is not None and process.exitcode < 0:
+                return LostProcessError(
+                    f"{signal.Signals(-process.exitcode).name} ended a process that reads the data, perhaps for lack "
+                    "of memory: run the same command again, it resumes; if it happens again, lower "
+                    "training.dataloader.num_workers"
+                )
+        return None
+
     def close(self) -> None:
         """End the data-loading processes. They ignore SIGTERM, so at its exit Python would wait for them forever."""
-        if self._iterator is None or self.num_workers == 0:
-            return
-        self._iterator._shutdown_workers()  # asks them to end, and waits for 5 s
-        for process in self._iterator._workers:
-            process.kill()
-            process.join()
+        if self._iterator is not None and self.num_workers:
+            self._iterator._shutdown_workers()  # asks them to end, and waits for 5 s
+        with _unreported_deaths():  # of those that are stuck, and those of an iterator that could not be made
+            for process in self._processes:
+                process.kill()
+                process.join()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Call it before iterating.
@@ -403,6 +431,22 @@ class Loader(ParallelAwareDataloader):
         if any("numbers" not in state for state in states):  # of an older release
             return [len(state["rows"]) for state in states] == [len(share) for share in shares]
         return [state["numbers"] for state in states] == shares
+
+
+@contextlib.contextmanager
+def _unreported_deaths() -> Iterator[None]:
+    """Without PyTorch's handler, which raises an error wherever a data-loading process dies."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def refused_in_process(error: ConfigError) -> ConfigError:
+    """A ConfigError as it was raised: PyTorch adds the traceback of a data-loading process to its message."""
+    said = str(error)
+    return ConfigError(said.rpartition("ConfigError: ")[2].strip()) if "in DataLoader worker process" in said else error
 
 
 def _streams_states(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from models.experts import expert_balance
 from models.llama import Llama, LlamaArgs, count_parameters, parameters_in_words
 from recipes.check import device_dtype
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
-from recipes.data import Loader, build_dataloader
+from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
 from recipes.pipeline import Inference, build_loss, build_pipeline, stage_peers
@@ -66,10 +66,15 @@ class _Batches:
         return self
 
     def __next__(self):
-        return self._next.pop() if self._next else next(self._batches)
+        if self._next:
+            return self._next.pop()
+        try:
+            return next(self._batches)
+        except ConfigError as error:
+            raise refused_in_process(error) from None
 
     def peek(self):
-        self._next = self._next or [next(self._batches)]
+        self._next = self._next or [next(self)]
         return self._next[0]
 
 

@@ -5,18 +5,20 @@ import ctypes
 import errno
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shutil
+import signal
 import threading
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROCESSES, losses, merge, rows, run_train
+from conftest import PROCESSES, fork, losses, merge, rows, run_train
 from tensorboard.compat.proto.event_pb2 import Event
 
 import recipes.metrics
@@ -26,6 +28,7 @@ from configs.loader import load_config, resolved
 from configs.safe_load import _Pickle
 from configs.schema import Source
 from recipes.check import model_args
+from recipes.data import Row
 from recipes.metrics import Metrics
 from recipes.restore import find_checkpoint
 from recipes.resume import check_resume
@@ -293,6 +296,45 @@ def test_a_full_disk_in_the_middle_of_a_run(tiny, train, straight, tmp_path):
     )
     assert "resumed after step 4" in second
     assert losses(rows(tmp_path)) == straight(train)
+
+
+def kill_a_data_process() -> None:
+    """In step 6, one of two."""
+    enter_phase = SparseTrainer._enter_phase
+
+    def kill(self, batches):
+        enter_phase(self, batches)
+        if self.step == 6:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    SparseTrainer._enter_phase = kill  # type: ignore[method-assign]
+
+
+def test_a_data_process_that_is_killed_is_one_message(tiny, tmp_path):
+    processes = ["--training.dataloader.num_workers", "2", "--training.local_batch_size", "2"]
+    words = merge(tiny, [*processes, "--training.global_batch_size", "4", "--job.dump_folder", str(tmp_path)])
+    command = ["--config", "configs/debug.toml", *words]
+    result = fork(*command, prepare=kill_a_data_process)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.startswith("error: SIGKILL ended a process that reads the data"), result.stderr
+    first = max(rows(tmp_path))
+    assert first < 12
+    whole = fork(*merge(command, ["--job.dump_folder", str(tmp_path / "whole")]))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert fork(*command).returncode == 0
+    assert losses(rows(tmp_path)) == losses(rows(tmp_path / "whole"))
+
+
+def test_what_a_data_process_refuses_is_one_message(train, tmp_path, monkeypatch):
+    process = "--training.dataloader.num_workers", "1"
+    train(tmp_path, *process, stop_after=2)
+
+    def refuse(*_):
+        raise ConfigError("data.sources: the documents are others")
+
+    monkeypatch.setattr(Row, "load_state_dict", refuse)
+    with pytest.raises(ConfigError, match=r"^data\.sources: the documents are others$"):
+        train(tmp_path, *process)
 
 
 def test_a_run_goes_on_where_its_output_cannot_be_written(tiny, straight, train, tmp_path):
