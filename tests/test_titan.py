@@ -1,14 +1,20 @@
-"""torchtitan's names that are not public: the installed release has each, and configs/titan.py alone uses them."""
+"""torchtitan's private names, which configs/titan.py alone uses and the installed release has; newer torchtitans."""
 
 import ast
 import inspect
 import re
+import sys
+import types
+from dataclasses import dataclass, fields
 
 import pytest
+import torch
 from conftest import ROOT
+from torch import nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from configs import titan
+from models.feed_forward import FeedForward as OurFeedForward
 
 
 @pytest.mark.parametrize("owner, name, reason", titan.PRIVATE, ids=lambda value: getattr(value, "__name__", None))
@@ -65,3 +71,66 @@ def test_names_that_are_not_public_are_used_in_one_place():
     assert [name for name, text in texts.items() if imports.search(text)] == []
     override = "from configs.titan import CheckpointManager\nclass Own(CheckpointManager):\n    def _ft_save(self): ..."
     assert private_uses(override) == {"_ft_save"}
+
+
+def test_the_override_of_the_page_keeps_to_the_kernels(monkeypatch):
+    """docs/torchtitan.md's file, with stand-ins for torchtitan 0.3's names: its FFN is this repository's."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchtitan.md").read_text(), re.DOTALL)
+
+    class Module(nn.Module):
+        @dataclass(kw_only=True)
+        class Config:
+            pass
+
+    class Linear(Module):
+        @dataclass(kw_only=True)
+        class Config(Module.Config):
+            in_features: int
+            out_features: int
+
+            def build(self):
+                return nn.Linear(self.in_features, self.out_features, bias=False)
+
+    class FeedForward(Module):
+        @dataclass(kw_only=True)
+        class Config(Module.Config):
+            w1: Linear.Config
+            w2: Linear.Config
+            w3: Linear.Config
+
+    def derive(source, target, **deltas):
+        names = {field.name for field in fields(target)}
+        assert deltas.keys() <= names
+        return target(**{name: getattr(source, name) for name in names & vars(source).keys()} | deltas)
+
+    def override(*, target, exact, description):
+        assert target is FeedForward.Config and exact and description
+        return lambda factory: factory
+
+    for name, content in {
+        "config": {"derive": derive, "override": override},
+        "models.common.feed_forward": {"FeedForward": FeedForward},
+        "models.common.linear": {"Linear": Linear},
+        "protocols.module": {"Module": Module},
+    }.items():
+        module = types.ModuleType(f"torchtitan.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"torchtitan.{name}", module)
+    names: dict = {"__name__": "sparse_titan"}
+    exec(code.replace("slots=True", "slots=False"), names)
+
+    torch.manual_seed(0)
+    linear = {
+        f"w{i}": Linear.Config(in_features=a, out_features=b) for i, a, b in ((1, 32, 64), (2, 64, 32), (3, 32, 64))
+    }
+    config = names["sparse_ffn"](FeedForward.Config(**linear), v=16, keep=0.5)
+    ffn = names["SparseFeedForward"](config)
+    assert sum(weight.numel() for weight in ffn.parameters()) == 3 * 32 * 64
+    ours = OurFeedForward(32, 96, ffn.sparsity)
+    ours.load_state_dict(ffn.state_dict())
+    x = torch.randn(2, 32, 32)
+    for sparse in (False, True):
+        ffn.sparse = ours.sparse = sparse
+        torch.testing.assert_close(ffn(x), ours(x), rtol=0, atol=0)
+    ffn(x).sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in ffn.parameters())
