@@ -409,12 +409,6 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
 
 def _check_context_parallelism(config: JobConfig) -> None:
     parallelism = config.parallelism
-    degree = f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree}"
-    if parallelism.pipeline_parallel_degree > 1:
-        raise ConfigError(
-            f"{degree} with pipeline_parallel_degree = {parallelism.pipeline_parallel_degree} is not supported: set "
-            "one of them to 1"
-        )
     if parallelism.context_parallel_load_balancer != "headtail":
         raise ConfigError(
             f"parallelism.context_parallel_load_balancer = {json.dumps(parallelism.context_parallel_load_balancer)} is "

@@ -198,8 +198,10 @@ class Inference:
     has_first_stage: bool
     has_last_stage: bool
 
-    def losses(self, inputs: Tensor, labels: Tensor) -> list[Tensor]:
+    def losses(self, inputs: Tensor, labels: Tensor, **keywords: Tensor) -> list[Tensor]:
         """The losses of the micro-batches of inputs and labels `[B, S]`; none without the last stage.
+
+        `keywords`, such as `positions [B, S]`, are for all stages.
 
         All ranks of a pipeline call it. The first call after a training step, and the first step after a call, run each
         stage once more: on data of no meaning, to infer the shapes that stages send.
@@ -207,7 +209,7 @@ class Inference:
         losses: list[Tensor] = []
         arguments = (inputs,) if self.has_first_stage else ()
         last = (labels, losses) if self.has_last_stage else (None, None)
-        self.schedule.eval(*arguments, target=last[0], losses=last[1], return_outputs=False)
+        self.schedule.eval(*arguments, **keywords, target=last[0], losses=last[1], return_outputs=False)
         return losses
 
 

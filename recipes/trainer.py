@@ -245,7 +245,7 @@ class SparseTrainer(titan.Trainer):
             with self.train_context(), self.maybe_enable_amp:
                 if self.parallel_dims.pp_enabled:
                     pipeline = Inference(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage)
-                    pipeline.losses(inputs, labels)
+                    pipeline.losses(inputs, labels, **extra_kwargs)
                 else:
                     self.model_parts[0](inputs, **extra_inputs, **extra_kwargs)
             for part in self.model_parts:

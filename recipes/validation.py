@@ -148,15 +148,15 @@ class Validator(BaseValidator):
     def _loss(self, model_parts: list[nn.Module], inputs: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses of a batch's tokens; 0 where a rank has not the last stage."""
         with self.context(), self.amp:
+            positions: dict[str, Any] = {}
+            if self.context_mesh is not None:
+                inputs, labels, positions = prepare_context_parallel_input(
+                    inputs, labels, positions, self.context_mesh, inputs.device, self.load_balancer
+                )
             if self.inference is None:
                 (model,) = model_parts
-                positions: dict[str, Any] = {}
-                if self.context_mesh is not None:
-                    inputs, labels, positions = prepare_context_parallel_input(
-                        inputs, labels, positions, self.context_mesh, inputs.device, self.load_balancer
-                    )
                 return _local(self.loss_fn(model(inputs, **positions), labels))
-            losses = [_local(loss) for loss in self.inference.losses(inputs, labels)]
+            losses = [_local(loss) for loss in self.inference.losses(inputs, labels, **positions)]
             return torch.stack(losses).sum() if losses else inputs.new_zeros(())
 
 

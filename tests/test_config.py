@@ -147,8 +147,8 @@ BAD = [
         ["activations.v = 2048 exceeds the 1024 tokens", "/ parallelism.context_parallel_degree = 2"],
     ),
     (
-        f"{PIPELINE} --parallelism.context_parallel_degree 2 --activations.v 64",
-        ["context_parallel_degree = 2 with pipeline_parallel_degree = 2", "set one of them to 1"],
+        f"{PIPELINE} --parallelism.context_parallel_degree 2 --activations.v 256",
+        ["activations.v = 256 exceeds the 128 tokens", "/ parallelism.context_parallel_degree = 2"],
     ),
     (
         f"{DEBUG} --parallelism.context_parallel_degree 2 --parallelism.context_parallel_load_balancer ptrr",

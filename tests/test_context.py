@@ -93,11 +93,22 @@ def test_two_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shar
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
-def test_shares_of_sequences_on_shards_of_neurons_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
-    """With tensor parallelism: two ranks have a share of the tokens, and each of them half of the neurons."""
+@pytest.mark.parametrize("layout", [TENSOR, ("--parallelism.data_parallel_shard_degree", "2")], ids=["tensor", "fsdp"])
+def test_shares_of_sequences_on_four_ranks_take_the_steps_of_one_process(tiny, in_shares, tmp_path, layout):
+    """Two ranks have a share of the tokens: each half of the neurons, or each other sequences."""
     folder, words = tmp_path / "four", (*WORDS, "32")
-    run(tiny, folder, "venom_2of16", *words, *CONTEXT, *TENSOR, processes=4)
+    run(tiny, folder, "venom_2of16", *words, *CONTEXT, *layout, processes=4)
     assert_steps_of_one(folder, lambda copy, step: in_shares(copy, *words, stop_after=step), (3,))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+def test_shares_of_sequences_pass_through_stages_and_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
+    folder, words = tmp_path / "four", (*WORDS, "16", "--activations.g", "32")
+    pipeline = ("--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2")
+    run(tiny, folder, "groups_quarter", *words, *CONTEXT, *pipeline, processes=4)
+    assert_steps_of_one(
+        folder, lambda copy, step: in_shares(copy, *words, recipe="groups_quarter", stop_after=step), (3, 5)
+    )
 
 
 @pytest.mark.gpu
