@@ -247,8 +247,8 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
         )
     if activations.cut_along_tokens and tokens % COLUMNS:
         raise ConfigError(
-            f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch are no multiple of {COLUMNS}: "
-            f"change {batch} or training.seq_len{share and f' (the tokens are those{share})'}"
+            f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch ({batch} x training.seq_len{share}) "
+            f"are no multiple of {COLUMNS}: change one of those"
         )
     if router.enable:
         if neurons % router.cluster_size:
