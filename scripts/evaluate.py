@@ -7,8 +7,8 @@
     python -m scripts.evaluate outputs/debug --text README.md --pattern       the loss with h cut to the run's pattern
 
 Tasks are lm-evaluation-harness's. The text is what the trainer would make of it: documents begun and ended by their
-markers, one after the other, cut to the length the model was trained at; every token but the first is scored, so the
-bytes of bits per byte are the text's own (recipes/validation.py has the formula).
+markers, one after the other, cut to the length the model was trained at, or to --length; every token but the first is
+scored, so the bytes of bits per byte are the text's own (recipes/validation.py has the formula).
 
 The local task asks which of four lines comes next in a document; the three wrong ones are lines from elsewhere in the
 same document. Chance is 25%.
@@ -59,6 +59,7 @@ PAPER_TASKS = (
     *("piqa", "race", "sciq", "record", "openbookqa"),
 )
 CONTEXT_LINES, CHOICES = 4, 4
+LONGEST = 4096  # tokens in a sequence of an export: the positions of a long-context model would not fit into memory
 
 
 class Text:
@@ -274,13 +275,21 @@ def quantize(model: nn.Module, kind: str) -> None:
     quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
 
 
-def score_export(model: Any, text: Text, batch_size: int, kind: str | None) -> dict[str, dict[str, float]]:
-    """The scores of transformers' model on a text, and once more after its weights are quantised to `kind`."""
+def score_export(model: Any, text: Text, length: int, batch_size: int, kind: str | None) -> dict[str, dict[str, float]]:
+    """The scores of transformers' model on a text, and once more after its weights are quantised to `kind`.
+
+    Args:
+        model: transformers'.
+        text: that is scored.
+        length: tokens in a sequence.
+        batch_size: sequences in a batch.
+        kind: "int8" or "float8"; None: not quantised.
+    """
 
     def logits(ids: Tensor) -> Tensor:
         return model(ids.to(model.device), use_cache=False).logits
 
-    length, dtype = model.config.max_position_embeddings, str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     scores = {f"exported, {dtype}": text.score(logits, length, batch_size, dtype)}
     if kind is not None:
         quantize(model, kind)
@@ -377,13 +386,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="items of a task at most")
     parser.add_argument("--quantize", choices=("int8", "float8"), help="quantise the weights; tasks run on the result")
     parser.add_argument("--pattern", action="store_true", help="score with h cut to the run's pattern as well")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help=f"tokens in a sequence; default: the run's training.seq_len, of an export what it takes, up to {LONGEST}",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the run computed in")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     options = parser.parse_args()
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "length", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least 1")
+    if options.length and options.pattern:
+        raise ConfigError("--length: a pattern sees sequences of the run's training.seq_len: leave out one of the two")
     needing = [f"--{name}" for name in ("quantize", "pattern") if getattr(options, name)]
     if not options.text and (needing or "local" in (options.tasks or ())):
         raise ConfigError(f"{(needing or ['--tasks local'])[0]} needs a text: give --text FILE ...")
@@ -410,7 +426,12 @@ def main() -> None:
         packages += ["transformers"]
         model, tokenizer = load_model(source, options.dtype, device)
         if text is not None:
-            scores |= score_export(model, text, options.batch_size, options.quantize)
+            length = options.length or (
+                source.config.training.seq_len
+                if isinstance(source, Checkpoint)
+                else min(LONGEST, model.config.max_position_embeddings)
+            )
+            scores |= score_export(model, text, length, options.batch_size, options.quantize)
     if text is not None:
         print(f"{len(text.ids):,} tokens, {text.bytes:,} bytes, {options.checkpoint} on {device}\n{_table(scores)}")
     if options.tasks:

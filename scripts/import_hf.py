@@ -141,9 +141,9 @@ def main() -> None:
     dtypes = {value.dtype for value in weights.values()}
     dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
     config = {
-        "model": model_facts(args),
+        "model": model_facts(args) | {"max_position_embeddings": args.max_seq_len},
         "tokenizer": {"path": str(out / "tokenizer")},
-        "training": {"seq_len": args.max_seq_len, "mixed_precision_param": dtype},
+        "training": {"seq_len": _sequence(args), "mixed_precision_param": dtype},
     }
     run = {"config": config, "vocabulary": vocab_size, "imported_from": str(folder)}
     recipe = options.recipe or ("dense" if args.swiglu else "columns_half")
@@ -165,7 +165,7 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         recipe: a recipe's file or name.
         steps: of the run.
     """
-    seq_len = min(args.max_seq_len, 2048) // 2 * 2
+    seq_len = _sequence(args)
     tokens = 8192 if torch.cuda.is_available() else 2048
     sources = [{"path": path} for path in data] or [{"type": "stdlib"}]
     parts = [
@@ -217,6 +217,11 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         _table("debug", {"seed": 0}),
     ]
     return "\n".join(parts)
+
+
+def _sequence(args: LlamaArgs) -> int:
+    """Tokens in a sequence of the run that continues the model: an even number, for which torchtitan asks."""
+    return min(args.max_seq_len, 2048) // 2 * 2
 
 
 def continued_rate(dim: int) -> float:

@@ -75,6 +75,8 @@ def test_scores_are_those_of_every_token_and_byte(run, text, evaluated):
         with torch.no_grad():
             losses.append(F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum").item())
     score = row["scores"]["exported, float32"]
+    assert evaluated(run, "--text", *text, "--length", "32")["scores"]["exported, float32"] == pytest.approx(score)
+    assert evaluated(run, "--text", *text, "--length", "16")["scores"]["exported, float32"]["loss"] != score["loss"]
     assert score["loss"] == pytest.approx(sum(losses) / (len(ids) - 1), rel=1e-5)
     assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
     size = sum(Path(file).stat().st_size for file in text)
@@ -156,6 +158,10 @@ def test_an_export_runs_no_code(run, text, evaluated, tmp_path, monkeypatch):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(code)
     evaluated(folder, "--text", *text)
+    monkeypatch.setattr(evaluate, "LONGEST", 16)  # an export that takes longer texts than fit into memory
+    assert (
+        evaluated(folder, "--text", *text)["scores"] == evaluated(folder, "--text", *text, "--length", "16")["scores"]
+    )
     monkeypatch.setattr(sys, "argv", ["generate", str(folder), "--prompt", "def", "--max-new-tokens", "2"])
     generate.main()
     (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "unheard_of"}))
@@ -299,6 +305,8 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
         (("--text", str(tmp_path / "spoilt.gz")), r"spoilt.gz cannot be read \(Error -3"),
         (("--text", str(tmp_path / "empty.txt")), "empty.txt is empty"),
         (("--text", *text, "--limit", "0"), "--limit 0 is out of bounds"),
+        (("--text", *text, "--length", "0"), "--length 0 is out of bounds"),
+        (("--text", *text, "--length", "8", "--pattern"), "--length: a pattern sees .* leave out one of the two"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluated(run, *words)

@@ -336,6 +336,12 @@ def test_the_scaled_rope_of_llama_3(train, trained, script, tmp_path, capsys):
     edit(hf, rope_parameters=None, rope_theta=5e5, rope_scaling=config["rope_scaling"])
     script(import_hf, hf, tmp_path / "older")
     assert find_checkpoint(str(tmp_path / "older")).args == find_checkpoint(str(tmp_path / "out")).args
+    # A context that is too long for a training sequence stays what an export says.
+    edit(hf, max_position_embeddings=131072)
+    script(import_hf, hf, tmp_path / "long")
+    long = find_checkpoint(str(tmp_path / "long"))
+    assert (long.args.max_seq_len, long.args.max_position_embeddings) == (2048, 131072)
+    assert "seq_len = 2048" in (tmp_path / "long" / "continue.toml").read_text()
     capsys.readouterr()
 
     words = ["--config", str(tmp_path / "out" / "continue.toml")]
