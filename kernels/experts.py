@@ -172,6 +172,22 @@ def dense_experts(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
     return _dense(x, w1, w2, lay_out(counts, counts >= 0, None, x.shape[0], ALIGNED, blocks))
 
 
+def waits_for_counts(x: Tensor, w1: Tensor, sparsity: FeedForwardSparsity | None) -> bool:
+    """Whether the host has to know `counts` to compute experts, so that torch.compile cannot make one graph of it.
+
+    Args:
+        x, w1: as in the module docstring, before autocast.
+        sparsity: of sparse experts; None: dense ones.
+    """
+    x, w1 = _autocast(x[:0], w1[:0])
+    if not _uses_grouped_mm(x, w1):
+        return True
+    if sparsity is None:
+        return False
+    shape = Shape(w1.shape[2], w1.shape[1])
+    return not isinstance(choose_experts(sparsity, shape, x.device, x.dtype)[0], GroupedColumns)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if device != "meta" and torch.is_autocast_enabled(device):

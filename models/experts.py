@@ -14,13 +14,15 @@ FFN: it clusters the neurons of each expert by themselves, and switches all of t
 every token goes to besides, is a dense FFN in every phase.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from configs.titan import MoE, MoEArgs, TransformerBlock, TransformerModelArgs, trunc_normal_
 from kernels import FeedForwardSparsity, Pattern, hidden_activations
-from kernels.experts import dense_experts, fewest_tokens, route_within_experts, sparse_experts
+from kernels.experts import dense_experts, fewest_tokens, route_within_experts, sparse_experts, waits_for_counts
 from models.attention import Attention
 from models.feed_forward import FeedForward, count_activity
 
@@ -47,6 +49,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = self.num_experts = experts
+        self._compiled: Callable[..., Tensor] | None = None
         self.always_dense = always_dense
         self.sparsity = sparsity
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
@@ -101,9 +104,13 @@ class Experts(nn.Module):
                 self.routed.add_(torch.bincount(at, minlength=len(self.routed)))
         if not self.training:
             self._count(x, w1, counts, order)
-        if self.sparse:
-            return sparse_experts(x, w1, w2, counts, self.sparsity, order)
-        return dense_experts(x, w1, w2, counts)
+        sparsity = self.sparsity if self.sparse else None
+        run = self._compiled if self._compiled and not waits_for_counts(x, w1, sparsity) else _products
+        return run(x, w1, w2, counts, sparsity, order)
+
+    def compile_products(self, backend: str) -> None:
+        """Compile the experts' products, where the host need not wait for `num_tokens_per_expert`."""
+        self._compiled = torch.compile(_products, backend=backend, fullgraph=True)
 
     def _count(self, x: Tensor, w1: Tensor, counts: Tensor, order: Tensor | None) -> None:
         start, pattern = 0, self.sparsity.pattern if self.sparse else None
@@ -128,6 +135,14 @@ class Experts(nn.Module):
         at = torch.arange(tokens, device=x.device) * counts.clamp(min=tokens) // tokens
         rows = (counts.cumsum(0) - counts + at).clamp(max=x.shape[0] - 1)
         return torch.where((at < counts)[:, :, None], x[rows].float(), 0)
+
+
+def _products(
+    x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, sparsity: FeedForwardSparsity | None, order: Tensor | None
+) -> Tensor:
+    if sparsity is None:
+        return dense_experts(x, w1, w2, counts)
+    return sparse_experts(x, w1, w2, counts, sparsity, order)
 
 
 class MixtureOfExperts(MoE):

@@ -578,8 +578,11 @@ def set_up_process(config: JobConfig) -> None:
 def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
     parallelize = titan.parallelize_moe if model.model_args.num_experts else titan.parallelize_llama
     model = parallelize(model, parallel_dims, job_config)
+    compiles = job_config.compile.enable and "model" in job_config.compile.components
     for mixture in model.mixtures():
         mixture.experts.keep_buffers_whole()
+        if compiles and not parallel_dims.ep_enabled:  # which brings another number of rows in every step
+            mixture.experts.compile_products(job_config.compile.backend)
     if parallel_dims.tp_enabled and model.tok_embeddings is not None:
         # It gives the result of a collective that is under way. As the input of a compiled block that would get a
         # gradient of another kind than it was given (torch 2.13: a Tensor where autograd expects a DTensor).

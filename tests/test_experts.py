@@ -434,15 +434,26 @@ def test_two_ranks_shard_experts_and_resume_exactly(tiny, train, tmp_path):
     assert losses(run_ranks(tiny, tmp_path / "again", *HALVES)) == losses(two)
 
 
-def test_compiled_and_checkpointed_experts_train_as_eager_ones(tiny, train, trained, tmp_path):
-    wrapped = (
-        *("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager"),
-        *("--activation_checkpoint.mode", "full", "--checkpoint.enable", "false", "--training.steps", "5"),
+def test_compiled_and_checkpointed_experts_train_as_eager_ones(train, tmp_path, monkeypatch):
+    """The path of a GPU on the CPU: grouped products in bf16, all experts at once, one graph of a layer's experts."""
+    monkeypatch.setattr(kernels.experts, "_uses_grouped_mm", lambda x, *matrices: True)
+    words = (
+        *(*WORDS, "--training.mixed_precision_param", "bfloat16", "--training.steps", "5"),
         *("--schedule.phases", '[{mode = "dense", end = 3}, {mode = "sparse", end = 1.0}]'),
     )
-    expected = losses(rows(trained(train)))
-    actual = losses(run_ranks(tiny, tmp_path / "run", *wrapped, processes=0))
-    assert [actual[step] for step in (1, 2, 3, 4)] == pytest.approx([expected[step] for step in (1, 2, 3, 4)], rel=1e-4)
+    wrapped = (
+        *("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "aot_eager"),
+        *("--activation_checkpoint.mode", "full"),
+    )
+    runs = {}
+    for name, more in (("eager", ()), ("compiled", wrapped)):
+        with kernels.prefer(GROUPED_COLUMNS):
+            command = merge([*words, "--checkpoint.interval", "8"], list(more))
+            runs[name] = train(tmp_path / name, *command, recipe="columns_quarter")
+    assert losses(runs["compiled"]) == pytest.approx(losses(runs["eager"]), rel=1e-3)
+    assert runs["compiled"][4]["val_loss_sparse"] == pytest.approx(runs["eager"][4]["val_loss_sparse"], rel=1e-3)
+    graphs = {step: row["graphs_compiled"] for step, row in runs["compiled"].items() if row["graphs_compiled"]}
+    assert 1 in graphs and 4 in graphs and set(graphs) <= {1, 4, 5}, graphs
 
 
 def test_expert_parallelism_equals_one_process_with_the_tokens_of_all_ranks(tiny, train, trained, tmp_path):
