@@ -297,6 +297,13 @@ class Training(titan_config.Training):
     chosen, and a resumed run keeps it on any device. float32 runs on the reference instead of the sparse kernels.
     """
 
+    sparse_local_batch_size: int | None = _in(None, 1)
+    """
+    Sequences of a micro-batch in sparse phases, a multiple of local_batch_size; default: local_batch_size. A sparse
+    step keeps fewer activations, and blocks of tokens are sorted from a whole micro-batch, so a larger one lowers the
+    loss. The global batch and the order of the data stay.
+    """
+
     skip_bad_batches: int = _in(0, 0)
     """
     Batches whose loss or gradient is not finite that a run may skip: weights and moments stay as they were, the step

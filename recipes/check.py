@@ -432,6 +432,13 @@ def _check_batch(config: JobConfig, world: int) -> None:
             f"training.global_batch_size = {batch} is not a multiple of training.local_batch_size = {local} times "
             f"{ranks} data-parallel rank{'s' if ranks > 1 else ''}: change one of them"
         )
+    sparse, batch = training.sparse_local_batch_size, local * ranks if batch == -1 else batch
+    if sparse and (sparse % local or batch % (sparse * ranks)):
+        raise ConfigError(
+            f"training.sparse_local_batch_size = {sparse} is not a multiple of training.local_batch_size = {local} of "
+            f"which {ranks} data-parallel rank{'s' if ranks > 1 else ''} can share the {batch} sequences of a step "
+            "(training.global_batch_size): change one of them"
+        )
 
 
 def _check_rest(config: JobConfig) -> None:

@@ -32,12 +32,12 @@ def micro_batches(config: JobConfig) -> int:
     return config.training.local_batch_size // micro_batch_size(config)
 
 
-def micro_batch_size(config: JobConfig) -> int:
-    """Sequences that the model computes at once."""
-    parallelism = config.parallelism
-    if parallelism.pipeline_parallel_degree == 1:
-        return config.training.local_batch_size
-    return parallelism.pipeline_parallel_microbatch_size
+def micro_batch_size(config: JobConfig, sparse: bool = False) -> int:
+    """Sequences that the model computes at once, in dense phases or in sparse ones."""
+    parallelism, training = config.parallelism, config.training
+    if parallelism.pipeline_parallel_degree > 1:
+        return parallelism.pipeline_parallel_microbatch_size
+    return training.sparse_local_batch_size or training.local_batch_size if sparse else training.local_batch_size
 
 
 def stages(config: JobConfig, n_layers: int) -> list[list[str]]:
@@ -93,6 +93,11 @@ def check_pipeline(config: JobConfig, n_layers: int) -> None:
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if degree == 1:
         return
+    if config.training.sparse_local_batch_size:
+        raise ConfigError(
+            "training.sparse_local_batch_size is not supported with parallelism.pipeline_parallel_degree > 1, whose "
+            "micro-batches are of pipeline_parallel_microbatch_size: leave it out"
+        )
     for name in ("pipeline_parallel_schedule_csv", "module_fqns_per_model_part"):
         if getattr(parallelism, name):
             raise ConfigError(

@@ -7,6 +7,7 @@ be interrupted by a signal at any time, and it resumes exactly.
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -43,7 +44,7 @@ from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fai
 from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
-from recipes.pipeline import Inference, build_loss, build_pipeline, stage_peers
+from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_size, stage_peers
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span
@@ -56,7 +57,7 @@ logger = logging.getLogger("sparsetitan")
 
 
 class _Batches:
-    """An iterator of micro-batches, the next of which can be looked at before it is taken."""
+    """An iterator of micro-batches, the next of which can be looked at before they are taken."""
 
     def __init__(self, batches: Iterator) -> None:
         self._batches = batches
@@ -66,16 +67,26 @@ class _Batches:
         return self
 
     def __next__(self):
-        if self._next:
-            return self._next.pop()
+        return self._next.pop(0) if self._next else self._read()
+
+    def _read(self):
         try:
             return next(self._batches)
         except ConfigError as error:
             raise refused_in_process(error) from None
 
-    def peek(self):
-        self._next = self._next or [next(self)]
-        return self._next[0]
+    def peek(self, together: int = 1):
+        """The next micro-batches, as one."""
+        while len(self._next) < together:
+            self._next.append(self._read())
+        return next(_joined(iter(self._next), together))
+
+
+def _joined(batches: Iterator, together: int) -> Iterator:
+    """So many micro-batches at a time, as one."""
+    while several := list(itertools.islice(batches, together)):
+        inputs, labels = zip(*several, strict=True)
+        yield {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}, torch.cat(labels)
 
 
 class BadBatches(Stateful):
@@ -128,6 +139,12 @@ class SparseTrainer(titan.Trainer):
         check_initial_model(config, args)
         titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
         super().__init__(config)
+        self._micro_batches = self.gradient_accumulation_steps
+        # Micro-batches of dense phases that make one of a sparse phase.
+        self._together = micro_batch_size(config, sparse=True) // micro_batch_size(config)
+        if self._together > 1:
+            # Graphs for each size: a second one would make PyTorch compile for any size, and kernels are for one.
+            torch._dynamo.config.automatic_dynamic_shapes = False
         # A rank that has stopped is noticed as soon as in any other collective; gloo's own timeout is half an hour.
         timeout = timedelta(seconds=max(config.comm.init_timeout_seconds, config.comm.train_timeout_seconds))
         several = dist.get_world_size() > 1
@@ -171,7 +188,7 @@ class SparseTrainer(titan.Trainer):
         spans = self.sparsity.spans
         family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
-        tokens = config.training.local_batch_size * config.training.seq_len
+        tokens = micro_batch_size(config, sparse=True) * config.training.seq_len
         flops = flops_per_token(dense, self.model_args, family, tensor, tokens)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         with fail_together(self.signals):
@@ -239,7 +256,7 @@ class SparseTrainer(titan.Trainer):
 
     def _enter_phase(self, batches: "_Batches") -> None:
         def forward() -> None:
-            batch, labels = batches.peek()
+            batch, labels = batches.peek(self._together)
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(batch, labels.to(self.device))
             with self.train_context(), self.maybe_enable_amp:
@@ -292,6 +309,9 @@ class SparseTrainer(titan.Trainer):
     def train_step(self, data_iterator) -> None:
         """torchtitan's training step; with training.skip_bad_batches the optimizer takes no step of a bad batch."""
         self._forget_load()
+        together = self._together if self.sparsity.phase == "sparse" else 1
+        self.gradient_accumulation_steps = self._micro_batches // together
+        data_iterator = _joined(data_iterator, together)
         if not self.job_config.training.skip_bad_batches:
             super().train_step(data_iterator)
             return

@@ -128,15 +128,15 @@ def parts_of(config: JobConfig, n_layers: int) -> list[Part]:
     return parts
 
 
-def layout(config: JobConfig, gpus: int) -> Layout:
-    """How a checked job lies on so many GPUs."""
+def layout(config: JobConfig, gpus: int, sparse: bool = False) -> Layout:
+    """How a checked job lies on so many GPUs, in dense or in sparse phases, whose micro-batches may differ."""
     parallelism, training = config.parallelism, config.training
     tensor = parallelism.tensor_parallel_degree
     pipeline = parallelism.pipeline_parallel_degree
     context = parallelism.context_parallel_degree
     data = gpus // (tensor * pipeline * context)
     shard = context * data // parallelism.data_parallel_replicate_degree
-    micro, batch = micro_batch_size(config), training.global_batch_size
+    micro, batch = micro_batch_size(config, sparse), training.global_batch_size
     batch = training.local_batch_size * data if batch == -1 else batch
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
     compute = TORCH_DTYPE_MAP[computes_in(config, shard > 1)].itemsize
@@ -312,13 +312,13 @@ def estimate(arguments: list[str]) -> str:
         raise ConfigError(f"--peak-tflops {options.peak_tflops:g}: give the GPU's dense bf16 peak, such as 989")
     args, spans = check_keys(config, gpus)
     args.vocab_size = expected_vocabulary(config)
-    on = layout(config, gpus)
+    on, on_sparse = layout(config, gpus), layout(config, gpus, sparse=True)
     with torch.device("meta"):
         model = Llama(args)
     dtype = TORCH_DTYPE_MAP[computes_in(config, on.shard > 1)]
     family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, family, on.tensor, on.tokens)
+    flops = flops_per_token(dense, args, family, on.tensor, on_sparse.tokens)
     active = parameters - args.inactive_parameters
     mode = config.activation_checkpoint.mode
 
@@ -334,7 +334,8 @@ def estimate(arguments: list[str]) -> str:
             else []
         ),
         f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
-        f"micro-batches of {on.tokens:,}, {on.accumulates} a step",
+        f"micro-batches of {on.tokens:,}, {on.accumulates} a step"
+        + (f"; in sparse phases of {on_sparse.tokens:,}, {on_sparse.accumulates} a step" if on_sparse != on else ""),
     ]
     if family is not None:
         lines.append(
@@ -342,14 +343,15 @@ def estimate(arguments: list[str]) -> str:
         )
 
     columns = [None] if family is None else [None, family]
-    parts = [memory(config, model, on, mode, each) for each in columns]
+    layouts = [on, on_sparse]
+    parts = [memory(config, model, each, mode, of) for each, of in zip(layouts, columns, strict=False)]
     lines += ["", _row("memory of a GPU, GiB", ["dense step", "sparse step"][: len(columns)])]
     lines += [_row(name, [f"{part[name] / GIB:.2f}" for part in parts]) for name in parts[0]]
     lines += ["", _row("activation checkpointing", ["kept", "peak"] * len(columns))]
     for other in dict.fromkeys((*MODES, mode)):
         cells = []
-        for each in columns:
-            part = memory(config, model, on, other, each)
+        for each, of in zip(layouts, columns, strict=False):
+            part = memory(config, model, each, other, of)
             kept = sum(value for name, value in part.items() if name.startswith("activations"))
             cells += [f"{kept / GIB:.2f}", f"{part['peak'] / GIB:.2f}"]
         option = config.activation_checkpoint.selective_ac_option

@@ -189,6 +189,16 @@ BAD = [
         ["module_fqns_per_model_part", "pipeline_parallel_layers_per_stage"],
     ),
     (f"{DEBUG} --training.global_batch_size 12", ["global_batch_size = 12", "local_batch_size = 8"]),
+    (f"{DEBUG} --training.sparse_local_batch_size 16", ["sparse_local_batch_size = 16", "the 8 sequences of a step"]),
+    (
+        f"{DEBUG} --training.sparse_local_batch_size 12 --training.global_batch_size 48",
+        ["sparse_local_batch_size = 12", "not a multiple of training.local_batch_size = 8"],
+    ),
+    (
+        f"{DEBUG} --training.sparse_local_batch_size 16 --training.global_batch_size 16"
+        " --parallelism.pipeline_parallel_degree 2",
+        ["sparse_local_batch_size is not supported with parallelism.pipeline_parallel_degree"],
+    ),
     (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
     (f"{DEBUG} --checkpoint.async_mode sometimes", ["checkpoint.async_mode", "sometimes", '"async"']),
     (f"{DEBUG} --recipe recipes", ["recipe", "is a folder", "recipes/dense.toml"]),

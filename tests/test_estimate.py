@@ -61,6 +61,15 @@ def test_memory_is_that_of_an_h100():
     assert parts(*SLICE, *ALONE)["peak"] / held - 1 == pytest.approx(-0.04, abs=0.005)  # as the docstring says
 
 
+def test_sparse_phases_may_have_larger_micro_batches():
+    words = [*SLICE, "--recipe", "recipes/columns_quarter.toml", "--training.global_batch_size", "16"]
+    same, larger = estimate(words), estimate([*words, "--training.sparse_local_batch_size", "8"])
+    assert "micro-batches of 16,384, 4 a step; in sparse phases of 32,768, 2 a step" in larger
+    dense, sparse = numbers(larger, "peak")
+    assert dense == numbers(same, "peak")[0] and sparse > 1.2 * numbers(same, "peak")[1]
+    assert numbers(larger, "run")[:2] == numbers(same, "run")[:2]  # steps, FLOPs
+
+
 def test_time_is_that_of_an_h100():
     step = measured("7b_slice")["dense"]["ms"]["dense"]
     for mfu, error in (("0.5", 0.17), ("0.59", 0.0)):

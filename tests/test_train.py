@@ -97,6 +97,23 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
     assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
 
 
+def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path):
+    """From the switch on the run is that of larger micro-batches throughout; it resumes exactly."""
+    large = ("--training.global_batch_size", "8", "--training.local_batch_size")
+    small = (*large, "2", "--training.sparse_local_batch_size", "8")
+    throughout = train(tmp_path / "throughout", *large, "8")
+    own = train(tmp_path / "own", *small)
+    assert losses(own) == pytest.approx(losses(throughout), rel=1e-5)  # sums of four micro-batches or of one
+    for step, row in own.items():
+        assert row["tokens"] == throughout[step]["tokens"]
+        if "val_loss" in row:
+            assert row["val_loss"] == pytest.approx(throughout[step]["val_loss"], rel=1e-5)
+    assert losses(train(tmp_path / "small", *small[:4]))[8] != pytest.approx(losses(own)[8], rel=1e-5)
+    for stop in (3, 6, None):
+        resumed = train(tmp_path / "resumed", *small, stop_after=stop)
+    assert losses(resumed) == losses(own)
+
+
 def test_first_layers_can_stay_dense(train, tmp_path):
     """The row of a sparse phase's validation, and FLOPs of the half that is sparse."""
     whole = train(tmp_path / "whole")[8]
