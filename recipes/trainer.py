@@ -115,6 +115,7 @@ class SparseTrainer(titan.Trainer):
     metrics_processor: Metrics
     checkpointer: SafeCheckpointManager
     dataloader: Loader
+    gradient_accumulation_steps: int
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         set_up_process(config)
