@@ -92,6 +92,7 @@ def test_two_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shar
     assert two[LAST_STEP]["tokens"] == LAST_STEP * 2 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 @pytest.mark.parametrize("layout", [TENSOR, ("--parallelism.data_parallel_shard_degree", "2")], ids=["tensor", "fsdp"])
 def test_shares_of_sequences_on_four_ranks_take_the_steps_of_one_process(tiny, in_shares, tmp_path, layout):
@@ -101,6 +102,7 @@ def test_shares_of_sequences_on_four_ranks_take_the_steps_of_one_process(tiny, i
     assert_steps_of_one(folder, lambda copy, step: in_shares(copy, *words, stop_after=step), (3,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 def test_shares_of_sequences_pass_through_stages_and_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
     folder, words = tmp_path / "four", (*WORDS, "16", "--activations.g", "32")
