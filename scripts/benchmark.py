@@ -46,7 +46,7 @@ from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
 from scripts.options import TERMS, add_out
-from scripts.pictures import GREY, PALETTE, STYLE
+from scripts.pictures import GREY, PALETTE, STYLE, save
 from scripts.runs import read_lines
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
@@ -405,7 +405,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 ncols=len(PARTS),
                 fontsize=9,
             )
-        figure.savefig(file)
+        save(figure, file)
 
 
 def _shown(entry: dict[str, Any], mode: str) -> bool:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from configs.errors import ConfigError, exit_with
+from scripts import pictures
 from scripts.pictures import GREY, PALETTE, STYLE
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
@@ -112,7 +113,7 @@ def draw(result: dict[str, Any]) -> Figure:
 def save(result: dict[str, Any], path: Path) -> None:
     """Draw into a PNG."""
     with rc_context(STYLE):
-        draw(result).savefig(path)
+        pictures.save(draw(result), path)
 
 
 def main(arguments: list[str]) -> None:
