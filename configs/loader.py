@@ -364,7 +364,10 @@ def restored(values: dict[str, Any], source: str) -> JobConfig:
         if isinstance(kept.get(section), dict):
             kept[section] = {other: value for other, value in kept[section].items() if other != name}
     _check(JobConfig, kept, "", source)
-    return _build(JobConfig, kept)
+    config = _build(JobConfig, kept)
+    if config.training.mixed_precision_param == "auto":  # a run has settled it; this one is older than the choice
+        config.training.mixed_precision_param = "bfloat16"
+    return config
 
 
 def _describe(cls: type, prefix: str = "") -> list[str]:

@@ -126,6 +126,8 @@ def main() -> None:
         raise ConfigError(f"{folder / 'config.json'} cannot be read ({error}): give a Hugging Face folder") from None
     args = import_args(values, str(folder / "config.json"))
     vocab_size = len(token_bytes(str(folder)))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"reading {size / 1e9:.2f} GB of {folder}", flush=True)
     weights = read_weights(folder)
     if vocab_size > args.vocab_size:
         raise ConfigError(f"{folder}: its tokenizer has {vocab_size} tokens, its embedding only {args.vocab_size}")
@@ -148,6 +150,7 @@ def main() -> None:
     run = {"config": config, "vocabulary": vocab_size, "imported_from": str(folder)}
     recipe = options.recipe or ("dense" if args.swiglu else "columns_half")
     text = continuation(args, folder, out, options.data, recipe, options.steps)
+    print(f"writing {sum(value.nbytes for value in state.values()) / 1e9:.2f} GB, in float32, to {out}", flush=True)
     job = _write(out, folder, state, run, text)
     print(f"wrote {out}: checkpoint 0, its tokenizer, and a configuration that continues it")
     print("\n".join(describe(args, job, bool(options.data))))

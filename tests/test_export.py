@@ -206,6 +206,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named(train, trained, tmp_path):
     (newest / "gone").rename(newest / "manifest.json")
 
     values = json.loads((run / "run.json").read_text())
+    del values["config"]["training"]["mixed_precision_param"]  # as in an older release, which computed in bfloat16
+    (run / "run.json").write_text(json.dumps(values))
+    assert find_checkpoint(str(run)).config.training.mixed_precision_param == "bfloat16"
     values["config"]["model"]["hidden_dim"] = 512
     (run / "run.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"does not hold the model that .*run.json describes"):

@@ -42,6 +42,20 @@ def test_another_torch_is_installed_and_stays(checkout, tmp_path):
     assert installs() == ["torch==2.11.0", ".[dev]"]
 
 
+def test_an_installation_shows_that_it_goes_on(checkout, tmp_path):
+    """With pip's half second in the place of minutes, and a pause of 0.1 s in that of 15."""
+    for name, lines in (("bin/sleep", "exec /bin/sleep 0.1"), (".venv/bin/python", "exec /bin/sleep 0.5")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", str(tmp_path / "scripts" / "setup.sh")]
+    done = subprocess.run(command, env=os.environ | {"PATH": path, "PYTHON": "true"}, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1].startswith("that took 0m0"), done
+    assert sum(line.endswith("s so far") for line in lines) >= 4
+
+
 @pytest.mark.parametrize(
     "words, drawn",
     [
