@@ -142,7 +142,8 @@ def part_of(op: str, shapes: list[list[int]], kernel: str, tokens: int, args: Ll
     # FSDP copies to and from its buffers by foreach operators, as the optimizer does its updates.
     if "nccl" in kernel or op.startswith(("c10d::", "fsdp::", "aten::_foreach_copy_")):
         return "communication"
-    if op == "aten::bmm":  # blocks of tokens times the neurons that they keep; attention has its own kernels
+    # Blocks of tokens times the neurons that they keep, and dense experts; attention has its own kernels.
+    if op in ("aten::bmm", "aten::_grouped_mm"):
         return "FFN"
     if "mm" in op and len(shapes) > 1:
         sizes = [*shapes[0], shapes[1][1]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from configs.errors import ConfigError
-from configs.loader import load_config
+from configs.loader import load_config, restored
 from kernels import MASKED, FeedForwardSparsity, Groups, route_tokens
 from kernels.experts import (
     GROUPED_COLUMNS,
@@ -26,7 +26,9 @@ from models.experts import Experts, expert_balance
 from models.llama import Llama, llama_args
 from recipes.check import check_config
 from recipes.sparsity import expert_shape, flops_per_token
+from recipes.summary import outcome
 from scripts import evaluate, export_hf, generate
+from scripts.benchmark import part_of
 from scripts.estimate import estimate
 
 COUNTS = [37, 0, 3, 24, 9]  # rows of five experts: several blocks, none, fewer than a sparse expert has, whole, short
@@ -244,6 +246,10 @@ def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance):
         assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
+def test_grouped_products_count_as_the_ffn_s_time():
+    assert part_of("aten::_grouped_mm", [[64, 128], [4, 128, 384]], "cutlass", 64, llama_args("moe_debug")) == "FFN"
+
+
 def test_inputs_to_cluster_by_are_an_expert_s_own_evenly_spaced():
     experts = Experts(3, 1, 4, FeedForwardSparsity())
     x = torch.arange(1.0, 14.0)[:, None]
@@ -309,6 +315,8 @@ def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(
         assert 0 < whole[step]["layers/1/expert_balance"] <= 1 <= whole[step]["expert_load_max"] <= 4
     about = json.loads((trained(train) / "run.json").read_text())
     assert about["backend"]["name"] == "experts_reference"
+    said = "\n".join(outcome(restored(about["config"], "run.json"), about, whole[12], 1, 1.0))
+    assert "scripts.generate" in said and "export_hf" not in said  # what would be refused is not proposed
     assert about["active_parameters"] == about["parameters"] - 2 * 2 * 2 * 64 * 32
 
     for killed in (3, 6):  # before the switch, and after it and a validation
