@@ -8,6 +8,7 @@ has the six matrix products of a squared-ReLU FFN and chooses the family that co
     venom            V:N:M activations, their compact form and products; as a pattern 2:4 is V=1, N=2, M=4
     groups           column groups, V tokens x G neurons
     columns          column groups for large blocks, down to single neurons: a dense FFN of each block's neurons
+    experts          routed experts, whose blocks of tokens never cross experts
     clustering       clusters neurons, once, and assigns tokens to clusters, every step
     causal           patterns for inference, chosen from earlier tokens
     feed_forward     products (1) to (6), forward and backward

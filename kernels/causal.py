@@ -4,19 +4,19 @@ In a sparse phase a block of V tokens shares a pattern that is chosen from all o
 of a sequence into the same block: the output of a token depends slightly on later tokens. At inference these do not
 exist yet (decoding) or must not be used (a prompt's loss). Three choices avoid this:
 
-    v = 1        every token chooses for itself. Groups(1, g, keep) and Venom(1, n, m) are that; nothing is shared, so a
-                 product gathers for each token, which suits decoding and is slow for a prompt
-    by cluster   every token keeps what the centroid of its cluster would (`models.feed_forward`). The choice is known
-                 before product (1), and tokens of a cluster share it: sorted by cluster, each cluster's last block
-                 filled up, a prompt's products are dense tiles. There is no kernel for that yet
-    Preceding    a block of V consecutive tokens takes the choice of the V tokens before it, so it is known before
-                 product (1) as well. Tiles stay dense, and a prompt runs on the kernels' products; a sequence's first
-                 block, with nothing before it, stays whole
+    v = 1        every token chooses for itself: Groups(1, g, keep) and Venom(1, n, m). No pattern is shared, so a
+                 product gathers rows for each token, which suits decoding but is slow for a prompt
+    by cluster   every token keeps the entries that the centroid of its cluster would keep (`models.feed_forward`). The
+                 pattern is known before product (1), and all tokens of a cluster share it: if a prompt is sorted by
+                 cluster and the last block of each cluster is padded, its products are dense tiles. No kernel does this
+    Preceding    a block of V consecutive tokens uses the pattern that the preceding V tokens choose, so it is known
+                 before product (1) as well. Tiles stay dense, and the kernels run a prompt. The first block of a
+                 sequence has no preceding block and stays dense
 
-The last needs no router. Of the two whose choice is known before product (1) it fits better: of h^2 it keeps 96% in a
-1b where the choice by cluster keeps 65% (docs/studies/claim_1b).
+The last needs no router. It fits better than the choice by cluster, which is also known before product (1): in a 1b
+model it keeps 96% of the sum of h^2, and the choice by cluster 65% (docs/studies/claim_1b).
 
-Source: this project; that activation sparsity may serve the prompt as well is arXiv 2503.16672's.
+Source: this project; arXiv 2503.16672 proposes activation sparsity for prompts as well.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Preceding:
             raise ValueError(f"{self.pattern}: a block's choice depends on later tokens; use {self.pattern.causal()}")
 
     def mask(self, h: Tensor) -> Tensor:
-        """Which entries of `h [T, f]` are kept: bool `[T, f]`. T is whole sequences, but for a shorter last one."""
+        """Which entries of `h [T, f]` are kept: bool `[T, f]`. The last of the T / seq_len sequences may be shorter."""
         self.check(h.shape[1])
         return torch.cat([self._mask(sequence) for sequence in h.detach().split(self.seq_len)])
 

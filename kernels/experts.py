@@ -274,7 +274,7 @@ class GroupedColumns(ExpertFamily):
         if refusal := refuses_device(device, dtype):
             return refusal
         if sparsity.weight_products or sparsity.fp8:
-            return "blocks of several experts need whole weights in bf16"
+            return "blocks of several experts need dense weights in bf16"
         if shape.width % ALIGNED or shape.hidden_dim % ALIGNED:
             return f"torch._grouped_mm needs a width and a hidden_dim divisible by {ALIGNED}"
         assert isinstance(sparsity.pattern, Groups)

@@ -33,7 +33,7 @@ class Pattern(Protocol):
 
     @property
     def v(self) -> int:
-        """Tokens in a block, which share what they keep."""
+        """Tokens in a block, which share a pattern."""
         ...
 
     @property
@@ -42,7 +42,7 @@ class Pattern(Protocol):
         ...
 
     def check(self, hidden_dim: int) -> None:
-        """Raise ValueError, naming the parameter, where the pattern does not fit an FFN of width `hidden_dim`."""
+        """Raise ValueError, naming the parameter, if the pattern does not fit an FFN of width `hidden_dim`."""
 
     def density(self, hidden_dim: int) -> float:
         """Largest share of h that is kept in an FFN of width `hidden_dim`."""
@@ -77,7 +77,7 @@ class FeedForwardSparsity:
     """Products that read a 2:4 weight: 1 (W1, and with it product (5)), 3 (W2 for the gradient of h)."""
 
     cut_along_tokens: bool = False
-    """Products (4) and (6) read operands that are cut along the tokens as well; for 2:4 activations."""
+    """Products (4) and (6) read operands with a second 2:4 pattern, along the tokens; for 2:4 activations."""
 
     clusters: int = 0
     """Clusters that the router sorts tokens by; 0: no router."""
@@ -153,7 +153,7 @@ class Operands(NamedTuple):
 
     Attributes:
         w1: `[f, d]`. w2: `[d, f]`, same dtype.
-        w1_scale, w2_scale: `[]`, beta of a 2:4 W1 and of a W2 that is 2:4 along d (`kernels.weights`); None: whole.
+        w1_scale, w2_scale: `[]`, beta of a 2:4 W1 and of a W2 that is 2:4 along d (`kernels.weights`); None: dense.
     """
 
     w1: Tensor
@@ -163,7 +163,7 @@ class Operands(NamedTuple):
 
 
 Saved: TypeAlias = Sequence[Tensor | None]
-# Stages of an operator's calls in the forward pass and in the backward pass; two where its calls there take turns.
+# Stages of an operator's calls in the forward pass and in the backward pass. Two stages: its calls alternate.
 Stages: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 

@@ -1,6 +1,6 @@
 """CUDA C++ for Hopper from Python: compiled at first use, launched on PyTorch's stream.
 
-Triton does not support what these kernels use (TMA multicast over a cluster, a dedicated producer warp), and an
+Triton does not support TMA multicast over a cluster and a dedicated producer warp, which these kernels use, and an
 extension module would need a compiler on the user's machine. So the source is compiled by NVRTC, which is part of every
 CUDA build of PyTorch, and launched through the CUDA driver's API (`cuda.bindings`, a dependency of PyTorch).
 """
@@ -18,7 +18,7 @@ BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_
 
 
 def missing(device: torch.device) -> str:
-    """Why a CUDA device does not run these kernels; empty where it does."""
+    """Why a CUDA device does not run these kernels; empty if it does."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
         return "not a Hopper GPU"
     return "" if BINDINGS else "cuda-bindings is not installed"
@@ -105,28 +105,28 @@ class Launch:
         self._context, function = kernel.load(device)
         addresses = [a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments]
         self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._arguments = arguments  # what the pointers point to
+        self._arguments = arguments  # kept alive for the pointers
         self._configuration = function, grid, 1, 1, block, 1, 1, kernel.shared_bytes
 
     def __call__(self) -> None:
-        """Launch on the current stream of the device, which must be the current one."""
+        """Launch on the current stream of the device, which must be the current device."""
         driver, stream = self._driver, torch._C._cuda_getCurrentRawStream(self._device)
         arguments = *self._configuration, stream, ctypes.addressof(self._pointers), 0
         result = driver.cuLaunchKernel(*arguments)
-        # A thread's first work on the GPU, such as the backward pass's, may be this.
+        # The thread, such as that of the backward pass, may not have used the GPU before.
         if result[0] and not int(_check(driver.cuCtxGetCurrent())):
             _check(driver.cuCtxSetCurrent(self._context))
             result = driver.cuLaunchKernel(*arguments)
         _check(result)
 
 
-@functools.lru_cache(maxsize=4096)  # the allocator hands out the same addresses at every step
+@functools.lru_cache(maxsize=4096)  # the allocator returns the same addresses at every step
 def tensor_map(address: int, height: int, width: int, rows: int, chunks: int = 0) -> Any:
-    """Describe a matrix to the tensor memory accelerator: which box of it one load fetches.
+    """A tensor map for the tensor memory accelerator: it describes a matrix and the box that one load reads.
 
     A box is `rows` rows of 64 columns, addressed (column, row); or, with `chunks`, `rows` rows of that many
-    neighbouring runs of 64 columns, one run after the other in shared memory, addressed (0, row, run). Swizzled by 128
-    bytes; zeros where it reaches outside.
+    neighbouring runs of 64 columns, stored one run after the other in shared memory, addressed (0, row, run). Boxes are
+    swizzled by 128 bytes, with zeros outside of the matrix.
 
     Args:
         address: of a contiguous bf16 matrix `[height, width]`, a multiple of 16; width a multiple of 8, with `chunks`

@@ -73,12 +73,12 @@ def _block(sparsity: FeedForwardSparsity, tokens: int) -> int:
 
 
 def _read(x: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
-    """What products read of x, dy or h, `[T, N]`: rounded to fp8 block by block, where the sparsity says so."""
+    """x, dy or h `[T, N]` as the products read it: in fp8, rounded with a scale for each block."""
     return rounded_by_block(x, _block(sparsity, len(x))) if sparsity.fp8 else x
 
 
 def _kept(h: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
-    """The entries of h that are kept, those that are zero with them; bool `[T, f]`."""
+    """The entries in kept groups of h, also those that are zero; bool `[T, f]`."""
     ones = torch.ones_like(h)
     if not isinstance(sparsity.pattern, Pattern):
         return ones.bool()
@@ -88,7 +88,7 @@ def _kept(h: Tensor, sparsity: FeedForwardSparsity) -> Tensor:
 
 
 def _rounded_dy1(dy1: Tensor, h: Tensor, dh: Tensor, v: int) -> Tensor:
-    """dy1 `[T, f]` rounded to fp8. A block's scale is that of a bound: 2 sqrt(h) at its largest times dh at its."""
+    """dy1 `[T, f]` rounded to fp8. The scale of a block is that of a bound: largest 2 sqrt(h) times largest |dh|."""
     parts = []
     for part, squares, gradient in zip(dy1.split(v), h.split(v), dh.split(v), strict=True):
         parts.append(rounded(part, scale_of(2 * squares.amax().sqrt() * gradient.abs().amax())))

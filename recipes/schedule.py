@@ -1,8 +1,7 @@
 """Phases: which steps are dense and which are sparse, as a function of the step alone.
 
-A run is dense for a short warm-up, while the neurons find what they respond to, then sparse for most of its steps,
-then dense for a final stretch that repairs what the cut took. Since the phase is derived from the step and from
-nothing else, a resumed run is in the right phase without having saved one.
+A run usually starts with a short dense phase, in which the neurons specialise. It is sparse for most of its steps, and
+ends with a dense phase, which recovers loss. The phase depends only on the step, so checkpoints need not store it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from configs.schema import Phase
 
 @dataclass(frozen=True)
 class Span:
-    """A phase in steps: those after `start`, up to and including `stop`; steps count from 1."""
+    """A phase: the steps start + 1 to stop, counted from 1."""
 
     mode: Literal["dense", "sparse"]
     start: int
@@ -23,10 +22,14 @@ class Span:
 
 
 def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
-    """Turn ends that are shares of the run into steps, and check that the phases fill it in order.
+    """The phases in steps; ends that are shares of the run are rounded to steps.
+
+    Args:
+        phases: schedule.phases.
+        steps: training.steps.
 
     Raises:
-        ConfigError: an end out of range, phases out of order or past the end, or a run that they leave unfinished.
+        ConfigError: an end is out of range, the phases are not in order, or the last one does not end the run.
     """
     spans: list[Span] = []
     end = 0.0
@@ -35,7 +38,7 @@ def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
     for index, phase in enumerate(phases):
         key = f"schedule.phases[{index}].end = {phase.end}"
         if isinstance(phase.end, float) and not 0 < phase.end <= 1:
-            raise ConfigError(f"{key} is no share of the run: give a fraction up to 1.0, or a step as a whole number")
+            raise ConfigError(f"{key} is not a share of the run: give a fraction up to 1.0 or a whole number of steps")
         previous, end = end, phase.end * steps if isinstance(phase.end, float) else float(phase.end)
         if end > steps:
             raise ConfigError(f"{key} is past the end of the run, training.steps = {steps}: end the phase at 1.0")
@@ -46,7 +49,7 @@ def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
                 f"{key} is step {end:g}, but the phase before it ends at step {previous:g}: put them in order"
             )
         start, stop = spans[-1].stop if spans else 0, round(end)
-        # A short run rounds a small share to no step at all; such a phase is left out.
+        # In a short run a small share can round to no step; such a phase is left out.
         if stop > start:
             spans.append(Span(phase.mode, start, stop))
     if end != steps:
@@ -57,5 +60,5 @@ def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
 
 
 def span_at(spans: Sequence[Span], step: int) -> Span:
-    """The phase that a step, counted from 1, belongs to; the last one for steps past the end."""
+    """The phase of a step, counted from 1; the last phase for later steps."""
     return next((span for span in spans if step <= span.stop), spans[-1])

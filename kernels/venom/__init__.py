@@ -56,10 +56,10 @@ def _check_bf16(**operands: Tensor) -> None:
 
 @operator("venom_select_columns")
 def select_columns(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """relu(y1)^2 cut to V:N:M, in compact form; which entries stay is `venom_mask`'s choice.
+    """The entries of relu(y1)^2 that `venom_mask` keeps, in compact form.
 
-    Column sums are float32 and every device adds in its own order, so where two sums agree but for rounding a CPU and
-    a GPU may keep different columns; one device always keeps the same.
+    Column sums are float32, and the order of the additions depends on the device. So a CPU and a GPU may keep different
+    columns if two sums are equal up to rounding. The same device always keeps the same columns.
 
     Args:
         y1: `[T, f]`, bfloat16 on a GPU, any floating dtype elsewhere. T need not be a multiple of v.
@@ -92,17 +92,18 @@ def _(y1: Tensor, v: int, n: int, m: int) -> tuple[Tensor, Tensor]:
 def reduce_neurons(
     tiles: Tensor, columns: Tensor, weight_rows: Tensor, tokens: int, order: Tensor | None = None
 ) -> Tensor:
-    """Products (2) and (5): h or dy1, compact, times a weight that has a row a neuron.
+    """Products (2) and (5): h or dy1 `[T, f]` in compact form, times W2^T or W1.
 
     Args:
-        tiles, columns: the compact form of `[T, f]`.
-        weight_rows: `[f, d]`, the tiles' dtype: W2^T for (2), W1 for (5).
+        tiles: `[P, V, W]`: of h for (2), of dy1 for (5).
+        columns: `[P, W]` int32, from `select_columns`.
+        weight_rows: `[f, d]`, one row for each neuron, dtype of the tiles: W2^T for (2), W1 for (5).
         tokens: T.
-        order: `[T]` int64, a permutation: row t of the product is written to row order[t]. Tokens that were
-            sorted by `x[order]` so return to their places.
+        order: `[T]` int64, a permutation: row t of the product is written to row order[t], which restores the order of
+            tokens that were permuted as x[order]. None: to row t.
 
     Returns:
-        `[T, d]`, in the weight's dtype; sums are float32 or wider.
+        `[T, d]`, in the dtype of the weight; sums are float32 or wider.
 
     Raises:
         ValueError: operands that are not bfloat16 on a GPU.
@@ -119,15 +120,16 @@ def _(tiles, columns, weight_rows, tokens, order=None):
 
 @operator("venom_sample_dy1")
 def sample_dy1(dy: Tensor, weight_rows: Tensor, h_tiles: Tensor, columns: Tensor) -> Tensor:
-    """Product (3) where h was kept, and the gradient through the square: dy1 = 2 sqrt(h) * (dy W2), compact.
+    """Product (3) and the gradient of the square: dy1 = 2 sqrt(h) * (dy W2) at the kept columns, in compact form.
 
     Args:
         dy: `[T, d]`.
-        weight_rows: `[f, d]`, W2^T, a row a neuron.
-        h_tiles, columns: compact h.
+        weight_rows: `[f, d]`, one row for each neuron, dtype of dy: W2^T.
+        h_tiles: `[P, V, W]`, dtype of dy: h.
+        columns: `[P, W]` int32, from `select_columns`.
 
     Returns:
-        dy1_tiles, shape and dtype of h_tiles; zero wherever h is.
+        tiles of dy1 `[P, V, W]` in the dtype of h_tiles; zero where h is zero.
 
     Raises:
         ValueError: operands that are not bfloat16 on a GPU.
