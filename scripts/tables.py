@@ -593,7 +593,7 @@ def faults_table(file: Path) -> str:
     text = (
         f"{len(happened)} faults of seed {about['seed']}, {equal} of them without a deviation; "
         f"{len(about['faults']) - len(happened)} more were drawn for a moment that the run did not come to. "
-        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}."
+        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. Commit {_commit(about)}."
     )
     return _table(rows, False, lambda _: text)
 
