@@ -177,6 +177,10 @@ def used_sources(config: JobConfig) -> list[tuple[int, Source]]:
     used = [(index, source) for index, source in enumerate(config.data.sources) if source.weight > 0]
     if not used:
         raise refuse("data.sources[0].weight", 0.0, "the weights of all sources are 0", "raise one above 0")
+    for index, source in used:
+        if source.type == "hub" and not source.path:
+            problem, remedy = 'a source of type "hub" needs a data set\'s name', 'such as "allenai/c4"'
+            raise refuse(f"data.sources[{index}].path", "", problem, remedy)
     tokens = [source.path for _, source in used if source.type == "tokens"]
     if tokens and any(source.type == "hub" for _, source in used):
         raise ConfigError(

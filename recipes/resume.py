@@ -59,10 +59,13 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
     file = Path(config.job.dump_folder) / "run.json"
     if not file.exists():  # a checkpoint that was copied here, as scripts.study does
         return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         about = json.loads(file.read_bytes())
         before = restored(about["config"], str(file))
-    except (ValueError, KeyError, TypeError):
+        ranks_before = int(about.get("hardware", {}).get("ranks", world))
+        corpus_before = dict(about.get("corpus", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file} is damaged: restore it, or start another run with another job.dump_folder") from None
     facts = model_facts(model_args(before))
     for name, value in model_facts(args).items():
@@ -70,14 +73,13 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
     for key in FIXED:
         section, name = key.split(".")
         _compare(key, getattr(getattr(config, section), name), getattr(getattr(before, section), name), file, REMEDY)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows, rows_before = _rows(config, world), _rows(before, about.get("hardware", {}).get("ranks", world))
+    rows, rows_before = _rows(config, world), _rows(before, ranks_before)
     if rows != rows_before:
         raise ConfigError(
             f"the global batch is {rows} sequences, but the run in {file.parent} has {rows_before}: set "
             f"training.global_batch_size = {rows_before}"
         )
-    _compare_sources(config, before, corpus, about.get("corpus", {}), file)
+    _compare_sources(config, before, corpus, corpus_before, file)
     if corpus["documents"] is None and len(used_sources(config)) > 1:
         key, (new, old) = "training.dataloader.num_workers", (job.training.dataloader for job in (config, before))
         remedy = f"a process draws the sources of a streamed mixture in another order; {REMEDY}"

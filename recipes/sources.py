@@ -329,8 +329,6 @@ def _is_filled(example: dict[str, Any]) -> bool:
 
 def load_hub(index: int, source: Source, share: float) -> Part:
     key = f"data.sources[{index}]"
-    if not source.path:
-        raise refuse(f"{key}.path", "", 'a source of type "hub" needs a data set\'s name', 'such as "allenai/c4"')
     stream = _load_stream(key, source, "split")
     if source.validation_split:
         train = stream.filter(functools.partial(_on_side, share=0.0, held_out=False))

@@ -391,6 +391,7 @@ def test_a_name_stands_for_its_file_with_and_without_its_suffix(tmp_path, monkey
         ("--data.sources '[{weight = 0}]'", "the weights of all sources are 0"),
         ('--data.sources \'[{type = "hub", path = "a/b"}, {type = "tokens", path = "x"}]\'', "are not mixed with"),
         ('--data.sources \'[{type = "tokens", path = "x"}]\' --tokenizer.path {tokenizer}', "no such folder"),
+        ("--data.sources '[{type = \"hub\"}]'", "needs a data set's name"),
         ("--training.dataloader.num_workers 3", "num_workers = 3: the processes share the micro-batches"),
         ('--data.sources \'[{path = "nowhere", weight = 0}, {type = "stdlib"}]\'', ""),
     ],

@@ -129,6 +129,20 @@ def test_a_streamed_mixture_keeps_its_number_of_processes(tmp_path):
     resume(1, 1)
 
 
+DAMAGES = ["[]", "null", '{"config":', '"hardware": null', '"hardware": {"ranks": "two"}', '"corpus": 3']
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_json_is_one_message(tmp_path, damage):
+    config, _ = load_config(["--config", "debug", "--recipe", "dense", "--job.dump_folder", str(tmp_path)])
+    about = {"config": resolved(config), "corpus": {}, "hardware": {"ranks": 1}}
+    if damage.startswith('"'):
+        damage = json.dumps(about | json.loads(f"{{{damage}}}"))
+    (tmp_path / "run.json").write_text(damage)
+    with pytest.raises(ConfigError, match=r"run.json is damaged: restore it, or start another run"):
+        check_resume(config, model_args(config), {"documents": 1, "file_bytes": 1})
+
+
 def test_a_folder_that_cannot_be_made_is_one_message(train):
     with pytest.raises(ConfigError, match=r'job.dump_folder = "/proc/nowhere" cannot be written \(.*\): name another'):
         train(Path("/proc/nowhere"))
