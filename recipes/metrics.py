@@ -225,7 +225,7 @@ class Metrics(MetricsProcessor):
             f"step {row['step']:>{len(str(steps))}}/{steps} {tint}{row['phase']:6}{color.reset}",
             f"loss {row['loss']:.4f}",
             f"lr {row['lr']:.1e}",
-            f"{_short(row['tokens_per_second'])} tok/s",
+            f"{short(row['tokens_per_second'])} tok/s",
             f"{row['peak_memory_gib']:.1f} GiB",
         ]
         if "mfu" in row:
@@ -321,7 +321,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """A count as 812, 3.3k or 1.50M."""
     return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
 
 

@@ -12,6 +12,7 @@ from configs.titan import TORCH_DTYPE_MAP, device_type
 from models.llama import LlamaArgs, count_parameters, parameters_in_words
 from recipes.data import check_loading
 from recipes.files import Report
+from recipes.metrics import short
 from recipes.mixture import used_sources
 from recipes.pipeline import in_words
 from recipes.progress import duration
@@ -78,8 +79,8 @@ def outcome(config: JobConfig, about: dict[str, Any], row: dict[str, Any], first
     sparse = sum(stop - start + 1 for mode, start, stop in about["phases"] if mode == "sparse") / steps
     did = f"{steps:,} steps" if first == 1 else f"steps {first:,} to {steps:,}"
     yield (
-        f"finished: {did} in {duration(seconds)}; {tokens / 1e6:,.1f} M tokens, {tokens / about['parameters']:,.1f} a "
-        f"parameter; {100 * sparse:.0f}% of the steps sparse"
+        f"finished: {did} in {duration(seconds)}; {short(tokens)} tokens, "
+        f"{tokens / about['parameters']:.3g} a parameter; {100 * sparse:.0f}% of the steps sparse"
     )
     if "val_loss" in row:
         entropy, loss = about["unigram_entropy"], row["val_loss"]

@@ -253,6 +253,8 @@ class SparseTrainer(titan.Trainer):
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+            if self.lock.is_locked:
+                _remove_empty_folders(Path(self.lock.lock_file).parent)
             self.lock.release()
 
     def _enter_phase(self, batches: "_Batches") -> None:
@@ -555,10 +557,19 @@ def _lock(config: JobConfig) -> FileLock:
 def _remove_if_empty(lock: FileLock) -> None:
     """Remove the folder of a lock that was acquired, if it holds nothing but the lock's file."""
     folder = Path(lock.lock_file).parent
+    if lock.is_locked:
+        _remove_empty_folders(folder)
     if lock.is_locked and [each.name for each in folder.iterdir()] == [".lock"]:
         os.remove(lock.lock_file)
         lock.release()
         folder.rmdir()
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove the folders in it that hold nothing, such as torchtitan's for traces of collectives that failed."""
+    for each in folder.glob("*/"):
+        with contextlib.suppress(OSError):  # it holds something
+            each.rmdir()
 
 
 class _Console(logging.StreamHandler):
