@@ -284,11 +284,12 @@ def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
     pattern = activation_pattern(activations)
     assert pattern is not None
     ranks = config.parallelism.expert_parallel_degree  # whose tokens an expert gets
-    rows = training.local_batch_size * training.seq_len * args.top_k * ranks
+    batch = f"training.{'sparse_' if training.sparse_local_batch_size else ''}local_batch_size"
+    rows = micro_batch_size(config, sparse=True) * training.seq_len * args.top_k * ranks
     if rows < pattern.v * args.num_experts:
         raise ConfigError(
             f"activations.v = {pattern.v} exceeds the tokens of an expert, {rows // args.num_experts} on average "
-            "(training.local_batch_size x training.seq_len x model.top_k x parallelism.expert_parallel_degree / "
+            f"({batch} x training.seq_len x model.top_k x parallelism.expert_parallel_degree / "
             f"model.num_experts = {rows} / {args.num_experts}): lower v or raise those"
         )
 

@@ -173,9 +173,9 @@ def sparse_family(
     return explain(args.sparsity, Shape(args.dim, args.hidden_dim // tensor_parallel), device, dtype, here)
 
 
-def expert_shape(args: LlamaArgs, tokens: int = 0) -> Shape:
-    """The shape of a layer's routed experts, for `tokens` of a micro-batch."""
-    return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts)
+def expert_shape(args: LlamaArgs, tokens: int = 0, expert_parallel: int = 1) -> Shape:
+    """The shape of a rank's experts in a layer, for `tokens` of a micro-batch; so many ranks share the experts."""
+    return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts // expert_parallel)
 
 
 def sparse_layers_flops(args: LlamaArgs) -> float:
@@ -190,6 +190,7 @@ def flops_per_token(
     family: Family | None,
     tensor_parallel: int = 1,
     tokens: int = 0,
+    expert_parallel: int = 1,
 ) -> dict[str, float]:
     """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes.
 
@@ -199,11 +200,12 @@ def flops_per_token(
         family: that computes sparse FFNs; None: there is no sparse phase.
         tensor_parallel: ranks that share a layer.
         tokens: of a micro-batch, for experts, which fill up blocks; 0: without the rows that fill up.
+        expert_parallel: ranks that share a layer's experts.
     """
     ffn = sparse_layers_flops(args)
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
     if args.num_experts:
-        shape = expert_shape(args, tokens)
+        shape = expert_shape(args, tokens, expert_parallel)
     executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
     return {
         "dense": dense,

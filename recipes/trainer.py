@@ -190,7 +190,7 @@ class SparseTrainer(titan.Trainer):
         family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
         tokens = micro_batch_size(config, sparse=True) * config.training.seq_len
-        flops = flops_per_token(dense, self.model_args, family, tensor, tokens)
+        flops = flops_per_token(dense, self.model_args, family, tensor, tokens, self.parallel_dims.ep)
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)

@@ -181,6 +181,7 @@ def _memory_of(
     rows = tokens * args.top_k if args.num_experts else tokens
     hidden = args.hidden_dim if args.num_experts else layer.feed_forward.w1.out_features
     count = sum(parameter.numel() for parameter in layer.parameters())
+    experts = config.parallelism.expert_parallel_degree
     head = args.vocab_size * d
     parameters = layers * count + (head if part.embeds else 0) + (head + d if part.heads else 0)
     states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
@@ -206,7 +207,7 @@ def _memory_of(
             whole = 3.0 if args.swiglu else 2.0  # y1, y3 and their product; y1 and h
             cost = Cost(kept_h=whole)
         else:
-            shape = expert_shape(args, tokens) if args.num_experts else Shape(d, hidden, tokens)
+            shape = expert_shape(args, tokens, experts) if args.num_experts else Shape(d, hidden, tokens)
             cost = family.cost(args.sparsity, shape)
         ffn = width * hidden * (rows * cost.kept_h + d * cost.kept_weights)
         work = rows * (width * hidden * 2 * cost.gradients + on.stream * d)
@@ -245,7 +246,8 @@ def _memory_of(
     elif fsdp:
         never = config.parallelism.fsdp_reshard_after_forward == "never"
         # The layer in work, the next, and the head; the gradients of one before and while they are reduced.
-        gathered = (width * (count * (layers if never else min(layers, 2)) + head) + (width + 4) * count) / on.tensor
+        own = count - 2 * d * hidden * (args.num_experts - args.num_experts // experts)  # without other ranks' experts
+        gathered = (width * (own * (layers if never else min(layers, 2)) + head) + (width + 4) * own) / on.tensor
     else:
         gathered = kept_copies + (0 if width == on.state else width * head / on.tensor)
     begins = kept_attention + kept_ffn + max(logits, last[2]) + (states if on.accumulates > reduced else 0)
@@ -318,7 +320,8 @@ def estimate(arguments: list[str]) -> str:
     dtype = TORCH_DTYPE_MAP[computes_in(config, on.shard > 1)]
     family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
-    flops = flops_per_token(dense, args, family, on.tensor, on_sparse.tokens)
+    experts = config.parallelism.expert_parallel_degree
+    flops = flops_per_token(dense, args, family, on.tensor, on_sparse.tokens, experts)
     active = parameters - args.inactive_parameters
     mode = config.activation_checkpoint.mode
 

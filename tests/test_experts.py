@@ -184,7 +184,8 @@ def test_flavors_have_the_sizes_they_are_named_for():
 
 
 def test_an_estimate_counts_active_parameters_and_rows_that_fill_up_blocks():
-    said = estimate(["--config", "configs/moe_160m.toml", "--training.steps", "100"])
+    words = ["--config", "configs/moe_160m.toml", "--training.steps", "100"]
+    said = estimate(words)
     assert "409.0 M parameters" in said and "154.2 M active parameters" in said and "experts_columns" in said
     dense, sparse = (
         float(next(line for line in said.splitlines() if line.startswith(name)).split()[-2])
@@ -199,6 +200,14 @@ def test_an_estimate_counts_active_parameters_and_rows_that_fill_up_blocks():
     experts = 6 * 10 * 2 * 2 * 768 * 2304
     left = (128 + 8) / 128 * (1 / 8 + 1 / 48)
     assert sparse / dense == pytest.approx(1 - experts / flops * (1 - left), rel=1e-3)
+
+    def gathered(*more: str) -> float:
+        lines = estimate([*words, "--gpus", "4", *more]).splitlines()
+        return float(next(line for line in lines if line.startswith("gathered")).split()[-1])
+
+    # Of two layers in bf16, of one in bf16 and float32: a rank of four has two experts of eight.
+    less = (2 * 2 + 6) * 6 * 2 * 768 * 2304 / 2**30
+    assert gathered("--parallelism.expert_parallel_degree", "4") == pytest.approx(gathered() - less, abs=0.02)
 
 
 def test_the_page_s_bounds_are_those_that_the_estimate_counts():
@@ -383,6 +392,7 @@ BAD = [
     ("MOE --model.top_k 5", ["model.top_k = 5", "model.num_experts = 4"]),
     ("MOE --recipe recipes/venom_2of16.toml", ['weights.pattern = "2:4"', "experts", "columns_quarter"]),
     ("MOE --recipe recipes/activations_2of4.toml", ['activations.pattern = "2:4"', '"groups"']),
+    ("MOE --training.local_batch_size 2 --training.sparse_local_batch_size 4", ["(training.sparse_local_batch_size x"]),
     ("MOE --training.local_batch_size 4", ["activations.v = 1024", "512 on average", "model.num_experts", "lower v"]),
     ("MOE --precision.ffn fp8", ['precision.ffn = "fp8" is not supported for experts', '"model"']),
     ("MOE --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2 is not supported for experts"]),
