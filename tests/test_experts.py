@@ -338,6 +338,19 @@ def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(
         train(tmp_path / "run", *words, "--model.shared_expert", "true", recipe="columns_quarter")
 
 
+def test_reordering_an_expert_s_neurons_leaves_the_dense_model_as_it_was(train, tmp_path):
+    """With nothing cut, losses after the switch, which moves neurons and their moments, are the dense model's."""
+    words = (*WORDS, "--activations.keep", "1.0", "--checkpoint.enable", "false", "--training.steps", "6")
+    runs = []
+    for name, phases in (
+        ("sparse", '[{mode = "dense", end = 3}, {mode = "sparse", end = 1.0}]'),
+        ("dense", '[{mode = "dense"}]'),
+    ):
+        command = merge(list(words), ["--schedule.phases", phases])
+        runs.append(losses(train(tmp_path / name, *command, recipe="columns_quarter")))
+    assert runs[0] == pytest.approx(runs[1], rel=2e-4)
+
+
 def test_all_experts_at_once_train_as_one_after_another(train, trained, tmp_path):
     expected = rows(trained(train))
     with kernels.prefer(GROUPED_COLUMNS):
