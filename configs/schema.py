@@ -414,6 +414,8 @@ BOUNDS = {
     "parallelism.data_parallel_shard_degree": (-1, None),
     "parallelism.tensor_parallel_degree": (1, None),
     "parallelism.pipeline_parallel_degree": (1, None),
+    "parallelism.context_parallel_degree": (1, None),
+    "parallelism.expert_parallel_degree": (1, None),
     "parallelism.pipeline_parallel_microbatch_size": (1, None),
     "parallelism.pipeline_parallel_layers_per_stage": (1, None),
     "parallelism.pipeline_parallel_first_stage_less_layers": (0, None),

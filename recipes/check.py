@@ -186,7 +186,17 @@ def _check_experts(config: JobConfig, args: LlamaArgs) -> None:
 
 def _check_schedule(config: JobConfig) -> None:
     scheduler, steps = config.lr_scheduler, config.training.steps
+    if scheduler.total_steps is not None and scheduler.total_steps < steps:  # torchtitan's rate would fall below 0
+        raise ConfigError(
+            f"lr_scheduler.total_steps = {scheduler.total_steps} ends the schedule of the learning rate before "
+            f"training.steps = {steps}: raise it, or leave it out"
+        )
     if config.schedule.decay_with_tail:
+        if scheduler.total_steps not in (None, steps):
+            raise ConfigError(
+                f"lr_scheduler.total_steps = {scheduler.total_steps}, but with schedule.decay_with_tail = true the "
+                f"rate decays in the tail, up to training.steps = {steps}: leave it out"
+            )
         if len(config.schedule.phases) < 2:
             raise ConfigError("schedule.decay_with_tail = true needs a tail: give schedule.phases two phases or more")
         end = config.schedule.phases[-2].end
@@ -385,7 +395,7 @@ def _check_parallelism(config: JobConfig, args: LlamaArgs, world: int) -> None:
         )
     if shard < 0:
         shard = world // others
-    if experts < 1 or shard % experts or (args.num_experts and args.num_experts % experts):
+    if shard % experts or (args.num_experts and args.num_experts % experts):
         raise ConfigError(
             f"parallelism.expert_parallel_degree = {experts} does not divide the {shard} ranks that shard the model "
             f"(data_parallel_shard_degree) and model.num_experts = {args.num_experts}: change one of them"

@@ -344,7 +344,7 @@ class Sparsity(Stateful):
         """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'.
 
         A pipeline runs a stage on several micro-batches, of which the first is read. Of a layer of experts
-        `[E, T, d]`, EXPERTS_SAMPLE tokens in all.
+        `[E, T, d]`, EXPERTS_SAMPLE tokens in all, and of each expert at least one a rank.
         """
         if forward is None:
             raise ValueError("neurons are clustered by activations: give the step's forward pass")
@@ -359,7 +359,7 @@ class Sparsity(Stateful):
                 replicas = self.shards if isinstance(x, DTensor) else 1
                 if isinstance(feed_forward, Experts):
                     tokens = EXPERTS_SAMPLE * self.expert_ranks // (feed_forward.parts * ranks)
-                    x = feed_forward.sample_inputs(x, arguments[1], tokens)
+                    x = feed_forward.sample_inputs(x, arguments[1], max(1, tokens))  # of many experts on many ranks
                 else:
                     x = (x.to_local() if isinstance(x, DTensor) else x).flatten(0, -2)
                     x = x[:: -(-x.shape[0] * ranks // (replicas * SAMPLE))]

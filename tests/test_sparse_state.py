@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
@@ -71,3 +72,16 @@ def test_what_a_phase_was_prepared_for_is_a_table_of_values():
     assert sparsity.prepares(spans[1].start + 2)
     with pytest.raises(ConfigError, match=r"of a later release .*resume it with that release"):
         sparsity.load_state_dict(state | {"prepared": json.dumps(table | {"version": 3})})
+
+
+def test_many_experts_on_many_ranks_are_clustered_by_a_token_each_at_least(monkeypatch):
+    monkeypatch.setattr("recipes.sparsity.EXPERTS_SAMPLE", 3)  # as 16384 are for 64 experts on 512 ranks
+    config, _ = load_config(["--config", "configs/moe_debug.toml", "--recipe", "recipes/groups_quarter.toml"])
+    args, spans = check_config(config)
+    args.vocab_size = 64
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+    sparsity = Sparsity(config, model.feed_forwards(), [], spans)
+    assert sparsity.enter(spans[1].start + 1, lambda: model(torch.zeros(1, 128, dtype=torch.int64)))
+    assert all(experts.centroids.norm(dim=1).min() > 0.9 for experts in sparsity.feed_forwards[args.dense_layers :])
