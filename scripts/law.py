@@ -186,6 +186,10 @@ def _losses(study: str, run: str, root: Path) -> tuple[float, float, dict[int, f
     groups, _ = load_groups(root / study)
     if run not in groups:
         raise ConfigError(f"{study} has no run {run}: there are {', '.join(groups) or 'none'}")
+    for one, about in groups[run]:
+        line = one.lines[-1]
+        if line["step"] != about["phases"][-1][2] or not math.isfinite(line.get("val_loss") or math.nan):
+            raise ConfigError(f"{study}: {one.name} has no validation loss at its last step: let it end")
     tokens = {one.last("tokens") for one, _ in groups[run]}
     sizes = {about["parameters"] for _, about in groups[run]}
     if len(tokens) > 1 or len(sizes) > 1:
@@ -202,6 +206,8 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
     """
     try:
         told: dict[str, Any] = json.loads(file.read_text())
+        if not told["recipes"]:
+            raise ConfigError(f"{file} has no recipes: see python -m scripts.law --help")
         dense = [
             Cell(n, d, tuple(losses.values())) for n, d, losses in (_losses(**e, root=root) for e in told["dense"])
         ]
@@ -242,13 +248,24 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
 
     Args:
         entry: a recipe of the file, whose `speeds` name the folder of a training.json and the contender for each model.
+
+    Raises:
+        ConfigError: a training.json that cannot be read, or a contender that it has not timed.
     """
-    found = {}
-    for model, (folder, contender) in entry.get("speeds", {}).items():
-        contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
-        dense, own = contenders["dense"]["ms"]["dense"], contenders[contender]
-        rival = min(each["ms"]["dense"] for each in contenders.values() if not each["sparse_share"])
-        found[model] = Speed(dense / own["ms"]["sparse"], own["whole"], dense / rival)
+    found, model, where = {}, "", entry.get("speeds", {})
+    try:
+        for model, (folder, contender) in where.items():
+            contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
+            dense, own = contenders["dense"]["ms"]["dense"], contenders[contender]
+            rival = min(
+                each["ms"]["dense"] for each in contenders.values() if not (each["failed"] or each["sparse_share"])
+            )
+            found[model] = Speed(dense / own["ms"]["sparse"], own["whole"], dense / rival)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"speeds of {model or json.dumps(where)}: give the folder of a training.json and a contender that it has "
+            f"timed ({error!r})"
+        ) from None
     return found
 
 

@@ -114,6 +114,7 @@ def test_intervals_hold_what_is_true():
         (lambda told: told["dense"][0].update(run="none"), "study has no run none: there are dense_120"),
         (lambda told: told["recipes"]["columns_quarter"]["runs"][0].update(dense="dense_60"), "differ in their tokens"),
         (lambda told: told.pop("recipes"), "not a file of evidence"),
+        (lambda told: told["recipes"].clear(), "has no recipes"),
         (lambda told: told["dense"][0].update(what="x"), "not a file of evidence"),
     ],
 )
@@ -123,6 +124,32 @@ def test_a_wrong_file_is_one_message(evidence, change, message):
     evidence.write_text(json.dumps(told))
     with pytest.raises(ConfigError, match=message):
         law.read.__wrapped__(evidence, evidence.parent)
+
+
+@pytest.mark.parametrize("row", [{"step": 9, "val_loss": 3.0}, {"step": 10, "val_loss": None}, {"step": 10}])
+def test_a_run_that_has_not_ended_does_not_count(evidence, row):
+    """Nor one without a validation loss at its end: an earlier one is of fewer tokens."""
+    with (evidence.parent / "study" / "quarter_s1" / "metrics.jsonl").open("w") as file:
+        for line in (
+            {"step": 5, "tokens": 1, "loss": 3.0, "val_loss": 3.0},
+            {"tokens": 120_000_000, "loss": 3.0} | row,
+        ):
+            file.write(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match="study: quarter_s1 has no validation loss at its last step"):
+        law.read.__wrapped__(evidence, evidence.parent)
+
+
+def test_speeds_that_were_not_timed_are_one_message(tmp_path):
+    contenders = {
+        "dense": {"failed": "", "ms": {"dense": 200.0}, "sparse_share": 0.0},
+        "float8": {"failed": "it ran out of memory"},
+        "own": {"failed": "", "ms": {"dense": 200.0, "sparse": 100.0}, "sparse_share": 0.8, "whole": 1.6},
+    }
+    (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
+    assert law.speeds({"speeds": {"1B": ["", "own"]}}, tmp_path) == {"1B": law.Speed(2.0, 1.6, 1.0)}
+    for told in ({"1B": ["nowhere", "own"]}, {"1B": ["", "none"]}, {"1B": ["", "float8"]}, {"1B": "x"}, "x"):
+        with pytest.raises(ConfigError, match=r"speeds of (1B|\"x\"): give the folder of a training.json"):
+            law.speeds({"speeds": told}, tmp_path)
 
 
 def test_one_seed_has_no_interval(evidence):
