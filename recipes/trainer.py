@@ -420,7 +420,7 @@ class SparseTrainer(titan.Trainer):
         row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte} | self._expert_balance()
         if self.sparsity.phase == "sparse":
             self.sparsity.reset_health()
-            score = self.validator.validate(self.model_parts, self.step)
+            score = self.validator.validate(self.model_parts, self.step, sparse=True)
             row |= {"val_loss_sparse": score.loss, "val_bpb_sparse": score.bits_per_byte}
         return row | self.sparsity.health()
 

@@ -89,10 +89,10 @@ class Validator(BaseValidator):
             f"of unigram entropy {self.unigram_entropy:.3f} nats a token"
         )
         self.batch_size = job_config.training.local_batch_size
+        self.sparse_batch_size = job_config.training.sparse_local_batch_size or self.batch_size  # a multiple of it
         self.load_balancer = job_config.parallelism.context_parallel_load_balancer
         # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.
-        batches = -(-len(sequences) // (self.batch_size * dp_world_size))
-        missing = batches * self.batch_size * dp_world_size - len(sequences)
+        missing = -len(sequences) % (self.sparse_batch_size * dp_world_size)
         filler = self.inputs[:1].expand(missing, -1)
         self.inputs = torch.cat([self.inputs, filler])[dp_rank::dp_world_size]
         self.labels = torch.cat([self.labels, torch.full_like(filler, IGNORE_INDEX)])[dp_rank::dp_world_size]
@@ -103,16 +103,20 @@ class Validator(BaseValidator):
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
     @torch.no_grad()
-    def validate(self, model_parts: list[nn.Module], step: int) -> Score:  # type: ignore[override]
+    def validate(  # type: ignore[override]
+        self, model_parts: list[nn.Module], step: int, sparse: bool = False
+    ) -> Score:
         """Score the model as it stands, FFNs in whatever mode they are in.
 
         Args:
             model_parts: the model, or the stages of it that this rank has.
             step: not used.
+            sparse: in the micro-batches of sparse phases, whose tokens a pattern's blocks are sorted from.
         """
+        batch_size = self.sparse_batch_size if sparse else self.batch_size
         with self._inference(model_parts):
             total = torch.zeros(3, dtype=torch.float64)
-            batches = (rows.split(self.batch_size) for rows in (self.inputs, self.labels, self.bytes))
+            batches = (rows.split(batch_size) for rows in (self.inputs, self.labels, self.bytes))
             for inputs, labels, size in zip(*batches, strict=True):
                 loss = self._loss(model_parts, inputs.to(device_type), labels.to(device_type))
                 total += torch.stack([loss.double().cpu(), (labels != IGNORE_INDEX).sum(), size.sum()])

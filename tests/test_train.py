@@ -106,8 +106,8 @@ def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path):
     assert losses(own) == pytest.approx(losses(throughout), rel=1e-5)  # sums of four micro-batches or of one
     for step, row in own.items():
         assert row["tokens"] == throughout[step]["tokens"]
-        if "val_loss" in row:
-            assert row["val_loss"] == pytest.approx(throughout[step]["val_loss"], rel=1e-5)
+        for name in {"val_loss", "val_loss_sparse"} & row.keys():
+            assert row[name] == pytest.approx(throughout[step][name], rel=1e-5)
     assert losses(train(tmp_path / "small", *small[:4]))[8] != pytest.approx(losses(own)[8], rel=1e-5)
     for stop in (3, 6, None):
         resumed = train(tmp_path / "resumed", *small, stop_after=stop)
