@@ -400,7 +400,7 @@ def _arguments() -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least 1")
     if options.length and options.pattern:
         raise ConfigError("--length: a pattern sees sequences of the run's training.seq_len: leave out one of the two")
-    needing = [f"--{name}" for name in ("quantize", "pattern") if getattr(options, name)]
+    needing = [f"--{name}" for name in ("quantize", "pattern", "length") if getattr(options, name)]
     if not options.text and (needing or "local" in (options.tasks or ())):
         raise ConfigError(f"{(needing or ['--tasks local'])[0]} needs a text: give --text FILE ...")
     if not options.text and not options.tasks:
@@ -418,6 +418,10 @@ def main() -> None:
     experts = isinstance(source, Checkpoint) and bool(source.args.num_experts)  # a model that transformers lacks
     if isinstance(source, Checkpoint) and (options.quantize or options.tasks):
         refuse_experts(source)
+    if experts and options.length:
+        raise ConfigError(
+            "--length: a mixture of experts is scored in sequences of the run's training.seq_len: leave it out"
+        )
     if (options.pattern or experts) and text is not None:
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"--pattern: {source} is an export, which has no pattern: name the run's checkpoint")

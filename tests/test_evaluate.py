@@ -298,6 +298,7 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
     (tmp_path / "spoilt.gz").write_bytes(packed[:20] + b"\xff" * 40 + packed[60:])
     for words, message in (
         (("--quantize", "int8"), "--quantize needs a text"),
+        (("--length", "8"), "--length needs a text"),
         (("--tasks", "local"), "--tasks local needs a text"),
         (("--text", str(tmp_path / "none.txt")), "none.txt cannot be read"),
         (("--text", str(tmp_path / "binary")), "binary cannot be read"),

@@ -382,6 +382,8 @@ def test_a_checkpoint_generates_and_is_scored_and_is_no_model_of_transformers(tr
     alone = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["scores"]
     assert alone["dense"]["loss"] == scores["dense"]["loss"] and len(alone) == 1
 
+    with pytest.raises(ConfigError, match="--length: a mixture of experts is scored in sequences of the run's"):
+        run(evaluate, folder, "--text", text, "--length", "16", "--device", "cpu")
     for module, more in ((export_hf, (folder.parent / "out",)), (evaluate, ("--text", text, "--quantize", "int8"))):
         with pytest.raises(ConfigError, match=r"mixture of squared-ReLU experts .* scripts.generate"):
             run(module, folder, *more)
