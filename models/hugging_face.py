@@ -130,6 +130,8 @@ def import_args(config: dict[str, Any], source: str) -> LlamaArgs:
             original = number("original_max_position_embeddings", rope["original_max_position_embeddings"])
             if high <= low:
                 raise refuse("high_freq_factor", high, f"a number above low_freq_factor = {low} is needed")
+            if factor < 1:
+                raise refuse("factor", factor, "a factor of RoPE's wavelengths of at least 1 is needed")
             scaling = RoPEScalingArgs(factor, low, high, original)
     except KeyError as error:
         raise ConfigError(f"{source}: {error} is missing: give the config.json that the model was saved with") from None

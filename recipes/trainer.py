@@ -47,7 +47,7 @@ from recipes.mixture import load_corpus
 from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_size, stage_peers
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
-from recipes.schedule import Span
+from recipes.schedule import Span, span_at
 from recipes.sparsity import Sparsity, computes_in, flops_per_token, sparse_family
 from recipes.summary import outcome
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
@@ -282,7 +282,8 @@ class SparseTrainer(titan.Trainer):
         seconds = time.perf_counter() - began
         self.metrics_processor.switch_seconds += seconds
         if changed:
-            logger.info(f"step {self.step}: {self.sparsity.phase} phase begins (switched in {seconds:.1f} s)")
+            does = "begins" if span_at(self.sparsity.spans, self.step).start == self.step - 1 else "goes on"  # resumed
+            logger.info(f"step {self.step}: {self.sparsity.phase} phase {does} (switched in {seconds:.1f} s)")
 
     def _train_validate_log(self, batches) -> None:
         """One training step; where a row is due, also its validation and the health of its sparsity."""

@@ -338,7 +338,11 @@ def estimate(arguments: list[str]) -> str:
         ),
         f"{config.training.steps:,} steps of {on.step_tokens:,} tokens: {config.training.steps * on.step_tokens:,}; "
         f"micro-batches of {on.tokens:,}, {on.accumulates} a step"
-        + (f"; in sparse phases of {on_sparse.tokens:,}, {on_sparse.accumulates} a step" if on_sparse != on else ""),
+        + (
+            f"; in sparse phases of {on_sparse.tokens:,}, {on_sparse.accumulates} a step"
+            if family and on_sparse != on
+            else ""
+        ),
     ]
     if family is not None:
         lines.append(

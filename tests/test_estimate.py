@@ -65,6 +65,8 @@ def test_sparse_phases_may_have_larger_micro_batches():
     words = [*SLICE, "--recipe", "recipes/columns_quarter.toml", "--training.global_batch_size", "16"]
     same, larger = estimate(words), estimate([*words, "--training.sparse_local_batch_size", "8"])
     assert "micro-batches of 16,384, 4 a step; in sparse phases of 32,768, 2 a step" in larger
+    dense_run = ["--recipe", "recipes/dense.toml", "--training.sparse_local_batch_size", "8"]
+    assert "in sparse phases" not in estimate([*words[:-4], *dense_run, *words[-2:]])
     dense, sparse = numbers(larger, "peak")
     assert dense == numbers(same, "peak")[0] and sparse > 1.2 * numbers(same, "peak")[1]
     assert numbers(larger, "run")[:2] == numbers(same, "run")[:2]  # steps, FLOPs

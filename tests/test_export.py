@@ -227,6 +227,11 @@ def edit(folder: Path, **values) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
+SHORTENED = LLAMA3 | {"factor": 0.5}
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -241,6 +246,7 @@ def edit(folder: Path, **values) -> None:
         ({"vocab_size": 300}, "its tokenizer has 384 tokens, its embedding only 300"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3 .* a divisor of num_attention_heads = 4"),
         ({"rope_parameters": 5}, "rope_parameters = 5 is no object"),
+        ({"rope_parameters": SHORTENED}, "config.json: factor = 0.5 is no model of this trainer"),
         ({"max_position_embeddings": "x"}, 'max_position_embeddings = "x" is no number'),
         ({"hidden_size": -32}, "hidden_size = -32 is no number above 0"),
     ],
@@ -298,11 +304,9 @@ def test_a_run_json_of_another_size_is_one_message(train, trained, script, tmp_p
 
 SIZES = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
 HEADS_OF_HF = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+
+
 # As Llama 3.1's, for a model of this size: of the wavelengths 6.3, 22, ... some stay, some mix, some are slowed down.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
-
-
 def pretrained(folder: Path, **values) -> Any:
     """Let transformers save a random Llama in a folder that has a tokenizer."""
     transformers = import_transformers()

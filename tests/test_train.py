@@ -97,7 +97,7 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
     assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
 
 
-def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path):
+def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path, capfd):
     """From the switch on the run is that of larger micro-batches throughout; it resumes exactly."""
     large = ("--training.global_batch_size", "8", "--training.local_batch_size")
     small = (*large, "2", "--training.sparse_local_batch_size", "8")
@@ -110,8 +110,13 @@ def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path):
             assert row[name] == pytest.approx(throughout[step][name], rel=1e-5)
     assert losses(train(tmp_path / "small", *small[:4]))[8] != pytest.approx(losses(own)[8], rel=1e-5)
     for stop in (3, 6, None):
+        capfd.readouterr()
         resumed = train(tmp_path / "resumed", *small, stop_after=stop)
     assert losses(resumed) == losses(own)
+    assert re.findall(r"step \d+: \w+ phase \w+", capfd.readouterr().out) == [
+        "step 7: sparse phase goes",
+        "step 9: dense phase begins",
+    ]
 
 
 def test_first_layers_can_stay_dense(train, tmp_path):
