@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -591,11 +590,9 @@ class _Console(logging.StreamHandler):
 def set_up_process(config: JobConfig) -> None:
     """Run as one process where torchrun did not start this, and let rank 0 alone speak."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # Port 0: one that is free when the store opens it. One that was found free before may be another run's by then.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     handler = _Console(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     speaks = os.environ["RANK"] == "0"

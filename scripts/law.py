@@ -85,7 +85,7 @@ class Law:
     def share(self, tokens: float, penalty: float) -> float:
         """Effective tokens: the share of `tokens` after which dense training has its final loss plus `penalty`.
 
-        0 if the law never has so high a loss; infinite if it never has so low a one.
+        More than 1 for a negative penalty; infinite if the law never has so low a loss.
         """
         base = 1 + penalty * tokens**self.b / self.scale_d
         return base ** (-1 / self.b) if base > 0 else math.inf

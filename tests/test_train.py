@@ -97,6 +97,12 @@ def test_a_row_holds_what_was_measured(train, uninterrupted):
     assert "energy_kept" not in run[12] and 0 < run[12]["nonzero_share"] < 1
 
 
+def test_a_process_alone_leaves_its_port_to_the_system(train, tmp_path):
+    """Runs that start at once, as a study's do, would find the same port free before they open it."""
+    train(tmp_path, "--training.steps", "1", *DENSE)
+    assert os.environ["MASTER_PORT"] == "0" and os.environ["WORLD_SIZE"] == "1"
+
+
 def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path, capfd):
     """From the switch on the run is that of larger micro-batches throughout; it resumes exactly."""
     large = ("--training.global_batch_size", "8", "--training.local_batch_size")
