@@ -165,7 +165,7 @@ def test_a_round(tiny, tmp_path, monkeypatch, capsys):
     # The same model, batches and seed: torchtitan's loss is ours.
     assert titan["losses"][0] == pytest.approx(ours["losses"][0], rel=1e-4)
     assert ours["about"]["backend"]["name"] == "reference"
-    assert (out / "training.png").stat().st_size > 10_000
+    assert (out / "training.png").stat().st_size > 5_000
     if not torch.cuda.is_available():
         assert ours["parts"] == {}
     ours["parts"] = {"sparse": {"FFN": 1.0, "idle": 0.5}}
