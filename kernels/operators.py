@@ -1,6 +1,6 @@
 """Registration of functions as PyTorch operators: torch.compile does not trace into them, and the profiler names them.
 
-`torch.library.custom_op` is made for operators with gradients, and its wrapper makes a call cost the host four times as
+PyTorch's `custom_op` is made for operators with gradients, and its wrapper makes a call cost the host four times as
 much. The operators of this project are called by an `autograd.Function`, which has the gradients. So the function
 itself is registered, and it raises an error if autograd would record the call and lose the gradient.
 """

@@ -51,7 +51,7 @@ from scipy.optimize import least_squares
 from configs.errors import ConfigError, exit_with
 from configs.repository import ROOT
 from scripts.options import TERMS
-from scripts.pictures import GREY, PALETTE, STYLE
+from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
 from scripts.runs import amount, load_groups, seed_of
 
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
@@ -272,7 +272,7 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
 def draw(evidence: Evidence) -> Figure:
     """The law through the dense runs, and the effective tokens of every recipe at its largest budget."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+        figure = Figure(figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
         sizes = sorted({cell.parameters for cell in evidence.dense})
         for colour, size in zip(PALETTE, sizes, strict=False):
@@ -313,9 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("evidence", type=Path, metavar="EVIDENCE.json", help="which runs count; see scripts/law.py")
     options = parser.parse_args(arguments)
     print(law_table(options.evidence.resolve(), pad=True))
-    picture = options.evidence.with_suffix(".png")
-    draw(read(options.evidence.resolve())).savefig(picture, dpi=150)
-    print(picture)
+    print(save(draw(read(options.evidence.resolve())), options.evidence.with_suffix(".png")))
     return 0
 
 

@@ -556,11 +556,17 @@ def law_table(file: Path, pad: bool = False) -> str:
         f"{law.slope(tokens):.2f} at {amount(float(f'{tokens:.3g}'))} tokens"
         for tokens in sorted({cell.tokens for cell in evidence.dense})
     )
+    doubled = ", ".join(
+        f"{recipe} {100 * law.share(2 * cells[place].tokens, mean(cells[place].values)):.0f}%"
+        for recipe, cells in evidence.recipes.items()
+        for place in [evidence.largest(recipe)]
+    )
     text = (
         f"Dense law: L = {law.constant:.3f}{size} + {law.scale_d:.3g} / D^{law.b:.3f}, "
         f"of {len(evidence.dense)} budgets and {sum(len(cell.values) for cell in evidence.dense)} runs. Its slope, in "
         f"nats an e-fold of tokens: {slopes}. In parentheses: 90% intervals. Whole run: over bf16 dense, and over the "
-        "fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times the effective tokens."
+        "fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times the effective tokens. "
+        f"Effective tokens at twice the largest budget, if the penalty stays: {doubled}."
     )
     return _table(rows, pad, lambda _: text)
 
