@@ -73,7 +73,7 @@ FLAVORS = {
     "7b-slice": LlamaArgs(dim=4096, n_layers=6, n_heads=32, n_kv_heads=8, hidden_dim=16384),  # 1.06 B
     # A token goes to two experts, each half as wide as the FFN of the dense flavor: it uses as many parameters.
     "moe_debug": LlamaArgs(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384, num_experts=4),  # 1.8 M
-    "moe_160m": LlamaArgs(dim=768, n_layers=12, n_heads=12, n_kv_heads=4, hidden_dim=2304, num_experts=8),  # 358 M
+    "moe_160m": LlamaArgs(dim=768, n_layers=12, n_heads=12, n_kv_heads=4, hidden_dim=2304, num_experts=8),  # 359 M
     "moe_1b": LlamaArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=6144, num_experts=8),  # 3.4 B
 }
 
