@@ -33,8 +33,10 @@ UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The environment variable with which torchrun gives every restart a store of its own."""
 
 
-def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
+def check_config(config: JobConfig, world: int | None = None) -> tuple[LlamaArgs, list[Span]]:
     """Check a configuration as a whole, and settle what one key leaves to another.
+
+    `world` is the number of processes that will run it; by default those that torchrun has started.
 
     Sets lr_scheduler.decay_ratio where schedule.decay_with_tail asks for it, and training.mixed_precision_param where
     it is "auto": to what the run in job.dump_folder computes in, or to this device's.
@@ -47,7 +49,7 @@ def check_config(config: JobConfig) -> tuple[LlamaArgs, list[Span]]:
     """
     if config.training.mixed_precision_param == "auto":
         config.training.mixed_precision_param = _dtype_so_far(config) or device_dtype()[0]
-    args, spans = check_keys(config, int(os.environ.get("WORLD_SIZE", "1")))
+    args, spans = check_keys(config, world or int(os.environ.get("WORLD_SIZE", "1")))
     _check_machine(config)
     return args, spans
 

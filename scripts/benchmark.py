@@ -4,13 +4,15 @@
     python -m scripts.benchmark --config configs/1b.toml --contenders dense groups_quarter --training.local_batch_size 2
 
 A contender is a process of train.py, or of torchtitan's own trainer (scripts/titan_baseline.py). All contenders read
-the same batches, and every other key of train.py that is given applies to all of them. A run with a sparse phase takes
-10 dense, 20 sparse and 30 dense steps; a run without one takes 30 steps. A step has one micro-batch, unless
---training.global_batch_size is given. The contenders run one after the other, and all of them `--rounds` times.
+the same batches, and every other key of train.py that is given applies to all of them: depth (--model.n_layers), the
+layout on several GPUs (--gpus and --parallelism.*). A run with a sparse phase takes 10 dense, 20 sparse and 30 dense
+steps; a run without one takes 30 steps. A step has one micro-batch, unless --training.global_batch_size is given. The
+contenders run one after the other, and all of them `--rounds` times.
 
 The time of a step is measured over windows of five steps; the result is the median of the windows of all rounds.
 Windows in which graphs were compiled, memory was allocated first, or the profiler ran or wrote its trace are left out.
-A contender whose loss does not fall by 0.2 gets no time.
+A contender whose loss does not fall by 0.2 gets no time. `--brief N` is for steps of a large model: windows of N steps,
+three dense ones and then, with a sparse phase, three sparse ones; no trace.
 
 A sparse step is compared with a step of the contender `dense`, which is what a user would run instead. Without that
 contender it is compared with the run's own dense steps, which may be slower: an H100 was seen to run dense steps 4%
@@ -31,6 +33,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
+from recipes.pipeline import micro_batch_size
 from scripts.options import TERMS, add_out
 from scripts.pictures import GREY, PALETTE, STYLE, save
 from scripts.runs import read_lines
@@ -103,17 +107,69 @@ CONTENDERS = {
 }
 
 OUTPUTS = ROOT / "outputs" / "benchmark"  # the runs' folders
-WINDOW = 5  # steps between two rows of metrics.jsonl
-PHASES = '[{mode = "dense", end = 10}, {mode = "sparse", end = 30}, {mode = "dense", end = 60}]'
-PROFILED = 30  # step 30 is traced, the last sparse one; in a run with a sparse phase step 60 as well, a dense one
-STEPS = {"sparse": 60, "dense": 30}
 BENCHMARK_KEYS = {  # keys of train.py that the benchmark sets for all contenders
-    "metrics.log_freq": str(WINDOW),
     "metrics.enable_tensorboard": "false",
     "validation.enable": "false",
     "checkpoint.enable": "false",
-    "lr_scheduler.warmup_steps": "10",
 }
+DEGREES = (
+    *("data_parallel_replicate_degree", "data_parallel_shard_degree", "context_parallel_degree"),
+    *("tensor_parallel_degree", "pipeline_parallel_degree"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run.
+
+    Attributes:
+        window: steps between two rows of metrics.jsonl.
+        modes: of the windows of a run with a sparse phase, (mode, number) in turn.
+        dense: windows of a run without a sparse phase.
+        profiled: every so many steps one is traced; 0: none.
+    """
+
+    window: int
+    modes: tuple[tuple[str, int], ...]
+    dense: int
+    profiled: int
+
+    def steps(self, mode: str) -> int:
+        """Of a run with a sparse phase, or of a dense one."""
+        return self.window * (sum(number for _, number in self.modes) if mode == "sparse" else self.dense)
+
+    def traced(self, mode: str) -> list[tuple[str, int]]:
+        """The steps of such a run that are traced, with their modes."""
+        windows = self.modes if mode == "sparse" else (("dense", self.dense),)
+        modes = [each for each, number in windows for _ in range(number)]
+        steps = range(self.profiled, self.steps(mode) + 1, self.profiled) if self.profiled else ()
+        return [(modes[step // self.window - 1], step) for step in steps]
+
+    def keys(self, mode: str) -> dict[str, str]:
+        """train.py's keys for such a run."""
+        keys = {
+            "metrics.log_freq": str(self.window),
+            "lr_scheduler.warmup_steps": str(2 * self.window),
+            "training.steps": str(self.steps(mode)),
+        }
+        if mode == "sparse":
+            ends = accumulate(self.window * number for _, number in self.modes)
+            phases = [f'{{mode = "{mode}", end = {end}}}' for (mode, _), end in zip(self.modes, ends, strict=True)]
+            keys["schedule.phases"] = f"[{', '.join(phases)}]"
+        if self.profiled and torch.cuda.is_available():
+            keys |= {"profiling.enable_profiling": "true", "profiling.profile_freq": str(self.profiled)}
+        return keys
+
+
+# Step 30 is traced, the last sparse one; in a run with a sparse phase step 60 as well, a dense one.
+FULL = Plan(5, (("dense", 2), ("sparse", 4), ("dense", 6)), 6, 30)
+
+
+def brief(window: int) -> Plan:
+    """The plan of `--brief`: of three windows each mode's first one allocates or compiles."""
+    return Plan(window, (("dense", 3), ("sparse", 3)), 3, 0)
+
+
 MIN_LOSS_FALL = 0.2  # nats a token
 
 # Where a step's time goes, and the colours of the parts.
@@ -201,8 +257,8 @@ def titan_rows(log: str, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The measurements of one run. The module docstring says which windows count.
+def measured(rows: list[dict[str, Any]], plan: Plan = FULL) -> dict[str, Any]:
+    """The measurements of one run of a plan. The module docstring says which windows count.
 
     Returns:
         seconds: by mode, seconds of a step in each window. peak_gib: by mode, memory of the process, which does not
@@ -218,8 +274,8 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if "peak_active_gib" in row:
             active[mode] = max(active.get(mode, 0.0), row["peak_active_gib"])
         # The profiler warms up in the window before a trace, and the trace is written in the window after it.
-        traced = step % PROFILED in (0, WINDOW) and step > WINDOW
-        if step > WINDOW and not traced and not row["graphs_compiled"]:
+        traced = plan.profiled and step % plan.profiled in (0, plan.window)
+        if step > plan.window and not traced and not row["graphs_compiled"]:
             seconds.setdefault(mode, []).append(row["step_seconds"])
     return {
         "seconds": seconds,
@@ -243,30 +299,33 @@ class Turn:
         common: keys of train.py and their values, for all contenders.
         folder: the run's dump folder.
         gpus: number of processes, one GPU each.
+        plan: its steps.
     """
 
-    def __init__(self, name: str, common: dict[str, str], folder: Path, gpus: int) -> None:
-        self.name, self.folder, self.gpus = name, folder, gpus
+    def __init__(self, name: str, common: dict[str, str], folder: Path, gpus: int, plan: Plan) -> None:
+        self.name, self.folder, self.gpus, self.plan = name, folder, gpus, plan
         self.program = CONTENDERS[name].program
         keys = common | CONTENDERS[name].keys
         config, _ = load_config(_words(keys))
-        self.args, spans = check_config(config)
+        self.args, spans = check_config(config, gpus)
         self.sparse_share = sum(span.stop - span.start for span in spans if span.mode == "sparse") / spans[-1].stop
         self.mode = "sparse" if self.sparse_share else "dense"
-        own = BENCHMARK_KEYS | {"training.steps": str(STEPS[self.mode]), "job.dump_folder": str(folder)}
-        if self.mode == "sparse":
-            own["schedule.phases"] = PHASES
-        if torch.cuda.is_available():
-            own |= {"profiling.enable_profiling": "true", "profiling.profile_freq": str(PROFILED)}
+        own = BENCHMARK_KEYS | plan.keys(self.mode) | {"job.dump_folder": str(folder)}
         if twice := sorted(keys.keys() & own.keys()):
             raise ConfigError(f"--{twice[0]} is the benchmark's to set: leave it out")
         self.words = _words(keys | own)
         self.config: JobConfig = load_config(self.words)[0]
-        check_config(self.config)
+        check_config(self.config, gpus)
         check_data(self.config)
-        # Sequences of a step on one GPU.
-        batch = self.config.training.global_batch_size
-        self.sequences = batch // gpus if batch > 0 else self.config.training.local_batch_size
+        training, parallelism = self.config.training, self.config.parallelism
+        tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+        readers = gpus // (tensor * context * parallelism.pipeline_parallel_degree)
+        self.sequences = training.global_batch_size  # of a step, on all GPUs
+        if self.sequences < 0:
+            self.sequences = training.local_batch_size * readers
+        # Of a micro-batch on one GPU, by which parts of a trace are told apart, as by the widths of a GPU's shard.
+        self.micro_tokens = micro_batch_size(self.config) * training.seq_len // context
+        self.args.hidden_dim //= tensor
 
     def run(self) -> dict[str, Any]:
         """Run it.
@@ -287,23 +346,22 @@ class Turn:
         if process.returncode:
             tail = log.read_text(errors="replace").splitlines()[-1:]
             return {"failed": f"status {process.returncode}, see {log}: {' '.join(tail)[:200]}"}
-        training = self.config.training
-        tokens = training.seq_len * self.sequences * self.gpus
+        tokens = self.config.training.seq_len * self.sequences
+        tensor = self.config.parallelism.tensor_parallel_degree
         about: dict[str, Any] = {}
         if self.program == ("train.py",):
             rows = read_lines(self.folder / "metrics.jsonl")
             run = json.loads((self.folder / "run.json").read_bytes())
             about = {key: run[key] for key in ("parameters", "vocabulary", "backend", "flops_per_token", "peak_flops")}
-            self.args.vocab_size = run["vocabulary"]
+            self.args.vocab_size = run["vocabulary"] // tensor
         else:
             rows = titan_rows(log.read_text(), tokens // self.gpus)
-            self.args.vocab_size = self.config.tokenizer.vocab_size
-        result = measured(rows) | {"tokens": tokens, "about": about, "parts": {}, "failed": ""}
-        for step in range(PROFILED, STEPS[self.mode] + 1, PROFILED):
+            self.args.vocab_size = self.config.tokenizer.vocab_size // tensor
+        result = measured(rows, self.plan) | {"tokens": tokens, "about": about, "parts": {}, "failed": ""}
+        for mode, step in self.plan.traced(self.mode):
             for trace in self.folder.glob(f"profile_traces/iteration_{step}/rank0_trace.json"):
-                mode = self.mode if step == PROFILED else "dense"
-                micro = training.seq_len * training.local_batch_size
-                result["parts"][mode] = parts_of(json.loads(trace.read_bytes())["traceEvents"], micro, self.args)
+                events = json.loads(trace.read_bytes())["traceEvents"]
+                result["parts"][mode] = parts_of(events, self.micro_tokens, self.args)
         first, last = result["losses"]
         if not last < first - MIN_LOSS_FALL:
             result["failed"] = f"the loss does not fall: {first:.3f}, then {last:.3f}"
@@ -422,6 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="the job, such as configs/7b_slice.toml")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], metavar="NAME", help="default: all")
+    parser.add_argument("--brief", type=int, metavar="N", help="windows of N steps, few of them; no trace")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each; default: 2")
     parser.add_argument("--gpus", type=int, default=1, help="processes of a run, a GPU each; default: 1")
     add_out(parser, "FOLDER", "for training.json and training.png; default: docs/training/CONFIG")
@@ -430,8 +489,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.contenders:
         if name not in CONTENDERS:
             raise ConfigError(f"--contenders {name}: no such contender; there are {', '.join(CONTENDERS)}")
-    if options.rounds < 1 or options.gpus < 1:
-        raise ConfigError(f"--rounds {options.rounds} --gpus {options.gpus}: give 1 or more")
+    for name in ("rounds", "gpus", "brief"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} {number}: give 1 or more")
     if torch.cuda.is_available() and torch.cuda.device_count() < options.gpus:
         raise ConfigError(f"--gpus {options.gpus}: this machine has {torch.cuda.device_count()}")
     words = [word for key in given for word in (key.split("=", 1) if key.startswith("--") else [key])]
@@ -441,11 +501,11 @@ def main(arguments: list[str] | None = None) -> int:
         key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)
     }
     common.setdefault("training.global_batch_size", "-1")
-    stem = Path(options.config).stem
-    out = options.out or ROOT / "docs" / "training" / stem
+    out = options.out or ROOT / "docs" / "training" / Path(options.config).stem
     names = list(dict.fromkeys(options.contenders))
+    plan = FULL if options.brief is None else brief(options.brief)
     turns = [
-        [Turn(name, common, OUTPUTS / stem / f"{name}-{turn}", options.gpus) for name in names]
+        [Turn(name, common, OUTPUTS / out.name / f"{name}-{turn}", options.gpus, plan) for name in names]
         for turn in range(options.rounds)
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -472,7 +532,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
-    """The head of training.json: command, commit, date, machine, versions and job, and no contenders yet."""
+    """The head of training.json: command, commit, date, machine, versions and job, and no contenders yet.
+
+    batch: sequences of a step, by GPU. layout: degrees of parallelism that are not 1; -1: all GPUs that are left.
+    """
     config, packages = turn.config, ("torch", "torchtitan", "torchao", "triton")
     return {
         "command": shlex.join(command),
@@ -481,8 +544,12 @@ def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
         "hardware": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "gpus": gpus},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "model": config.model.flavor,
+        "layers": turn.args.n_layers,
         "sequence": config.training.seq_len,
-        "batch": turn.sequences,
+        "batch": turn.sequences / gpus if turn.sequences % gpus else turn.sequences // gpus,
+        "layout": {name: degree for name in DEGREES if (degree := getattr(config.parallelism, name)) != 1},
+        "dtype": config.training.dtype,
+        "window": turn.plan.window,
         "activation_checkpoint": config.activation_checkpoint.mode,
         "compile": config.compile.enable,
         "contenders": {},

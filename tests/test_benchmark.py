@@ -123,6 +123,36 @@ def test_only_undisturbed_steps_count():
     assert benchmark.combined([turn, turn | {"failed": "no"}], 0.5) == {"failed": "no"}
 
 
+def test_a_brief_run_measures_two_windows_of_each_mode():
+    plan = benchmark.brief(3)
+    assert plan.steps("dense") == 9 and plan.steps("sparse") == 18 and plan.traced("sparse") == []
+    assert plan.keys("sparse")["schedule.phases"] == '[{mode = "dense", end = 9}, {mode = "sparse", end = 18}]'
+    rows = [row(1, "dense", 9.0, 3), row(3, "dense", 0.9), row(6, "dense", 0.30), row(9, "dense", 0.31)]
+    rows += [row(12, "sparse", 3.0, 3), row(15, "sparse", 0.20), row(18, "sparse", 0.22)]
+    assert benchmark.measured(rows, plan)["seconds"] == {"dense": [0.30, 0.31], "sparse": [0.20, 0.22]}
+
+
+def test_the_last_step_before_the_second_dense_phase_is_traced():
+    assert benchmark.FULL.traced("sparse") == [("sparse", 30), ("dense", 60)]
+    assert benchmark.FULL.traced("dense") == [("dense", 30)]
+
+
+def test_a_layout_has_its_own_batch_and_shards(tmp_path):
+    """Ranks of a tensor or pipeline group read the same sequences, and a shard is as wide as a part of the FFN."""
+    common = {"config": "configs/debug.toml", "training.local_batch_size": "4", "training.global_batch_size": "-1"}
+
+    def turn(**keys: str) -> benchmark.Turn:
+        keys = {f"parallelism.{name}_parallel_degree": degree for name, degree in keys.items()}
+        return benchmark.Turn("dense", common | keys, tmp_path, 2, benchmark.FULL)
+
+    shard, tensor, pipeline = turn(), turn(tensor="2"), turn(pipeline="2")
+    assert (shard.sequences, tensor.sequences, pipeline.sequences) == (8, 4, 4)
+    assert (shard.micro_tokens, tensor.micro_tokens, pipeline.micro_tokens) == (4 * 256, 4 * 256, 256)
+    assert (shard.args.hidden_dim, tensor.args.hidden_dim) == (768, 384)
+    head = benchmark.describe(tensor, ["command"], 2)
+    assert head["batch"] == 2 and head["layers"] == 4 and head["layout"]["tensor_parallel_degree"] == 2
+
+
 def test_torchtitan_s_lines_are_read():
     log = (
         "12:00 - \x1b[31mstep:  1  \x1b[32mloss: 10.84900  \x1b[38mgrad_norm:  2.5000  \x1b[36mmemory: 21.49GiB(27%)  "
@@ -138,7 +168,8 @@ def test_torchtitan_s_lines_are_read():
     "words, message",
     [
         (["--contenders", "dens"], "--contenders dens: no such contender; there are torchtitan_swiglu"),
-        (["--rounds", "0"], "--rounds 0"),
+        (["--rounds", "0"], "--rounds 0: give 1 or more"),
+        (["--brief", "0"], "--brief 0: give 1 or more"),
         (["--training.steps"], "--training.steps: give keys of train.py as --key value"),
         (["--training.stepz", "3"], "training.stepz"),
         (["--training.steps=3"], "--training.steps is the benchmark's to set"),
@@ -153,7 +184,7 @@ def test_a_round(tiny, tmp_path, monkeypatch, capsys):
     """torchtitan's trainer and one of ours with a sparse phase, from processes to tables and picture."""
     monkeypatch.setattr(benchmark, "OUTPUTS", tmp_path)
     out = tmp_path / "out"
-    own = {f"--{key}" for key in benchmark.BENCHMARK_KEYS} | {"--training.steps", "--schedule.phases"}
+    own = {f"--{key}" for key in benchmark.BENCHMARK_KEYS | benchmark.FULL.keys("sparse")}
     keys = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if pair[0] not in own for word in pair]
     words = ["--config", "configs/debug.toml", "--contenders", "torchtitan_relu2", "groups_quarter", "--rounds", "1"]
     status = benchmark.main([*words, "--out", str(out), *keys])
