@@ -7,9 +7,9 @@ where the value stands; what keys mean together is checked afterwards (`recipes/
 
 import dataclasses
 import difflib
-import math
 import os
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -174,7 +174,7 @@ def _read_toml(path: str, key: str) -> dict[str, Any]:
         raise ConfigError(f'{key} = "{path}": no such file; there are {", ".join(found) or "none beside it"}')
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): make it readable, or name another file") from None
@@ -255,7 +255,7 @@ def _convert(text: str | None, hint: Any, key: str, source: str) -> Any:
         return text.split(",") if text else []
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or a whole number of thousands of digits
         if float in members and re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):  # 1. and .5, which TOML lacks
             return float(text)
         return {"true": True, "false": False}.get(text.lower(), text)
@@ -286,7 +286,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # The largest float is compared with, since math.isfinite does not take longer whole numbers.
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -408,8 +408,12 @@ BOUNDS = {
     "lr_scheduler.decay_ratio": (0, 1),
     "lr_scheduler.min_lr_factor": (0, 1),
     "metrics.log_freq": (1, None),
+    "profiling.profile_freq": (1, None),
+    "profiling.profiler_active": (1, None),
+    "profiling.profiler_warmup": (0, None),
     "checkpoint.interval": (1, None),
     "checkpoint.keep_latest_k": (0, None),
+    "checkpoint.load_step": (-1, None),
     "parallelism.data_parallel_replicate_degree": (1, None),
     "parallelism.data_parallel_shard_degree": (-1, None),
     "parallelism.tensor_parallel_degree": (1, None),
@@ -424,4 +428,5 @@ BOUNDS = {
     "comm.init_timeout_seconds": (1, None),
     "debug.seed": (0, 2**32 - 1),
     "comm.train_timeout_seconds": (1, None),
+    "comm.trace_buf_size": (0, None),
 }

@@ -245,16 +245,14 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             why = f" (model.hidden_dim{of})" if of else ""
             raise ConfigError(f"activations.{error}{why}; change it or what it has to fit") from None
     context = config.parallelism.context_parallel_degree
-    tokens = micro_batch_size(config) * config.training.seq_len // context
+    tokens = micro_batch_size(config, sparse=True) * config.training.seq_len // context
     share = f" / parallelism.context_parallel_degree = {context}" if context > 1 else ""
-    batch = (
-        "training.local_batch_size"
-        if config.parallelism.pipeline_parallel_degree == 1
-        else "parallelism.pipeline_parallel_microbatch_size"
-    )
+    batch = f"training.{'sparse_' if config.training.sparse_local_batch_size else ''}local_batch_size"
+    if config.parallelism.pipeline_parallel_degree > 1:
+        batch = "parallelism.pipeline_parallel_microbatch_size"
     if pattern is not None and pattern.v > tokens:
         raise ConfigError(
-            f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch "
+            f"activations.v = {pattern.v} exceeds the {tokens} tokens of a micro-batch in sparse phases "
             f"({batch} x training.seq_len{share}): lower v or raise those"
         )
     if activations.cut_along_tokens and tokens % COLUMNS:
@@ -491,6 +489,12 @@ def _check_rest(config: JobConfig) -> None:
         )
     if checkpointing.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
         raise ConfigError('activation_checkpoint.mode = "memory_budget" needs compile.enable = true')
+    profiling = config.profiling
+    if profiling.enable_profiling and profiling.profile_freq < profiling.profiler_warmup + profiling.profiler_active:
+        raise ConfigError(
+            f"profiling.profile_freq = {profiling.profile_freq} is less than profiler_warmup = "
+            f"{profiling.profiler_warmup} and profiler_active = {profiling.profiler_active} steps together: raise it"
+        )
     if config.optimizer.early_step_in_backward:
         raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
 
@@ -524,6 +528,8 @@ def _check_machine(config: JobConfig) -> None:
         raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU: use "async" on this machine')
     if config.profiling.enable_profiling and device_type == "cpu":
         raise ConfigError("profiling.enable_profiling = true needs a GPU: torchtitan profiles no CPU; set it to false")
+    if config.profiling.enable_memory_snapshot and device_type == "cpu":
+        raise ConfigError("profiling.enable_memory_snapshot = true needs a GPU, whose memory it shows; set it to false")
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "metrics.enable_wandb = true, but wandb is not installed: pip install wandb, or set it to false"

@@ -210,6 +210,7 @@ class SafeCheckpointManager(CheckpointHooks):
 
     def _commit(self, checkpoint_id: str) -> None:
         write_manifest(checkpoint_id)
+        sync(os.path.dirname(self.folder))  # the name of the folder of checkpoints, at the first save
         self._move_pointer(int(os.path.basename(checkpoint_id).removeprefix("step-")))
         logger.info("saved %s", checkpoint_id)
         self.delete_stale()
@@ -435,11 +436,16 @@ def write_atomically(path: str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    sync(os.path.dirname(path))  # makes the new name durable
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Make a file's bytes durable, or the names in a folder: they survive a crash of the machine."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the new name durable
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _on_rank0(work: Callable[[], T]) -> T:

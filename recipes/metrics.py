@@ -42,7 +42,7 @@ import torch.distributed as dist
 from configs.errors import ConfigError, writing
 from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, device_type, get_peak_flops
-from recipes.checkpoint import write_atomically
+from recipes.checkpoint import sync, write_atomically
 from recipes.data import num_rows
 from recipes.progress import duration
 from recipes.schedule import Span
@@ -186,6 +186,17 @@ class Metrics(MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
+
+    def sync(self) -> None:
+        """Make the rows of `metrics.jsonl` durable: a checkpoint must not outlive the rows before it.
+
+        Raises:
+            ConfigError: on rank 0, where the disk is full.
+        """
+        if self.writes and self.file.exists():
+            with writing(self.file.name, str(self.folder)):
+                sync(self.file)
+                sync(self.folder)
 
     def close(self) -> None:
         """Write what TensorBoard and W&B have not yet.

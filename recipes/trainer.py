@@ -208,7 +208,7 @@ class SparseTrainer(titan.Trainer):
                 self._train_validate_log(batches)
                 last_step = self.step == config.training.steps
                 if self._saves() or last_step:
-                    self._check_finite()
+                    self._before_save()
                 self.checkpointer.save(self.step, last_step=last_step)
                 for each in (profiler, memory_profiler):
                     if each:
@@ -223,7 +223,7 @@ class SparseTrainer(titan.Trainer):
         else:
             logger.info(f"stopped by a signal after step {self.step}")
             if self.step >= first:  # else nothing is new, and the first batch has been taken from the loader
-                self._check_finite()
+                self._before_save()
                 self.checkpointer.save_now(self.step)
                 if self.checkpointer.enable and not self.checkpointer.load_only:
                     logger.info("the same command resumes")
@@ -365,6 +365,12 @@ class SparseTrainer(titan.Trainer):
     def _saves(self) -> bool:
         """Whether a checkpoint is due after this step."""
         return self.checkpointer.enable and self.step % self.job_config.checkpoint.interval == 0
+
+    def _before_save(self) -> None:
+        """Refuse to save what is not finite, and make the rows so far durable, which a resume takes as written."""
+        self._check_finite()
+        with fail_together(self.signals):
+            self.metrics_processor.sync()
 
     def _check_finite(self) -> None:
         """Refuse to save weights or moments that are not finite: a step between two logged ones may have spoilt them.

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from configs.errors import ConfigError, exit_with, first_line
 from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
+from recipes.pipeline import micro_batch_size
 from recipes.progress import Progress
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
@@ -314,7 +315,8 @@ def score_patterns(
     Raises:
         ConfigError: a run without activation sparsity.
     """
-    length, batch_size = checkpoint.config.training.seq_len, checkpoint.config.training.local_batch_size
+    # Tokens of a micro-batch are sorted together, so that the loss depends on its size.
+    length, batch_size = checkpoint.config.training.seq_len, micro_batch_size(checkpoint.config, sparse=patterns)
     if patterns and checkpoint.args.sparsity.pattern is None:
         raise ConfigError(f"--pattern: {checkpoint.config.recipe} cuts no activations, so there is nothing to compare")
     experts = bool(checkpoint.args.num_experts)

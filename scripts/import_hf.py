@@ -41,6 +41,7 @@ from recipes.tokenizer import token_bytes
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONTINUE = "continue.toml"
+SPARSE = "columns_half"  # the recipe of a model that has layers enough for it
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--data", action="append", default=[], help="a file, folder or glob to train on; may be repeated"
     )
-    parser.add_argument("--recipe", help="of the configuration; default: columns_half, of a SwiGLU dense")
+    parser.add_argument("--recipe", help=f"of the configuration; default: {SPARSE}; dense for a model it does not fit")
     parser.add_argument("--steps", type=int, default=1000, help="of the configuration")
     options = parser.parse_args()
     if options.steps < 1:
@@ -148,13 +149,24 @@ def main() -> None:
         "training": {"seq_len": _sequence(args), "mixed_precision_param": dtype},
     }
     run = {"config": config, "vocabulary": vocab_size, "imported_from": str(folder)}
-    recipe = options.recipe or ("dense" if args.swiglu else "columns_half")
+    recipe = options.recipe or default_recipe(args)
     text = continuation(args, folder, out, options.data, recipe, options.steps)
     print(f"writing {sum(value.nbytes for value in state.values()) / 1e9:.2f} GB, in float32, to {out}", flush=True)
     job = _write(out, folder, state, run, text)
     print(f"wrote {out}: checkpoint 0, its tokenizer, and a configuration that continues it")
     print("\n".join(describe(args, job, bool(options.data))))
     print(f"\n    torchrun --nproc_per_node=1 train.py --config {out / CONTINUE}")
+
+
+def default_recipe(args: LlamaArgs) -> str:
+    """The recipe of a model's configuration: SPARSE, or "dense" where that would leave no FFN sparse."""
+    if args.swiglu:
+        return "dense"
+    config, _ = load_config(["--config", "debug", "--recipe", SPARSE])
+    if args.n_layers > config.schedule.dense_layers:
+        return SPARSE
+    print(f"recipe: dense, since {SPARSE} leaves {config.schedule.dense_layers} layers dense, of {args.n_layers}")
+    return "dense"
 
 
 def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], recipe: str, steps: int) -> str:

@@ -149,7 +149,7 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     except OSError as error:
         found = ", ".join(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/studies/*/study.toml")))
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); there are {found}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
     tables, shown = shared.pop("runs", []), shared.pop("plot", None)
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):

@@ -199,6 +199,23 @@ BAD = [
         " --parallelism.pipeline_parallel_degree 2",
         ["sparse_local_batch_size is not supported with parallelism.pipeline_parallel_degree"],
     ),
+    (
+        f"{DEBUG} --training.local_batch_size 4 --training.global_batch_size 16 --training.sparse_local_batch_size 8"
+        " --activations.v 4096",
+        ["activations.v = 4096 exceeds the 2048 tokens", "(training.sparse_local_batch_size x training.seq_len)"],
+    ),
+    (f"{DEBUG} --profiling.profile_freq 0", ["profiling.profile_freq = 0", "at least 1"]),
+    (f"{DEBUG} --profiling.profiler_active -1", ["profiling.profiler_active = -1", "at least 1"]),
+    (f"{DEBUG} --profiling.profiler_warmup -1", ["profiling.profiler_warmup = -1", "at least 0"]),
+    (
+        f"{DEBUG} --profiling.enable_profiling --profiling.profile_freq 3",
+        ["profiling.profile_freq = 3", "profiler_warmup = 3", "profiler_active = 1", "raise it"],
+    ),
+    (f"{DEBUG} --profiling.enable_memory_snapshot", ["profiling.enable_memory_snapshot", "needs a GPU"]),
+    (f"{DEBUG} --checkpoint.load_step -2", ["checkpoint.load_step = -2", "at least -1"]),
+    (f"{DEBUG} --comm.trace_buf_size -1", ["comm.trace_buf_size = -1", "at least 0"]),
+    (f"{DEBUG} --optimizer.lr {'9' * 400}", ["optimizer.lr", "number"]),
+    (f"{DEBUG} --training.steps {'9' * 5000}", ["training.steps", "whole number"]),
     (f"{DEBUG} --checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
     (f"{DEBUG} --checkpoint.async_mode sometimes", ["checkpoint.async_mode", "sometimes", '"async"']),
     (f"{DEBUG} --recipe recipes", ["recipe", "is a folder", "recipes/dense.toml"]),
@@ -411,6 +428,13 @@ def test_a_check_refuses_what_a_run_does(words, said, tmp_path):
             summary(config, args, spans)
     else:
         assert "reads       stdlib: " in summary(config, args, spans)
+
+
+def test_a_block_has_room_in_a_micro_batch_of_sparse_phases():
+    small = "--training.local_batch_size 4 --training.global_batch_size 16"  # 4 x 256 tokens
+    with pytest.raises(ConfigError, match=r"activations.v = 2048 exceeds the 1024 tokens"):
+        check(f"{DEBUG} {small} --activations.v 2048")
+    check(f"{DEBUG} {small} --training.sparse_local_batch_size 8 --activations.v 2048")
 
 
 def test_help_lists_every_section():

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -200,7 +201,7 @@ def test_quantised_weights_cost_little_and_something(run, text, evaluated, kind,
     assert all(len(row.unique()) <= levels for row in model.inner.weight.dequantize())
 
 
-def test_scores_of_every_inference_mode(run, text, evaluated, folders, train):
+def test_scores_of_every_inference_mode(run, text, evaluated, folders, train, tmp_path):
     scores = evaluated(run, "--text", *text, "--pattern")["scores"]
     dense, exported = scores.pop("dense"), evaluated(run, "--text", *text)["scores"]["exported, float32"]
     assert dense["loss"] == pytest.approx(exported["loss"], rel=1e-5) and dense["energy_kept"] == 1
@@ -211,6 +212,15 @@ def test_scores_of_every_inference_mode(run, text, evaluated, folders, train):
 
     rounded = evaluated(run, "--text", *text, "--pattern", "--dtype", "bfloat16")["scores"]
     assert all(rounded[name]["loss"] != score["loss"] for name, score in {"dense": dense, **scores}.items())
+
+    # A pattern is scored in the micro-batches that it was trained in.
+    about = json.loads((run / "run.json").read_text())
+    shutil.copytree(run, tmp_path / "sparse")
+    about["config"]["training"]["sparse_local_batch_size"] = 1
+    (tmp_path / "sparse" / "run.json").write_text(json.dumps(about))
+    other = evaluated(tmp_path / "sparse", "--text", *text, "--pattern")["scores"]
+    assert other.pop("dense")["loss"] == pytest.approx(dense["loss"], rel=1e-6)
+    assert other["sparse"]["loss"] != scores["sparse"]["loss"]
 
     with pytest.raises(ConfigError, match="cuts no activations"):
         evaluated(folders(train, "weights_2of4"), "--text", *text, "--pattern")

@@ -140,11 +140,12 @@ def test_large_weights_are_sharded(train, trained, script, tmp_path, monkeypatch
 def test_a_round_trip_is_bit_equal_and_a_run_goes_on_from_it(train, trained, script, tmp_path, capsys):
     run = trained(train)
     script(export_hf, run, tmp_path / "hf")
-    with pytest.raises(ConfigError, match="dense_layers = 3 leaves none of the 2 layers"):  # by the default recipe
-        script(import_hf, tmp_path / "hf", tmp_path / "imported")
+    with pytest.raises(ConfigError, match="dense_layers = 3 leaves none of the 2 layers"):
+        script(import_hf, tmp_path / "hf", tmp_path / "imported", "--recipe", "columns_half")
     assert not (tmp_path / "imported").exists()
-    script(import_hf, tmp_path / "hf", tmp_path / "imported", "--recipe", "dense")
+    script(import_hf, tmp_path / "hf", tmp_path / "imported")
     said = capsys.readouterr().out
+    assert "recipe: dense, since columns_half leaves 3 layers dense, of 2" in said
     assert "sparse: nothing, by recipes/dense.toml" in said
     before, after = (find_checkpoint(str(folder)) for folder in (run, tmp_path / "imported"))
     state = after.weights()

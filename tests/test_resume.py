@@ -273,6 +273,28 @@ def test_a_row_that_does_not_fit_ends_the_run_with_one_message(train, straight, 
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
 
 
+def test_the_rows_before_a_checkpoint_are_durable_before_it_is_complete(train, tmp_path, monkeypatch):
+    durable: list[tuple[str, int]] = []  # names, and the last step of metrics.jsonl at the time
+    fsync, file = os.fsync, tmp_path / "run" / "metrics.jsonl"
+
+    def note(opened: int) -> None:
+        fsync(opened)
+        last = max(rows(tmp_path / "run")) if file.exists() else 0
+        durable.append((os.readlink(f"/proc/self/fd/{opened}"), last))
+
+    monkeypatch.setattr(os, "fsync", note)
+    with monkeypatch.context() as patch:  # a signal, after a step at which no checkpoint is due
+        patch.setattr(SparseTrainer, "_any_rank_interrupted", lambda self: self.step == 6)
+        train(tmp_path / "run")
+    train(tmp_path / "run", "--training.steps", "8")
+    names = [name for name, _ in durable]
+    for step in (4, 6, 8):
+        complete = names.index(str(tmp_path / "run" / "checkpoint" / f"step-{step}" / "manifest.json.tmp"))
+        assert (str(file), step) in durable[:complete]
+        pointer = names.index(str(tmp_path / "run" / "checkpoint" / "latest.tmp"), complete)
+        assert str(tmp_path / "run") in names[complete:pointer], "the name of the folder of checkpoints is durable"
+
+
 def test_points_that_do_not_fit_end_the_run_with_one_message(train, straight, tmp_path, monkeypatch):
     """TensorBoard writes in a thread of its own, whose error the next point or the end of the run raises."""
     from tensorboard.summary.writer.record_writer import RecordWriter
