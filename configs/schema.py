@@ -304,6 +304,19 @@ class Training(titan_config.Training):
     loss. The global batch and the order of the data stay.
     """
 
+    loss_chunk_tokens: int = _in(0, 0)
+    """
+    Tokens whose logits are there at once, such as 4096; 0: those of the whole micro-batch. The head computes the loss
+    chunk by chunk, and the gradient with it, so that logits and their gradient take chunk x vocabulary numbers. Not for
+    tensor parallelism, nor for a head in float8.
+    """
+
+    bf16_residual: bool = False
+    """
+    Keep the residual stream in bfloat16 where products are, as FSDP2 does, on one GPU as well, where it is float32
+    otherwise. Halves what norms and additions between blocks read and write.
+    """
+
     skip_bad_batches: int = _in(0, 0)
     """
     Batches whose loss or gradient is not finite that a run may skip: weights and moments stay as they were, the step

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.titan import MoEArgs, RoPEScalingArgs, SwiGLU, Transformer, TransformerModelArgs
@@ -22,6 +22,7 @@ from kernels import FeedForwardSparsity
 from models.attention import Attention
 from models.experts import ExpertBlock, Experts, MixtureOfExperts
 from models.feed_forward import FeedForward
+from models.head import Head
 
 
 @dataclass
@@ -107,6 +108,26 @@ class Llama(Transformer):
                 continue
             block.attention = Attention(model_args)
             block.feed_forward = _feed_forward(model_args, index)
+        self.output = Head(model_args.dim, model_args.vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: None = None,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits `[B, S, vocabulary]`; with labels `[B, S]` the sum of the tokens' losses, by `Head`, instead.
+
+        A stage of a pipeline that has not the head takes labels and ignores them.
+        """
+        if self.output is None:
+            return super().forward(tokens, attention_masks, positions)
+        self.output.labels = labels
+        try:
+            return super().forward(tokens, attention_masks, positions)
+        finally:
+            self.output.labels = None
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Initialise parameters and buffers as torchtitan does, to the same values on any number of ranks.

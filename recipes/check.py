@@ -457,6 +457,8 @@ def _check_rest(config: JobConfig) -> None:
         raise ConfigError(
             "checkpoint.keep_latest_k = 1 could leave no complete checkpoint: keep 2 or more, or 0 for all"
         )
+    if config.training.loss_chunk_tokens:
+        _check_loss_chunks(config)
     if config.optimizer.name not in ("Adam", "AdamW"):
         raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
     if config.training.max_norm == 0:
@@ -497,6 +499,23 @@ def _check_rest(config: JobConfig) -> None:
         )
     if config.optimizer.early_step_in_backward:
         raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
+
+
+def _check_loss_chunks(config: JobConfig) -> None:
+    chunks = f"training.loss_chunk_tokens = {config.training.loss_chunk_tokens}"
+    if (degree := config.parallelism.tensor_parallel_degree) > 1:
+        raise ConfigError(
+            f"{chunks} is not supported with parallelism.tensor_parallel_degree = {degree}, which shards the logits "
+            "over the vocabulary: set it to 0"
+        )
+    for converter in config.model.converters:
+        key = converter.rsplit(".", 1)[1]
+        left_out = getattr(config.quantize.linear, key).filter_fqns
+        if not any(name in "output" for name in left_out):
+            raise ConfigError(
+                f'{chunks} computes the head in training.mixed_precision_param, but model.converters = ["{converter}"] '
+                f'converts it: add "output" to quantize.linear.{key}.filter_fqns'
+            )
 
 
 def _check_machine(config: JobConfig) -> None:

@@ -203,10 +203,10 @@ class Inference:
     has_first_stage: bool
     has_last_stage: bool
 
-    def losses(self, inputs: Tensor, labels: Tensor, **keywords: Tensor) -> list[Tensor]:
+    def losses(self, inputs: Tensor, labels: Tensor, /, **keywords: Tensor) -> list[Tensor]:
         """The losses of the micro-batches of inputs and labels `[B, S]`; none without the last stage.
 
-        `keywords`, such as `positions [B, S]`, are for all stages.
+        `keywords`, such as `positions [B, S]` and the head's `labels`, are for all stages.
 
         All ranks of a pipeline call it. The first call after a training step, and the first step after a call, run each
         stage once more: on data of no meaning, to infer the shapes that stages send.
@@ -243,7 +243,13 @@ class LossPerToken:
         return loss if self._tokens is None else loss / self._tokens
 
 
+def of_head(loss: Tensor, labels: Tensor) -> Tensor:
+    """The loss where the head has computed it, training.loss_chunk_tokens: what the model gave."""
+    return loss
+
+
 def build_loss(job_config: JobConfig, parallel_dims: titan.ParallelDims):
     """torchtitan's hook for a loss: cross-entropy, summed over tokens."""
-    loss_fn = titan.build_cross_entropy_loss(job_config)
+    in_head = job_config.training.loss_chunk_tokens
+    loss_fn = of_head if in_head else titan.build_cross_entropy_loss(job_config)
     return LossPerToken(loss_fn) if parallel_dims.pp_enabled else loss_fn

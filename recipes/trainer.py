@@ -37,6 +37,7 @@ from configs.loader import resolved
 from configs.repository import commit
 from configs.schema import JobConfig
 from models.experts import expert_balance
+from models.head import Head
 from models.llama import Llama, LlamaArgs, count_parameters, parameters_in_words
 from recipes.check import device_dtype
 from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
@@ -321,6 +322,12 @@ class SparseTrainer(titan.Trainer):
         self._losses = []
         with titan.watch_gradient_norms() as self._norms:
             super().train_step(data_iterator)
+
+    def post_dataloading_process(self, input_dict, labels):
+        inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(input_dict, labels)
+        if self.job_config.training.loss_chunk_tokens:
+            extra_kwargs["labels"] = labels
+        return inputs, labels, extra_inputs, extra_kwargs
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.parallel_dims.pp_enabled:
@@ -623,12 +630,26 @@ def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
         # It gives the result of a collective that is under way. As the input of a compiled block that would get a
         # gradient of another kind than it was given (torch 2.13: a Tensor where autograd expects a DTensor).
         model.get_submodule("tok_embeddings").register_forward_hook(lambda module, inputs, output: output.clone())
+    training = job_config.training
+    if training.loss_chunk_tokens and isinstance(model.output, Head):
+        _set_up_head(model.output, job_config)
+    autocasts = not (parallel_dims.fsdp_enabled or parallel_dims.tp_enabled or parallel_dims.pp_enabled)
+    if autocasts and training.bf16_residual and training.mixed_precision_param == "bfloat16":
+        model.get_submodule("tok_embeddings").register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        # Its weight is float32, and PyTorch's fused norm is for one dtype; inside of blocks the compiler fuses its own.
+        model.get_submodule("norm").register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     if titan.device_type == "cpu":
         # gloo has no pre-multiplied sum, which FSDP2 reduces gradients with by default.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _set_up_head(head: Head, job_config) -> None:
+    head.chunk = job_config.training.loss_chunk_tokens
+    if job_config.compile.enable and "loss" in job_config.compile.components:
+        head.compute = torch.compile(head.compute, backend=job_config.compile.backend)
 
 
 def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:

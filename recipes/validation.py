@@ -90,6 +90,7 @@ class Validator(BaseValidator):
         )
         self.batch_size = job_config.training.local_batch_size
         self.sparse_batch_size = job_config.training.sparse_local_batch_size or self.batch_size  # a multiple of it
+        self.loss_in_head = job_config.training.loss_chunk_tokens > 0
         self.load_balancer = job_config.parallelism.context_parallel_load_balancer
         # All ranks run equally many batches of one shape: the last ones are filled up with rows that count for nothing.
         missing = -len(sequences) % (self.sparse_batch_size * dp_world_size)
@@ -152,15 +153,17 @@ class Validator(BaseValidator):
     def _loss(self, model_parts: list[nn.Module], inputs: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses of a batch's tokens; 0 where a rank has not the last stage."""
         with self.context(), self.amp:
-            positions: dict[str, Any] = {}
+            keywords: dict[str, Any] = {}
             if self.context_mesh is not None:
-                inputs, labels, positions = prepare_context_parallel_input(
-                    inputs, labels, positions, self.context_mesh, inputs.device, self.load_balancer
+                inputs, labels, keywords = prepare_context_parallel_input(
+                    inputs, labels, keywords, self.context_mesh, inputs.device, self.load_balancer
                 )
+            if self.loss_in_head:
+                keywords["labels"] = labels
             if self.inference is None:
                 (model,) = model_parts
-                return _local(self.loss_fn(model(inputs, **positions), labels))
-            losses = [_local(loss) for loss in self.inference.losses(inputs, labels, **positions)]
+                return _local(self.loss_fn(model(inputs, **keywords), labels))
+            losses = [_local(loss) for loss in self.inference.losses(inputs, labels, **keywords)]
             return torch.stack(losses).sum() if losses else inputs.new_zeros(())
 
 

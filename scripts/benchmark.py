@@ -324,7 +324,8 @@ class Turn:
         if self.sequences < 0:
             self.sequences = training.local_batch_size * readers
         # Of a micro-batch on one GPU, by which parts of a trace are told apart, as by the widths of a GPU's shard.
-        self.micro_tokens = micro_batch_size(self.config) * training.seq_len // context
+        sizes = {mode: micro_batch_size(self.config, mode == "sparse") for mode in ("dense", "sparse")}
+        self.micro_tokens = {mode: size * training.seq_len // context for mode, size in sizes.items()}
         self.args.hidden_dim //= tensor
 
     def run(self) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class Turn:
         for mode, step in self.plan.traced(self.mode):
             for trace in self.folder.glob(f"profile_traces/iteration_{step}/rank0_trace.json"):
                 events = json.loads(trace.read_bytes())["traceEvents"]
-                result["parts"][mode] = parts_of(events, self.micro_tokens, self.args)
+                result["parts"][mode] = parts_of(events, self.micro_tokens[mode], self.args)
         first, last = result["losses"]
         if not last < first - MIN_LOSS_FALL:
             result["failed"] = f"the loss does not fall: {first:.3f}, then {last:.3f}"

@@ -7,10 +7,12 @@ All other keys are those of train.py. `--gpus` defaults to the product of the de
 the peak of an H100. The model is built on the meta device, so nothing is allocated.
 
 **Memory.** The peak of a step is either at the start of its backward pass, with the activations of all layers, the
-logits and their gradient, or at its end, with all gradients and the activations of one layer. The activations are those
-that a compiled block keeps, as its graph shows. Without FSDP the residual stream is float32, and every matrix has a
-copy in bf16; with FSDP both are bf16, and the current layer and the next are gathered. In a sparse phase h is stored as
-the family stores it: compact for column groups and Venom, packed for 2:4, otherwise dense; y1 is not stored.
+logits and their gradient, or at its end, with all gradients and the activations of one layer. With
+training.loss_chunk_tokens the logits are those of a chunk, beside the head's gradient in float32. The activations are
+those that a compiled block keeps, as its graph shows. Without FSDP the residual stream is float32, unless
+training.bf16_residual is set, and every matrix has a copy in bf16; with FSDP both are bf16, and the current layer and
+the next are gathered. In a sparse phase h is stored as the family stores it: compact for column groups and Venom,
+packed for 2:4, otherwise dense; y1 is not stored.
 
 Measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled, one GPU), see
 docs/training and tests/test_estimate.py:
@@ -149,7 +151,7 @@ def layout(config: JobConfig, gpus: int, sparse: bool = False) -> Layout:
         tokens=micro * training.seq_len // context,
         accumulates=batch // (micro * data),
         compute=compute,
-        stream=compute if shard > 1 else state,
+        stream=compute if shard > 1 or training.bf16_residual else state,
         state=state,
     )
 
@@ -236,7 +238,12 @@ def _memory_of(
     kept_copies = layers * (1 - every) * copies / on.tensor
 
     loss_compiled = config.compile.enable and "loss" in config.compile.components
-    logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
+    chunk = config.training.loss_chunk_tokens
+    if chunk:  # the chunk's logits and gradient, and the head's gradient in float32
+        rows_at_once = min(chunk, tokens)
+        logits = rows_at_once * args.vocab_size * (2 * width + (0 if loss_compiled else 3 * 4)) + 4 * head
+    else:
+        logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
     logits += tokens * d * (on.stream + width) / on.tensor
     logits *= part.in_flight if part.heads else 0
     reduced = 1  # after how many micro-batches

@@ -72,6 +72,20 @@ def test_sparse_phases_may_have_larger_micro_batches():
     assert numbers(larger, "run")[:2] == numbers(same, "run")[:2]  # steps, FLOPs
 
 
+def test_logits_of_a_chunk_and_a_narrow_residual_stream_take_less():
+    words = ("--config", "configs/1b.toml", "--recipe", "recipes/dense.toml", *ALONE)
+    plain, chunks = parts(*words), parts(*words, "--training.loss_chunk_tokens", "4096")
+    vocabulary, tokens, d = 32768, 16384, 2048
+    saved = 4 * vocabulary * (tokens - 4096) - 4 * vocabulary * d  # two numbers of two bytes; a gradient in float32
+    assert (plain["logits and loss"] - chunks["logits and loss"]) * GIB == pytest.approx(saved)
+    assert (plain["peak"] - chunks["peak"]) * GIB == pytest.approx(saved)
+    narrow = parts(*words, "--training.bf16_residual", "true")
+    name = "activations: attention, norms"
+    assert (plain[name] - narrow[name]) * GIB == pytest.approx(16 * tokens * d * 2)
+    sharded = parts(*words, gpus=2), parts(*words, "--training.bf16_residual", "true", gpus=2)
+    assert sharded[0] == sharded[1]
+
+
 def test_time_is_that_of_an_h100():
     step = measured("7b_slice")["dense"]["ms"]["dense"]
     for mfu, error in (("0.5", 0.17), ("0.59", 0.0)):
