@@ -147,7 +147,8 @@ def test_a_layout_has_its_own_batch_and_shards(tmp_path):
 
     shard, tensor, pipeline = turn(), turn(tensor="2"), turn(pipeline="2")
     assert (shard.sequences, tensor.sequences, pipeline.sequences) == (8, 4, 4)
-    assert (shard.micro_tokens, tensor.micro_tokens, pipeline.micro_tokens) == (4 * 256, 4 * 256, 256)
+    turns = (shard, tensor, pipeline)
+    assert [turn.micro_tokens["dense"] for turn in turns] == [4 * 256, 4 * 256, 256]
     assert (shard.args.hidden_dim, tensor.args.hidden_dim) == (768, 384)
     head = benchmark.describe(tensor, ["command"], 2)
     assert head["batch"] == 2 and head["layers"] == 4 and head["layout"]["tensor_parallel_degree"] == 2
