@@ -7,6 +7,7 @@ reads the job (configs/loader.py), checks what its keys mean together (recipes/c
 run, 3 for a job that does not fit into GPU memory, and 1 for any other failure. torchrun turns all but 0 into 1.
 """
 
+import functools
 import json
 import os
 import sys
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from configs.errors import ConfigError, TooLargeError, exit_with
+from configs.errors import ConfigError, TooLargeError, exit_with, show_error
 
+if __name__ == "__main__":
+    # Of a Ctrl-C that comes before the trainer's own handler is there.
+    sys.excepthook = functools.partial(show_error, speaks=os.environ.get("RANK", "0") == "0")
 if not hasattr(kernels, "sparse_feed_forward"):
     exit_with(ConfigError(f"{kernels.__file__} shadows this repository's kernels/: run from the repository's root"))
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
@@ -59,6 +60,24 @@ def writing(name: str, folder: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def show_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None, speaks: bool = True
+) -> None:
+    """A program's `sys.excepthook`: Ctrl-C is one line and exit status 130, without a traceback.
+
+    Args:
+        kind, error, trace: of an exception that nothing caught. The message of a KeyboardInterrupt says what was done
+            so far and how to go on.
+        speaks: whether this process writes the line, of all that get the Ctrl-C.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    if speaks:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr, flush=True)
+    raise SystemExit(128 + signal.SIGINT)
 
 
 def exit_with(error: ConfigError) -> None:

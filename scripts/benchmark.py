@@ -47,6 +47,7 @@ from configs.repository import ROOT, commit
 from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
+from recipes.checkpoint import write_atomically
 from recipes.data import check_data
 from recipes.pipeline import micro_batch_size
 from scripts.options import TERMS, add_out
@@ -341,9 +342,15 @@ class Turn:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
         log = self.folder / "log.txt"
         with log.open("w") as file:
-            process = subprocess.run(
+            process = subprocess.Popen(
                 [*command, *self.program, *self.words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # torchrun passes it on to its processes
+                process.wait()
+                raise
         if process.returncode:
             tail = log.read_text(errors="replace").splitlines()[-1:]
             return {"failed": f"status {process.returncode}, see {log}: {' '.join(tail)[:200]}"}
@@ -515,7 +522,12 @@ def main(arguments: list[str] | None = None) -> int:
     for number, row in enumerate(turns, 1):
         for turn in row:
             began = time.monotonic()
-            result = turn.run()
+            try:
+                result = turn.run()
+            except KeyboardInterrupt:
+                kept = f", kept in {out / 'training.json'}" if results else ""
+                ended = sum(map(len, results.values()))
+                raise KeyboardInterrupt(f"{ended} of {len(names) * len(turns)} runs have ended{kept}") from None
             results.setdefault(turn.name, []).append(result)
             times = {mode: f"{1e3 * statistics.median(s):.1f} ms" for mode, s in result.get("seconds", {}).items()}
             said = result["failed"] or ", ".join(f"{mode} {time}" for mode, time in times.items())
@@ -523,7 +535,7 @@ def main(arguments: list[str] | None = None) -> int:
             about = {"what": CONTENDERS[turn.name].about}
             summary["contenders"][turn.name] = about | combined(results[turn.name], turn.sparse_share)
             compare(summary["contenders"])
-            (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+            write_atomically(str(out / "training.json"), json.dumps(summary, indent=1) + "\n")
     print(f"\n{text_table(summary)}\n\n{out / 'training.json'}")
     failed = [name for name, entry in summary["contenders"].items() if entry["failed"]]
     if len(failed) < len(names):

@@ -440,11 +440,18 @@ def main() -> None:
             scores |= score_export(model, text, length, options.batch_size, options.quantize)
     if text is not None:
         print(f"{len(text.ids):,} tokens, {text.bytes:,} bytes, {options.checkpoint} on {device}\n{_table(scores)}")
+    stopped: BaseException | None = None
     if options.tasks:
         packages += ["lm_eval"]
         documents = text.documents if text is not None else []
-        tasks = evaluate_tasks(model, tokenizer, options.tasks, documents, options.batch_size, options.limit)
-        print(_table(tasks))
+        try:
+            tasks = evaluate_tasks(model, tokenizer, options.tasks, documents, options.batch_size, options.limit)
+        except (ConfigError, KeyboardInterrupt) as error:
+            if not scores:
+                raise
+            stopped = error  # the text's scores are kept all the same
+        else:
+            print(_table(tasks))
 
     row = {
         "checkpoint": str(source.folder if isinstance(source, Checkpoint) else source),
@@ -466,6 +473,10 @@ def main() -> None:
     except OSError as error:
         raise ConfigError(f"{file} cannot be written ({error.strerror}): make its folder writable") from None
     print(f"added to {file}")
+    if isinstance(stopped, KeyboardInterrupt):
+        raise KeyboardInterrupt("the tasks are not scored")
+    if stopped is not None:
+        raise stopped
 
 
 if __name__ == "__main__":

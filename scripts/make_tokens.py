@@ -31,9 +31,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # while it imports, which takes seconds, there is nothing to go on with
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -329,7 +326,7 @@ def run(arguments: list[str]) -> None:
     """`main`, which a signal ends at any time.
 
     Raises:
-        ConfigError: a signal came.
+        KeyboardInterrupt: a signal came; its message says how to go on.
     """
     for number in INTERRUPTS:
         signal.signal(number, signal.default_int_handler)
@@ -338,7 +335,7 @@ def run(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         for number in INTERRUPTS:  # a second one would not end it sooner
             signal.signal(number, signal.SIG_IGN)
-        raise ConfigError("interrupted: the same command goes on with the shards that are missing") from None
+        raise KeyboardInterrupt("the same command goes on with the shards that are missing") from None
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ from configs.schema import JobConfig
 from configs.titan import device_module, device_type
 from kernels import FeedForwardSparsity
 from models.feed_forward import inference_modes
+from recipes.checkpoint import write_atomically
 from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
 from recipes.progress import Progress
@@ -340,7 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
         if (number := getattr(options, name)) is not None and number < 1:
             raise ConfigError(f"--{name} {number}: give 1 or more")
     items = options.items or (CPU_ITEMS if device_type == "cpu" else ITEMS)
-    out, shown = options.out, {}
+    out = options.out
+    shown: dict[str, dict[str, Any]] = {}
     for checkpoint in options.checkpoints:
         began = time.monotonic()
         probe = Probe(checkpoint, options.sequences)
@@ -348,7 +350,11 @@ def main(arguments: list[str] | None = None) -> None:
         out = out or run.parent
         result = {"recipe": Path(probe.config.recipe).stem, "hardware": device_module.get_device_name()}
         result |= {"torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        result |= probe.measure(items, options.dense)
+        try:
+            result |= probe.measure(items, options.dense)
+        except KeyboardInterrupt:
+            kept = f", kept in {out}/RUN/probe.json" if shown else ""
+            raise KeyboardInterrupt(f"{len(shown)} of {len(options.checkpoints)} models are measured{kept}") from None
         del probe
         gc.collect()  # the next model may not fit beside this one
         file = out / run.name / "probe.json"
@@ -357,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps = {
             str(key): value for key, value in sorted({**steps, str(step): result}.items(), key=lambda kv: int(kv[0]))
         }
-        file.write_text(json.dumps(steps, indent=1) + "\n")
+        write_atomically(str(file), json.dumps(steps, indent=1) + "\n")
         shown[f"{run.name}, step {step}"] = result
         print(f"{file}: step {step} in {time.monotonic() - began:.0f} s", flush=True)
     print("\n" + probes_table(out, pad=True) + "\n")

@@ -321,7 +321,8 @@ class Launcher:
         self.runs_per_gpu = math.ceil(jobs / max(1, len(gpus)))
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.deadline = deadline
-        self.signalled = self.stopped = False
+        self.signal = 0  # the last one that came
+        self.stopped = False
         self.running: dict[str, tuple[StudyRun, subprocess.Popen, str, float]] = {}
         self.sharing: set[str] = set()  # runs that were started on a GPU with more than one place
         self.failed: list[StudyRun] = []
@@ -350,8 +351,8 @@ class Launcher:
                     else:
                         self._end(run, process.returncode, time.monotonic() - began)
                     self.free.append(gpu)
-            if self.signalled or time.monotonic() > self.deadline:
-                self._stop("a signal" if self.signalled else "the time limit")
+            if self.signal or time.monotonic() > self.deadline:
+                self._stop(signal.Signals(self.signal).name if self.signal else "the time limit")
             if self.running and time.monotonic() - spoke >= PROGRESS_SECONDS:
                 spoke = time.monotonic()
                 where = "; ".join(_progress(run) for run, *_ in self.running.values())
@@ -361,7 +362,7 @@ class Launcher:
             signal.signal(number, handler)
 
     def _take_note(self, number: int, frame: Any) -> None:
-        self.signalled = True
+        self.signal = number
 
     def _stop(self, reason: str) -> None:
         """Start no more runs, and let running ones save and end; a run before its first step is ended at once."""
@@ -593,7 +594,10 @@ def main(arguments: list[str] | None = None) -> int:
     draw(study)
     if launcher.interrupted:
         left = ", ".join(run.name for run in launcher.interrupted)
-        say(f"not complete: {left}; the same command goes on")
+        said = f"not complete: {left}; the same command goes on"
+        if launcher.signal == signal.SIGINT:
+            raise KeyboardInterrupt(said)
+        say(said)
     for run in launcher.failed:
         print(f"error: {run.name} failed, see {run.outputs / 'log.txt'}", file=sys.stderr, flush=True)
     return int(bool(launcher.failed))

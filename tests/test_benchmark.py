@@ -1,6 +1,8 @@
 """The training benchmark: what counts of a run's rows, where a trace's time goes, and a whole round on the CPU."""
 
 import json
+import signal
+import time
 
 import pytest
 import torch
@@ -179,6 +181,27 @@ def test_torchtitan_s_lines_are_read():
 def test_refusals(tmp_path, words, message):
     with pytest.raises(ConfigError, match=message):
         benchmark.main(["--config", "configs/debug.toml", "--out", str(tmp_path), *words])
+
+
+def test_ctrl_c_ends_the_run_at_hand_and_keeps_those_before_it(tmp_path, monkeypatch):
+    (tmp_path / "sleep.py").write_text(
+        "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    turn = object.__new__(benchmark.Turn)
+    turn.folder, turn.gpus, turn.program, turn.words = tmp_path, 1, ("sleep.py",), []
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        turn.run()  # returns once the process has ended
+    assert time.monotonic() - began < 30
+    monkeypatch.undo()
+
+    results = iter([{"failed": "no time"}])
+    monkeypatch.setattr(benchmark.Turn, "run", lambda self: next(results, None) or signal.raise_signal(signal.SIGINT))
+    words = ["--config", "configs/debug.toml", "--contenders", "dense", "groups_quarter", "--rounds", "1"]
+    with pytest.raises(KeyboardInterrupt, match=rf"1 of 2 runs have ended, kept in {tmp_path}/out/training.json"):
+        benchmark.main([*words, "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["contenders"]["dense"]["failed"] == "no time"
 
 
 def test_a_round(tiny, tmp_path, monkeypatch, capsys):

@@ -327,6 +327,16 @@ def test_what_cannot_be_evaluated_is_refused(run, text, evaluated, tmp_path, mon
         evaluated(run, "--tasks", "arc_easy")
 
 
+@pytest.mark.parametrize("stops", [KeyboardInterrupt(), ConfigError("no data")])
+def test_tasks_that_stop_leave_the_scores_of_the_text(run, text, evaluated, monkeypatch, stops):
+    monkeypatch.setattr(evaluate, "evaluate_tasks", lambda *_: (_ for _ in ()).throw(stops))
+    before = (run / "evaluations.jsonl").read_text() if (run / "evaluations.jsonl").exists() else ""
+    with pytest.raises(type(stops), match=r"no data|the tasks are not scored"):
+        evaluated(run, "--text", *text, "--tasks", "local")
+    (added,) = (run / "evaluations.jsonl").read_text().removeprefix(before).splitlines()
+    assert "exported, float32" in json.loads(added)["scores"] and not json.loads(added)["tasks"]
+
+
 @pytest.mark.parametrize("tokens", [640, 600, 128, 100])
 def test_groups_chosen_by_the_block_before_run_on_the_kernels_operators(tokens):
     """Sequences of 320 tokens, so a last block of 64; compiled, the tiles of 128 x 128 and the mask are one FFN."""

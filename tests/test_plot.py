@@ -387,6 +387,20 @@ def test_refused_run_json(tmp_path):
             runs.load_run(run)
 
 
+def test_ctrl_c_is_one_line_in_every_program():
+    """While it imports and afterwards: `scripts` is the first module that any of them imports."""
+    for line, said in (
+        ("raise KeyboardInterrupt", "interrupted\n"),
+        ("raise KeyboardInterrupt('2 of 3 are done')", "interrupted: 2 of 3 are done\n"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", f"import scripts\n{line}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (130, said)
+    result = subprocess.run([sys.executable, "-c", "import scripts\n1 / 0"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_a_refusal_has_no_traceback(tmp_path):
     result = command(tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

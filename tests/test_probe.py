@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -100,6 +101,21 @@ def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path,
     assert len(probes_table(tmp_path / "out").splitlines()) == 2 + 2 * 6 + 1 + 2
     picture = image.imread(tmp_path / "out" / "reliability.png")
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
+
+
+def test_ctrl_c_keeps_the_models_that_are_measured(train, words, tmp_path, monkeypatch):
+    train(tmp_path / "run", *words)
+    measure, calls = probe.Probe.measure, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        return measure(*arguments) if len(calls) == 1 else signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(probe.Probe, "measure", once)
+    models = [str(tmp_path / "run" / "checkpoint" / f"step-{step}") for step in (8, 12)]
+    with pytest.raises(KeyboardInterrupt, match=rf"1 of 2 models are measured, kept in {tmp_path}/RUN/probe.json"):
+        probe.main([*models, "--items", "5", "--dense"])
+    assert list(json.loads((tmp_path / "run" / "probe.json").read_text())) == ["8"]
 
 
 def test_a_checkpoint_of_another_recipe_that_was_dense_so_far(train, words, tmp_path):

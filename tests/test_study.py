@@ -38,16 +38,17 @@ def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, cap
     file = write_study(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
     words = [str(file), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "scripts.study", *words, "--only", "dense"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "out" / "dense_s0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    assert "not complete: dense_s0; the same command goes on" in text
+    process.send_signal(signal.SIGINT)
+    text, error = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert error.splitlines()[-1] == "interrupted: not complete: dense_s0; the same command goes on"
+    assert "Traceback" not in text + error
     assert not (file.parent / "dense_s0").exists()
 
     assert study.main([*words, "--jobs", "3"]) == 1
