@@ -48,8 +48,8 @@ class Layout(NamedTuple):
     Attributes:
         rows: `[B v]` int64, which row of x stands there; -1: none, the row is zero.
         places: `[N]` int64, where each row of x stands; -1: nowhere.
-        expert: `[B]` int64, of each block; -1: it has no rows.
-        counts: `[E]` int64, rows of each expert's blocks, those without rows being the last expert's; their sum is B v.
+        expert: `[B]` int64, of each block; -1: one past those that the experts need.
+        counts: `[E]` int64, rows of each expert's blocks, those past the needed being the last's; their sum is B v.
     """
 
     rows: Tensor
@@ -58,7 +58,9 @@ class Layout(NamedTuple):
     counts: Tensor
 
 
-def lay_out(counts: Tensor, included: Tensor, order: Tensor | None, rows: int, v: int, blocks: int) -> Layout:
+def lay_out(
+    counts: Tensor, included: Tensor, order: Tensor | None, rows: int, v: int, blocks: int, fewest: int = 0
+) -> Layout:
     """Cut the rows of each expert into blocks of v rows, the last one filled up, without waiting for the device.
 
     Args:
@@ -69,11 +71,12 @@ def lay_out(counts: Tensor, included: Tensor, order: Tensor | None, rows: int, v
         rows: N.
         v: rows in a block.
         blocks: B, at least as many as are needed: N / v + E always are.
+        fewest: blocks of an expert at least, of zeros where it has no rows or is not included; 0 or 1.
     """
     device = counts.device
     ends = counts.cumsum(0)
     starts = ends - counts
-    needed = torch.where(included, (counts + v - 1) // v, 0)
+    needed = torch.where(included, (counts + v - 1) // v, 0).clamp(min=fewest)
     block_ends = needed.cumsum(0)
     first_block = block_ends - needed
 
@@ -82,7 +85,7 @@ def lay_out(counts: Tensor, included: Tensor, order: Tensor | None, rows: int, v
     expert = holder.clamp(max=len(counts) - 1)
     inside = block - first_block[expert]
     at = (starts[expert] + inside * v)[:, None] + torch.arange(v, device=device)
-    exists = (holder < len(counts))[:, None] & (at < ends[expert][:, None])
+    exists = ((holder < len(counts)) & included[expert])[:, None] & (at < ends[expert][:, None])
     at = at.clamp(max=rows - 1)
     standing = torch.where(exists, at if order is None else order[at], -1).flatten()
 
@@ -159,7 +162,11 @@ def _ffn(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor, w1: Tensor, w2: Tensor, layout: Layout) -> Tensor:
-    """The dense experts of the rows that a layout has; zero for others."""
+    """The dense experts of the rows that a layout has; zero for others.
+
+    Every expert has a block, if only of zeros: a grouped product over the rows of an expert, as its weight's gradient
+    is, need not write the result of an expert without rows.
+    """
     return _from_blocks(_ffn(_to_blocks(x, layout), w1, w2, layout.counts), layout)
 
 
@@ -169,7 +176,7 @@ def dense_experts(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
     if not _uses_grouped_mm(x, w1):
         return _ffn(x, w1, w2, counts)
     blocks = x.shape[0] // ALIGNED + len(counts)
-    return _dense(x, w1, w2, lay_out(counts, counts >= 0, None, x.shape[0], ALIGNED, blocks))
+    return _dense(x, w1, w2, lay_out(counts, counts >= 0, None, x.shape[0], ALIGNED, blocks, 1))
 
 
 def waits_for_counts(x: Tensor, w1: Tensor, sparsity: FeedForwardSparsity | None) -> bool:
@@ -208,6 +215,7 @@ def route_within_experts(x: Tensor, centroids: Tensor, counts: Tensor) -> tuple[
         its expert.
     """
     clusters, device = centroids.shape[1], x.device
+    (x,) = _autocast(x)
     filled = F.pad(centroids.to(x.dtype), (0, 0, 0, -clusters % ALIGNED))
     scores = grouped_linear(x.detach(), filled.mT, counts)[:, :clusters]
     nearest = scores.argmax(1)
@@ -313,8 +321,8 @@ class GroupedColumns(ExpertFamily):
         y = _from_blocks(y.flatten(0, 1), layout)
         if fewest == 1:
             return y
-        few = min(experts * -(-(fewest - 1) // ALIGNED), rows // ALIGNED + experts)
-        return y + _dense(x, w1, w2, lay_out(counts, ~large, None, rows, ALIGNED, few))
+        few = min(experts * max(1, -(-(fewest - 1) // ALIGNED)), rows // ALIGNED + experts)
+        return y + _dense(x, w1, w2, lay_out(counts, ~large, None, rows, ALIGNED, few, 1))
 
 
 class _SixProducts(torch.autograd.Function):

@@ -15,6 +15,7 @@ from configs.errors import ConfigError
 from configs.loader import load_config, restored
 from kernels import MASKED, FeedForwardSparsity, Groups, route_tokens
 from kernels.experts import (
+    ALIGNED,
     GROUPED_COLUMNS,
     ExpertByExpert,
     dense_experts,
@@ -114,6 +115,28 @@ def test_tokens_are_sorted_by_the_clusters_of_their_own_expert():
         assert torch.equal(order[start : start + count], start + inside)
         start += count
     assert order[start:].tolist() == [start, start + 1]
+
+
+def test_grouped_products_of_a_gpu_are_in_bf16_and_leave_no_expert_without_rows(monkeypatch):
+    """Under autocast, of float32 inputs. Without rows the gradient of an expert's weight need not be written."""
+    grouped_mm, dtypes, rows = torch._grouped_mm, [], []
+
+    def record(x, matrices, offs):
+        dtypes.append((x.dtype, matrices.dtype))
+        if x.requires_grad and torch.is_grad_enabled():
+            rows.extend(offs.diff(prepend=offs.new_zeros(1)).tolist())
+        return grouped_mm(x, matrices, offs=offs)
+
+    monkeypatch.setattr(kernels.experts, "_uses_grouped_mm", lambda x, *matrices: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "_grouped_mm", record)
+    x, w1, w2, counts = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, order = route_within_experts(x, torch.randn(len(COUNTS), 3, WIDTH), counts)
+        dense_experts(x, w1, w2, counts)
+        sparse_experts(x, w1, w2, counts, FeedForwardSparsity(PATTERN), order, GROUPED_COLUMNS)
+    # Routing; dense experts; the choice of neurons, and the experts of few tokens.
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * (1 + 2 + 3) and len(rows) == (2 + 2) * len(COUNTS)
+    assert all(number and number % ALIGNED == 0 for number in rows)
 
 
 EXPERTS = {
