@@ -317,6 +317,13 @@ class Training(titan_config.Training):
     otherwise. Halves what norms and additions between blocks read and write.
     """
 
+    hang_timeout_seconds: float = _in(1800.0, 0.0)
+    """
+    How long a step may take, or one of its validations: a run that takes longer hangs. It writes where its threads
+    stand and ends with status 1, and the same command resumes. The first step of a phase compiles, so leave time for
+    that. 0: any time.
+    """
+
     skip_bad_batches: int = _in(0, 0)
     """
     Batches whose loss or gradient is not finite that a run may skip: weights and moments stay as they were, the step

@@ -52,6 +52,7 @@ from recipes.sparsity import Sparsity, computes_in, flops_per_token, sparse_fami
 from recipes.summary import outcome
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator, reshard
+from recipes.watchdog import Watchdog
 
 logger = logging.getLogger("sparsetitan")
 
@@ -197,7 +198,9 @@ class SparseTrainer(titan.Trainer):
         if self.step:
             logger.info(f"resumed after step {self.step}")
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
+        self.watchdog = Watchdog(config.training.hang_timeout_seconds)
         with (
+            contextlib.closing(self.watchdog),
             titan.maybe_enable_profiling(config.profiling, **profile) as profiler,
             titan.maybe_enable_memory_snapshot(config.profiling, **profile) as memory_profiler,
         ):
@@ -205,8 +208,9 @@ class SparseTrainer(titan.Trainer):
             while self.step < config.training.steps and not self._any_rank_interrupted():
                 self.step += 1
                 self.gc_handler.run(self.step)
-                self._enter_phase(batches)
-                self._train_validate_log(batches)
+                with self.watchdog.watching(self.step):
+                    self._enter_phase(batches)
+                    self._train_validate_log(batches)
                 last_step = self.step == config.training.steps
                 if self._saves() or last_step:
                     self._before_save()
@@ -425,11 +429,13 @@ class SparseTrainer(titan.Trainer):
 
     def _validate(self) -> dict[str, float]:
         """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
+        self.watchdog.beat()
         with self.sparsity.dense():
             self.validator.warm_up(self.model_parts)
             self.sparsity.reset_health()
             self._forget_load()
             score = self.validator.validate(self.model_parts, self.step)
+        self.watchdog.beat()
         row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte} | self._expert_balance()
         if self.sparsity.phase == "sparse":
             self.sparsity.reset_health()
