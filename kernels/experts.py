@@ -16,8 +16,8 @@ Two families compute this:
     ExpertByExpert    one expert after another by the family that `kernels.choose` gives for it. With the masked
                       reference it is the specification, for any pattern, device and dtype. The host waits for `counts`.
     GroupedColumns    large blocks of all experts in one launch a product, without waiting for `counts`. With the
-                      experts' neurons as rows of one tall W1, the operators of `kernels.columns` do it as they are:
-                      a block chooses among its expert's rows.
+                      experts' neurons as rows of one tall W1, the operators of `kernels.columns` do it: they get
+                      which blocks each expert has, and a block keeps rows of its expert.
 """
 
 from typing import NamedTuple
@@ -333,25 +333,22 @@ class _SixProducts(torch.autograd.Function):
         experts, hidden_dim, _ = w1.shape
         kept = pattern.kept_groups(hidden_dim) * pattern.g
         chosen_by = x[:, :: pattern.sample]
-        counts = counts // x.shape[1] * chosen_by.shape[1]
-        y1 = grouped_linear(chosen_by.flatten(0, 1), w1.mT, counts)
-        inside = choose(y1.unflatten(0, (x.shape[0], -1)), pattern, expert, experts)
-        place = inside.new_full((x.shape[0], experts, hidden_dim), -1)
-        place = place.scatter_(1, (expert % experts)[:, None, None].expand(-1, 1, hidden_dim), inside[:, None]).flatten(
-            1
-        )
-        active = sample(x, w1.flatten(0, 1), place, kept).relu()  # (1)
+        blocks = counts // x.shape[1]
+        y1 = grouped_linear(chosen_by.flatten(0, 1), w1.mT, blocks * chosen_by.shape[1])
+        place = choose(y1.unflatten(0, (x.shape[0], -1)), pattern, expert, experts)
+        bounds = F.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))
+        active = sample(x, w1.flatten(0, 1), place, kept, bounds).relu()  # (1)
         h = active * active
-        ctx.save_for_backward(x, w1, w2, h, place)
-        return reduce_neurons(h, w2.flatten(0, 1), place)  # (2)
+        ctx.save_for_backward(x, w1, w2, h, place, bounds)
+        return reduce_neurons(h, w2.flatten(0, 1), place, bounds)  # (2)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, w1, w2, h, place = ctx.saved_tensors
-        dy1 = 2 * h.sqrt() * sample(dy, w2.flatten(0, 1), place, h.shape[2])  # (3)
-        dw2 = reduce_tokens(h, dy, place, False)  # (4)
-        dx = reduce_neurons(dy1, w1.flatten(0, 1), place)  # (5)
-        dw1 = reduce_tokens(dy1, x, place, False)  # (6)
+        x, w1, w2, h, place, bounds = ctx.saved_tensors
+        dy1 = 2 * h.sqrt() * sample(dy, w2.flatten(0, 1), place, h.shape[2], bounds)  # (3)
+        dw2 = reduce_tokens(h, dy, place, False, bounds)  # (4)
+        dx = reduce_neurons(dy1, w1.flatten(0, 1), place, bounds)  # (5)
+        dw1 = reduce_tokens(dy1, x, place, False, bounds)  # (6)
         return dx, dw1.view_as(w1), dw2.view_as(w2), None, None, None
 
 

@@ -133,22 +133,30 @@ def test_nan_in_a_sample_shows():
 
 
 @pytest.mark.parametrize("blocks, kept, hidden, width", [(3, 5, 16, 12), (1, 4, 4, 1030), (6, 1, 40, 8)])
+@pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, dtype):
+def test_copies_and_sums_are_their_references(blocks, kept, hidden, width, experts, dtype):
+    """Of one weight, and of four experts, of which the first has the first block, the second none."""
     rand = torch.Generator().manual_seed(0)
     place = columns._reference_largest(torch.rand(blocks, hidden, generator=rand), kept, hidden).to(DEVICE)
-    weight = torch.randn(hidden, width, generator=rand).to(DEVICE, dtype)
+    weight = torch.randn(experts * hidden, width, generator=rand).to(DEVICE, dtype)
+    bounds = [0, 1, 1, max(1, blocks - 2), blocks] if experts > 1 else [0, blocks]
+    given = torch.tensor(bounds, dtype=torch.int32, device=DEVICE) if experts > 1 else None
+    owner = [expert for expert in range(experts) for _ in range(bounds[expert], bounds[expert + 1])]
     for each in (weight, weight.T.contiguous().T):
-        found = columns._launch_copy(each, place, kept)
-        assert torch.equal(found, columns._reference_copy(weight, place, kept))
+        found = columns._launch_copy(each, place, kept, given)
+        assert torch.equal(found, columns._reference_copy(weight, place, kept, given))
         for block in range(blocks):
-            assert torch.equal(found[block], weight[place[block] >= 0])
+            assert torch.equal(found[block], weight.unflatten(0, (experts, -1))[owner[block]][place[block] >= 0])
     parts = torch.randint(-8, 9, (blocks, kept, width), generator=rand).to(DEVICE, dtype)
+    expected = torch.zeros(experts, hidden, width, dtype=torch.float64, device=DEVICE)
+    for block in range(blocks):
+        expected[owner[block], place[block] >= 0] += parts[block].double()
     for transposed in (False, True):
-        found = columns._launch_add(parts, place, transposed)
-        assert torch.equal(found, columns._reference_add(parts, place, transposed))
-        assert found.dtype == dtype and found.is_contiguous() and not found.isnan().any()
-    assert not found[:, (place < 0).all(0)].any()
+        found = columns._launch_add(parts, place, transposed, given)
+        assert torch.equal(found, columns._reference_add(parts, place, transposed, given))
+        assert found.dtype == dtype and found.is_contiguous()
+        assert torch.equal(found.T if transposed else found, expected.flatten(0, 1).to(dtype))
 
 
 @pytest.mark.parametrize("groups, window", [(1, 1), (37, 37), (128, 128), (1000, 1000), (96, 16), (60, 12), (4096, 8)])
@@ -225,11 +233,14 @@ from kernels.columns import _add_rows, _copy_rows, _keep_largest
 
 SHAPE = "blocks", "hidden_dim", "kept", "D", "neuron_stride", "column_stride"
 ROWS = {"place": "*i32", "out": "*bf16"} | dict.fromkeys(SHAPE, "i32")
+SIZES = {"NEURONS": 32, "WIDTH": 128}
 LARGEST = {"sums": "*fp32", "place": "*i32", "rows": "i32", "windows": "i32", "groups": "i32", "kept": "i32"}
 for arch in (80, 90):
     for kernel, signature, constants, warps in (
-        (_add_rows, {"parts": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
-        (_copy_rows, {"weight": "*bf16"} | ROWS, {"NEURONS": 32, "WIDTH": 128}, 4),
+        (_add_rows, {"parts": "*bf16"} | ROWS, SIZES | {"bounds": None}, 4),
+        (_copy_rows, {"weight": "*bf16"} | ROWS, SIZES | {"bounds": None}, 4),
+        (_add_rows, {"parts": "*bf16", "bounds": "*i32"} | ROWS, SIZES, 4),
+        (_copy_rows, {"weight": "*bf16", "bounds": "*i32"} | ROWS, SIZES, 4),
         (_keep_largest, LARGEST, {"ROWS": 1, "GROUPS": 16384}, 16),
         (_keep_largest, LARGEST, {"ROWS": 64, "GROUPS": 16}, 4),
     ):

@@ -84,16 +84,20 @@ def _keep_largest(
 
 @triton.jit
 def _copy_rows(
-    weight, place, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
+    weight, place, bounds, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
     NEURONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Copy rows of a tile of the weight to every block that keeps them; `_add_rows` is its transpose."""
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = (neuron < hidden_dim)[:, None] & (column < D)[None, :]
-    at = (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
+    expert, first, last = tl.program_id(2).to(tl.int64), 0, blocks
+    if bounds is not None:
+        first, last = tl.load(bounds + expert), tl.load(bounds + expert + 1)
+    row_of_weight = expert * hidden_dim + neuron
+    at = (row_of_weight * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
     tile = tl.load(weight + at, mask=exists)
-    for block in range(blocks):
+    for block in range(first, last):
         where = tl.load(place + block * hidden_dim + neuron, mask=neuron < hidden_dim, other=-1)
         row = out + (block * kept + where).to(tl.int64) * D
         tl.store(row[:, None] + column[None, :], tile, mask=exists & (where >= 0)[:, None])
@@ -101,19 +105,23 @@ def _copy_rows(
 
 @triton.jit
 def _add_rows(
-    parts, place, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
+    parts, place, bounds, out, blocks, hidden_dim, kept, D, neuron_stride, column_stride,
     NEURONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.float64 if parts.dtype.element_ty == tl.float64 else tl.float32
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = (neuron < hidden_dim)[:, None] & (column < D)[None, :]
+    expert, first, last = tl.program_id(2).to(tl.int64), 0, blocks
+    if bounds is not None:
+        first, last = tl.load(bounds + expert), tl.load(bounds + expert + 1)
     total = tl.zeros([NEURONS, WIDTH], SUM)
-    for block in range(blocks):
+    for block in range(first, last):
         where = tl.load(place + block * hidden_dim + neuron, mask=neuron < hidden_dim, other=-1)
         row = parts + (block * kept + where).to(tl.int64) * D
         total += tl.load(row[:, None] + column[None, :], mask=exists & (where >= 0)[:, None], other=0.0).to(SUM)
-    at = (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
+    row_of_weight = expert * hidden_dim + neuron
+    at = (row_of_weight * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=exists)
 
 
@@ -128,21 +136,37 @@ def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     return place
 
 
-def _launch_copy(weight: Tensor, place: Tensor, kept: int) -> Tensor:
+def _launch_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
     (blocks, hidden_dim), width = place.shape, weight.shape[1]
     out = weight.new_empty(blocks, kept, width)
-    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128)
-    _copy_rows[grid](weight, place, out, blocks, hidden_dim, kept, width, *weight.stride(), NEURONS=32, WIDTH=128)
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), _parts(bounds)
+    _copy_rows[grid](
+        weight, place, bounds, out, blocks, hidden_dim, kept, width, *weight.stride(), NEURONS=32, WIDTH=128
+    )
     return out
 
 
-def _launch_add(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
+def _launch_add(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     (blocks, kept, width), hidden_dim = parts.shape, place.shape[1]
-    out = parts.new_empty((width, hidden_dim) if transposed else (hidden_dim, width))
-    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128)
+    rows = hidden_dim * _parts(bounds)
+    out = parts.new_empty((width, rows) if transposed else (rows, width))
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), _parts(bounds)
     strides = (out.T if transposed else out).stride()
-    _add_rows[grid](parts, place, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
+    _add_rows[grid](parts, place, bounds, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
     return out
+
+
+def _parts(bounds: Tensor | None) -> int:
+    """Parts of the weight, such as experts, of which a block keeps rows of one."""
+    return 1 if bounds is None else bounds.shape[0] - 1
+
+
+def _kept_rows(place: Tensor, bounds: Tensor | None) -> Tensor:
+    """`[B K]` int64, the rows of the weight that each block keeps."""
+    block, neuron = (place >= 0).nonzero().unbind(1)
+    if bounds is None:
+        return neuron
+    return torch.searchsorted(bounds[1:], block, right=True) * place.shape[1] + neuron
 
 
 def _reference_largest(sums: Tensor, kept: int, window: int) -> Tensor:
@@ -152,30 +176,31 @@ def _reference_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     return torch.where(keep, keep.cumsum(1) - 1, -1).int()
 
 
-def _reference_copy(weight: Tensor, place: Tensor, kept: int) -> Tensor:
-    return weight[(place >= 0).nonzero()[:, 1]].view(-1, kept, weight.shape[1])
+def _reference_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
+    return weight[_kept_rows(place, bounds)].view(-1, kept, weight.shape[1])
 
 
-def _reference_add(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
+def _reference_add(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     wide = parts.to(torch.promote_types(parts.dtype, torch.float32)).flatten(0, 1)
-    out = wide.new_zeros(place.shape[1], parts.shape[2]).index_add_(0, (place >= 0).nonzero()[:, 1], wide)
+    out = wide.new_zeros(place.shape[1] * _parts(bounds), parts.shape[2])
+    out.index_add_(0, _kept_rows(place, bounds), wide)
     return (out.T if transposed else out).to(parts.dtype).contiguous()
 
 
-def _copied(weight: Tensor, place: Tensor, kept: int) -> Tensor:
+def _copied(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None) -> Tensor:
     """The rows of a weight that each block keeps, `[B, K, d]`."""
     with torch.cuda.device_of(weight):
-        return (_launch_copy if weight.is_cuda else _reference_copy)(weight, place, kept)
+        return (_launch_copy if weight.is_cuda else _reference_copy)(weight, place, kept, bounds)
 
 
-def add_rows(parts: Tensor, place: Tensor, transposed: bool) -> Tensor:
+def add_rows(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     """Add the rows of each block's kept neurons, parts `[B, K, d]`, over the blocks.
 
     Returns:
-        `[f, d]` or, transposed, `[d, f]`, contiguous, in the dtype of parts; sums are float32 or wider.
+        `[E f, d]` or, transposed, `[d, E f]`, contiguous, in the dtype of parts; sums are float32 or wider.
     """
     with torch.cuda.device_of(parts):
-        return (_launch_add if parts.is_cuda else _reference_add)(parts, place, transposed)
+        return (_launch_add if parts.is_cuda else _reference_add)(parts, place, transposed, bounds)
 
 
 @operator("columns_keep_largest")
@@ -201,63 +226,68 @@ def _(sums: Tensor, kept: int, window: int) -> Tensor:
 
 
 @operator("columns_sample")
-def sample(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
+def sample(x: Tensor, weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
     """Products (1) and (3) at the kept neurons of each block: x W1^T and dy W2.
 
     Args:
         x: `[B, V, d]`: x for (1), dy for (3).
-        weight: `[f, d]`, dtype of x, any strides: W1 for (1), W2^T for (3).
+        weight: `[E f, d]`, dtype of x, any strides: W1 for (1), W2^T for (3).
         place: `[B, f]` int32, from `choose`.
         kept: K, the number of neurons that a block keeps.
+        bounds: `[E + 1]` int32: of the E experts whose weights are the parts of `weight`, expert e has the blocks
+            bounds[e] to bounds[e + 1] - 1. None: E = 1, of all blocks.
 
     Returns:
         `[B, V, K]` in the dtype of x.
     """
-    return torch.bmm(x, _copied(weight, place, kept).mT)
+    return torch.bmm(x, _copied(weight, place, kept, bounds).mT)
 
 
 @register_fake(sample)
-def _(x: Tensor, weight: Tensor, place: Tensor, kept: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:2], kept)
 
 
 @operator("columns_reduce_neurons")
-def reduce_neurons(h: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+def reduce_neurons(h: Tensor, weight: Tensor, place: Tensor, bounds: Tensor | None = None) -> Tensor:
     """Products (2) and (5): h W2^T and dy1 W1, over the kept neurons of each block.
 
     Args:
         h: `[B, V, K]`: h for (2), dy1 for (5).
-        weight: `[f, d]`, dtype of h, any strides: W2^T for (2), W1 for (5).
+        weight: `[E f, d]`, dtype of h, any strides: W2^T for (2), W1 for (5).
         place: `[B, f]` int32, from `choose`.
+        bounds: as of `sample`.
 
     Returns:
         `[B, V, d]` in the dtype of h.
     """
-    return torch.bmm(h, _copied(weight, place, h.shape[2]))
+    return torch.bmm(h, _copied(weight, place, h.shape[2], bounds))
 
 
 @register_fake(reduce_neurons)
-def _(h: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+def _(h: Tensor, weight: Tensor, place: Tensor, bounds: Tensor | None = None) -> Tensor:
     return h.new_empty(*h.shape[:2], weight.shape[1])
 
 
 @operator("columns_reduce_tokens")
-def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool) -> Tensor:
+def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     """Products (4) and (6): dW2 = dy^T h and dW1 = dy1^T x. Blocks are added in ascending order.
 
     Args:
         h: `[B, V, K]`: h for (4), dy1 for (6).
         x: `[B, V, d]`, dtype of h: dy for (4), x for (6).
         place: `[B, f]` int32, from `choose`.
-        transposed: return x^T h `[d, f]`, as (4) needs; otherwise h^T x `[f, d]`.
+        transposed: return x^T h `[d, E f]`, as (4) needs; otherwise h^T x `[E f, d]`.
+        bounds: as of `sample`.
 
     Returns:
-        `[d, f]` or `[f, d]` in the dtype of x. The part of each block is rounded to that dtype; the sum over blocks is
+        `[d, E f]` or `[E f, d]` in the dtype of x. The part of each block is rounded to that dtype; the sum over blocks is
         float32 or wider. Zero for neurons that no block keeps.
     """
-    return add_rows(torch.bmm(h.mT, x), place, transposed)
+    return add_rows(torch.bmm(h.mT, x), place, transposed, bounds)
 
 
 @register_fake(reduce_tokens)
-def _(h: Tensor, x: Tensor, place: Tensor, transposed: bool) -> Tensor:
-    return x.new_empty((x.shape[2], place.shape[1]) if transposed else (place.shape[1], x.shape[2]))
+def _(h: Tensor, x: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
+    rows = place.shape[1] * _parts(bounds)
+    return x.new_empty((x.shape[2], rows) if transposed else (rows, x.shape[2]))
