@@ -3,10 +3,10 @@
     python -m scripts.chaos docs/reliability/chaos.json --faults 200 --seed 0
 
 A fault is drawn from `KINDS` by its number and the seed: what happens (a signal, a full disk, a read-only folder, NaN,
-a damaged checkpoint), when (a random time, or a call of a function of the trainer, in a run or while it resumes) and to
-which of one or two processes. The job is configs/debug.toml with a model of 50 thousand parameters: 12 steps, sparse in
-steps 4 to 8, a checkpoint every 2 steps. The same command is then run until the run is complete, and has to leave
-exactly what the undisturbed run leaves:
+a damaged checkpoint, a data process that is killed, a step that hangs), when (a random time, or a call of a function of
+the trainer, in a run or while it resumes) and to which of one or two processes. The job is configs/debug.toml with a
+model of 50 thousand parameters: 12 steps, sparse in steps 4 to 8, a checkpoint every 2 steps. The same command is then
+run until the run is complete, and has to leave exactly what the undisturbed run leaves:
 
     metrics.jsonl   every step once, with the same loss, bit for bit
     step-12/*       the same values, bit for bit: weights, moments, sparse state, place in the data
@@ -92,7 +92,9 @@ STOPPED = "SIGSTOP for good"
 RESUMES = ("SIGKILL in a resume", "SIGTERM in a resume")
 FULL, READ_ONLY, NAN = "the disk fills", "the checkpoint folder becomes read-only", "a gradient becomes NaN"
 DAMAGES = ("a bit flipped in the newest checkpoint", "a file of it truncated", "a shard of it missing")
-ENDS = {FULL, READ_ONLY, NAN}  # with one message and status 2
+DATA_PROCESS, HANGS = "SIGKILL of a data process", "a call that does not return"
+ON_ALL = {FULL, READ_ONLY, NAN}
+ENDS = {**dict.fromkeys(ON_ALL, 2), DATA_PROCESS: 1, HANGS: 1}  # with one message and this status
 
 # What can happen: kind, moments, numbers of processes, and how often it is drawn.
 KINDS: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [
@@ -103,6 +105,8 @@ KINDS: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [
     (READ_ONLY, (SAVE,), (1, 2), 2),
     (NAN, ("in a training step",), (1, 2), 2),
     *((kind, ("after SIGKILL",), (1, 2), 2) for kind in DAMAGES),
+    (DATA_PROCESS, ("in a training step", "in validation", "while a checkpoint's data is written"), (1, 2), 5),
+    (HANGS, ("in a training step", "in validation", "in the switch to sparse"), (1, 2), 5),
     ("SIGKILL of torchrun", (AT_RANDOM,), (1, 2), 1),
     ("SIGTERM of torchrun", (AT_RANDOM,), (1, 2), 1),
 ]
@@ -117,7 +121,7 @@ class Fault:
     moment: str
     processes: int
     rank: int
-    """The rank that it happens to; for a read-only folder, a full disk and NaN it happens to all."""
+    """The rank that it happens to; those of `ON_ALL` happen to all."""
 
     call: int
     """Which call of the moment's function it precedes; 0 at a random time."""
@@ -131,6 +135,8 @@ class Fault:
     lost_steps: int = 0
     attempts: int = 0
     seconds: float = 0.0
+    commit: str = ""
+    """That of the program: another may draw another fault by the same number."""
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -230,6 +236,7 @@ def make_job(folder: Path) -> Job:
         "checkpoint.keep_latest_k": "3",
         "comm.init_timeout_seconds": "30",
         "comm.train_timeout_seconds": "30",
+        "training.hang_timeout_seconds": "20",
     }
     return Job(folder, [word for key, value in keys.items() for word in (f"--{key}", value)])
 
@@ -342,7 +349,7 @@ def _rank(words: list[str], environment: dict[str, str], output: Path, fault: Fa
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    if fault is not None and fault.call and (fault.kind in ENDS or int(environment["RANK"]) == fault.rank):
+    if fault is not None and fault.call and (fault.kind in ON_ALL or int(environment["RANK"]) == fault.rank):
         moment = "in a training step" if fault.moment == "after SIGKILL" else fault.moment
         _aim(MOMENTS[moment], fault.call, lambda arguments: _bring_about(fault, output, arguments))
     sys.argv = ["train.py", *words]
@@ -383,6 +390,10 @@ def _bring_about(fault: Fault, output: Path, arguments: tuple) -> None:
             os.seteuid(NOBODY)
     elif fault.kind == NAN:
         _spoil_gradient()
+    elif fault.kind == DATA_PROCESS:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    elif fault.kind == HANGS:
+        time.sleep(600)
     else:
         number = getattr(signal, re.split(r"\W", fault.kind)[0]) if fault.kind.startswith("SIG") else signal.SIGKILL
         os.kill(os.getpid(), number)
@@ -478,7 +489,7 @@ def damage(run: Path, kind: str, chance: random.Random) -> bool:
 def try_fault(job: Job, fault: Fault) -> Fault:
     """Run the job, let the fault happen, run it until it is complete, and compare."""
     began = time.monotonic()
-    workers = 1 if fault.moment == "as a data process starts" else 0
+    workers = int(fault.moment == "as a data process starts" or fault.kind == DATA_PROCESS)
     expected, reference, usual = job.reference(fault.processes, workers)
     limit = 2 * usual + HANG
     run, output = job.folder / f"fault-{fault.number}", job.folder / "log"
@@ -502,7 +513,7 @@ def try_fault(job: Job, fault: Fault) -> Fault:
     if status is None:
         fault.problems.append(f"the disturbed run did not end in {limit:.0f} s")
     if fault.kind in ENDS and fault.happened:
-        if status != 2 or "error: " not in log:
+        if status != ENDS[fault.kind] or "error: " not in log:
             fault.problems.append(f"ended with status {status} and not with one message")
         if "Traceback" in log:
             fault.problems.append("ended with a traceback")
@@ -565,8 +576,9 @@ def main(arguments: list[str] | None = None) -> int:
     job, began = make_job(folder), time.monotonic()
     for index, number in enumerate(todo, start=1):
         fault = try_fault(job, Fault.draw(options.seed, number))
+        fault.commit = commit() or ""
         done[number] = asdict(fault)
-        about = {"seed": options.seed, "steps": STEPS, "interval": INTERVAL, "commit": commit()}
+        about = {"seed": options.seed, "steps": STEPS, "interval": INTERVAL}
         options.file.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(done[each]) for each in sorted(done))
         head = json.dumps(about)[:-1]

@@ -3,6 +3,7 @@
 import json
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -596,10 +597,12 @@ def faults_table(file: Path) -> str:
             }
         )
     equal = sum(not fault["problems"] for fault in happened)
+    counts = Counter(map(_commit, happened))
+    commits = "; ".join(f"commit {name}: {number}" for name, number in counts.items())
     text = (
         f"{len(happened)} faults of seed {about['seed']}, {equal} of them without a deviation; "
         f"{len(about['faults']) - len(happened)} more were drawn for a moment that the run did not come to. "
-        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. Commit {_commit(about)}."
+        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. {commits}."
     )
     return _table(rows, False, lambda _: text)
 

@@ -18,13 +18,27 @@ import scripts.chaos as chaos
 import train
 from configs.repository import ROOT
 from recipes.check import UNSHARED
-from scripts.chaos import AT_RANDOM, DAMAGES, FULL, KINDS, NAN, READ_ONLY, STOPPED, Fault, _same, make_job, try_fault
+from scripts.chaos import (
+    AT_RANDOM,
+    DAMAGES,
+    FULL,
+    HANGS,
+    KINDS,
+    NAN,
+    READ_ONLY,
+    STOPPED,
+    Fault,
+    _same,
+    make_job,
+    try_fault,
+)
 
 DRAWN = [Fault.draw(0, number) for number in range(200)]
 # One of each kind that needs neither the start of torchrun nor a timeout, at a moment that is sure to come, and SIGKILL
 # within a save, when files are there and not yet valid.
 UNSURE = AT_RANDOM, "while a checkpoint's data is written"
-SAMPLE = {fault.kind: fault for fault in reversed(DRAWN) if fault.moment not in UNSURE and fault.kind != STOPPED}
+WAITS = STOPPED, HANGS
+SAMPLE = {fault.kind: fault for fault in reversed(DRAWN) if fault.moment not in UNSURE and fault.kind not in WAITS}
 KILLS = [fault for fault in DRAWN if fault.kind == "SIGKILL" and fault.moment.startswith("between")]
 
 
