@@ -281,8 +281,8 @@ def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool, bounds:
         bounds: as of `sample`.
 
     Returns:
-        `[d, E f]` or `[E f, d]` in the dtype of x. The part of each block is rounded to that dtype; the sum over blocks is
-        float32 or wider. Zero for neurons that no block keeps.
+        `[d, E f]` or `[E f, d]` in the dtype of x. The part of each block is rounded to that dtype; the sum over blocks
+        is float32 or wider. Zero for neurons that no block keeps.
     """
     return add_rows(torch.bmm(h.mT, x), place, transposed, bounds)
 
