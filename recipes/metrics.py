@@ -8,8 +8,8 @@ Columns (a row has those that apply):
     step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
     skipped_batches   so far, with training.skip_bad_batches; a skipped one has null where a number is not finite
     tokens_per_second (all ranks), step_seconds
-    peak_memory_gib   most that the process held of the GPU's memory so far: what a GPU must have
-    peak_active_gib   most that tensors held since the row before: what the phase needs
+    peak_memory_gib   most that a process held of its GPU's memory so far, of all ranks: what a GPU must have
+    peak_active_gib   most that tensors held since the row before, of all ranks: what the phase needs
     switch_seconds    entering the phase since the row before: clustering, fitting the scales
     graphs_compiled   graphs that torch.compile made since the row before: in the first step of either mode, then none
     mfu           model FLOPs utilisation in percent, dense-equivalent: FLOPs of the dense model over time and peak
@@ -145,7 +145,12 @@ class Metrics(MetricsProcessor):
         replicas = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         # torchtitan's own count is a rank's, which is wrong where a run resumes on other ranks or shares sequences out.
         tokens = step * num_rows(self.job_config, replicas) * self.job_config.training.seq_len
-        memory = self.device_memory_monitor.get_peak_stats()
+        stats = self.device_memory_monitor.get_peak_stats()
+        # Ranks differ: a stage of a pipeline, or a shard that is one row longer. The fullest one decides what fits.
+        memory = torch.tensor([stats.max_reserved_gib, stats.max_active_gib], device=device_type)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        reserved, active = memory.tolist()
         self.row = {
             "step": step,
             "loss": float(global_avg_loss),
@@ -154,8 +159,8 @@ class Metrics(MetricsProcessor):
             "tokens": tokens,
             "tokens_per_second": tokens_per_second * dist.get_world_size(),
             "step_seconds": seconds / (self.steps_since_last_log + 1),  # and this one
-            "peak_memory_gib": memory.max_reserved_gib,
-            "peak_active_gib": memory.max_active_gib,
+            "peak_memory_gib": reserved,
+            "peak_active_gib": active,
         }
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops

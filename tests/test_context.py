@@ -67,12 +67,12 @@ def run(tiny, folder: Path, recipe: str, *words: str, processes: int = 2) -> dic
 
 
 @pytest.fixture
-def in_shares(train, monkeypatch):
-    """Train in this process; sparse FFNs take the shares of two ranks one after the other."""
-    sparse_forward = FeedForward._sparse_forward
+def in_shares(train, monkeypatch, request):
+    """Train in this process; sparse FFNs take the shares of two ranks, or of so many, one after the other."""
+    sparse_forward, ranks = FeedForward._sparse_forward, getattr(request, "param", 2)
 
     def by_share(self, x: Tensor) -> Tensor:
-        return whole([sparse_forward(self, share) for share in shares(x, 2)])
+        return whole([sparse_forward(self, share) for share in shares(x, ranks)])
 
     monkeypatch.setattr(FeedForward, "_sparse_forward", by_share)
     return train
@@ -80,8 +80,12 @@ def in_shares(train, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 def test_two_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
-    """Compiled, in both modes, with both validations, the switch, checkpoints, the count of tokens; one key head."""
+    """Compiled, in both modes, with both validations, the switch, checkpoints, the count of tokens; one key head.
+
+    A micro-batch of a sparse phase is two of a dense one.
+    """
     folder, words = tmp_path / "two", (*WORDS, "16", "--activations.g", "32", "--model.n_kv_heads", "1")
+    words += ("--training.sparse_local_batch_size", "2")
     two = run(tiny, folder, "groups_quarter", *words, *CONTEXT, *COMPILED)
     one = in_shares(tmp_path / "one", *words, recipe="groups_quarter", stop_after=1)
     for name in ("loss", "grad_norm", "tokens"):
@@ -100,6 +104,17 @@ def test_shares_of_sequences_on_four_ranks_take_the_steps_of_one_process(tiny, i
     folder, words = tmp_path / "four", (*WORDS, "32")
     run(tiny, folder, "venom_2of16", *words, *CONTEXT, *layout, processes=4)
     assert_steps_of_one(folder, lambda copy, step: in_shares(copy, *words, stop_after=step), (3,))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize("in_shares", [4], indirect=True)
+def test_four_shares_of_each_sequence_take_the_steps_of_one_process(tiny, in_shares, tmp_path):
+    folder, words = tmp_path / "four", (*WORDS, "16", "--schedule.dense_layers", "1")
+    run(tiny, folder, "columns_quarter", *words, CONTEXT[0], "4", processes=4)
+    assert_steps_of_one(
+        folder, lambda copy, step: in_shares(copy, *words, recipe="columns_quarter", stop_after=step), (3, 5)
+    )
 
 
 @pytest.mark.slow

@@ -90,27 +90,29 @@ def gradients(run: Path, step: int) -> dict[str, torch.Tensor]:
 ROUNDING = 3e-5
 
 
-def assert_same_step(run: Path, other: Path, step: int) -> None:
+def assert_same_step(run: Path, other: Path, step: int, tolerance: float = ROUNDING) -> None:
     """That from one checkpoint both took the same step: loss, gradient of every parameter, validation, health."""
     mine, theirs = rows(run)[step], rows(other)[step]
     compared = {"loss", "grad_norm", "tokens", "nonzero_share", "energy_kept", "router_balance"}
     compared |= {name for name in theirs if name.startswith("val_")}
     assert {name: mine[name] for name in compared & mine.keys()} == pytest.approx(
-        {name: theirs[name] for name in compared & theirs.keys()}, rel=ROUNDING
+        {name: theirs[name] for name in compared & theirs.keys()}, rel=tolerance
     )
     found, expected = gradients(run, step), gradients(other, step)
     assert found.keys() == expected.keys() and len(found) == 2 * 8 + 3
     for name, gradient in expected.items():
         error = ((found[name] - gradient).norm() / gradient.norm()).item()
-        assert error < ROUNDING, f"step {step}, {name}: {error:.1e}"
+        assert error < tolerance, f"step {step}, {name}: {error:.1e}"
 
 
-def assert_steps_of_one(run: Path, one_goes_on: Callable[[Path, int], object], steps: Sequence[int]) -> None:
+def assert_steps_of_one(
+    run: Path, one_goes_on: Callable[[Path, int], object], steps: Sequence[int], tolerance: float = ROUNDING
+) -> None:
     """That one process takes the steps of a run, each from the run's checkpoint before it."""
     for step in steps:
         copy = go_on_after(step - 1, run, run.with_name(f"{run.name}-{step}"))
         one_goes_on(copy, step)
-        assert_same_step(copy, run, step)
+        assert_same_step(copy, run, step, tolerance)
 
 
 def test_two_ranks_train_venom_and_2_4_weights_resume_and_export(tiny, inside_halves, tmp_path):
@@ -163,21 +165,29 @@ def test_four_ranks_shard_groups_by_fsdp_and_by_tensor(tiny, inside_halves, tmp_
     assert_steps_of_one(folder, one_goes_on, (3, 5))
 
 
+@pytest.mark.parametrize("recipe", ["venom_2of16", "columns_quarter", "columns_quarter_fp8"])
+def test_two_shards_take_the_steps_of_one(tiny, train, tmp_path, recipe):
+    """FSDP2: a rank's micro-batch is one of two that one process computes after each other."""
+    words = (*SHARDABLE, "--router.cluster_size", "32", "--router.cluster_by", "weights")
+    words += (*(FP8 if recipe.endswith("fp8") else ALONE), "--training.global_batch_size", "2")
+    folder = tmp_path / "two"
+    run(tiny, folder, recipe, *words, processes=2)
+    assert_steps_of_one(folder, lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (2, 3, 5))
+
+
 def test_replicated_shards_take_the_steps_of_one_and_go_on_under_fsdp(tiny, train, tmp_path):
     """HSDP: two replicas of two shards, in a sparse and a dense phase."""
-    words = (
-        *(*SHARDABLE, "--activations.g", "32", "--router.cluster_size", "32", "--router.cluster_by", "weights"),
-        *(*ALONE, "--training.global_batch_size", "4"),
-    )
+    words = (*SHARDABLE, "--router.cluster_size", "32", "--router.cluster_by", "weights")
+    words += (*ALONE, "--training.global_batch_size", "4")
     replicas = ("--parallelism.data_parallel_replicate_degree", "2")
     folder = tmp_path / "four"
-    four = run(tiny, folder, "groups_quarter", *words, *replicas, processes=4)
+    four = run(tiny, folder, "columns_quarter", *words, *replicas, processes=4)
     assert_steps_of_one(
-        folder, lambda copy, step: train(copy, *words, recipe="groups_quarter", stop_after=step), (3, 5)
+        folder, lambda copy, step: train(copy, *words, recipe="columns_quarter", stop_after=step), (3, 5)
     )
 
     again = go_on_after(3, folder, tmp_path / "again")
-    two = run(tiny, again, "groups_quarter", *words, processes=2)
+    two = run(tiny, again, "columns_quarter", *words, processes=2)
     assert_same_step(again, folder, 4)
     assert two[LAST_STEP]["tokens"] == four[LAST_STEP]["tokens"]
 
@@ -203,6 +213,32 @@ def test_a_run_resumes_on_other_ranks_with_the_same_batches(tiny, train, tmp_pat
     assert losses(found) == pytest.approx(losses(one), rel=1e-4)
     found = run(tiny, tmp_path / "tensor", "dense", *dense, *half, *TENSOR, processes=4)
     assert losses(found) == pytest.approx(losses(one), rel=1e-4)
+
+
+def in_halves(ffn: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The FFN of tokens `x [T, dim]`, its two halves one after the other."""
+    w1, w2 = ffn.w1.weight.chunk(2), ffn.w2.weight.chunk(2, 1)
+    first, second = (ffn._sparse_tokens(x, *half) for half in zip(w1, w2, strict=True))
+    return first + second
+
+
+# Where a number lies between two of fp8's, rounding in float32 decides which it becomes: it is off by up to an eighth.
+# That is 0.125 / sqrt(8192) = 1.4e-3 of the gradient of W1 or W2, which have 8192 entries, and a few may be: 7e-5 was
+# seen. One process that chooses among all neurons, with scales of whole matrices, is off by 0.15.
+FP8_ROUNDING = 3e-3
+FP8 = ("--activations.v", "512", "--training.seq_len", "512", "--training.local_batch_size", "1")
+
+
+def test_two_ranks_train_in_fp8_with_a_scale_for_each_shard(tiny, train, tmp_path, monkeypatch):
+    words = (*SHARDABLE, *FP8, "--training.global_batch_size", "1", "--router.cluster_size", "32")
+    folder = tmp_path / "two"
+    run(tiny, folder, "columns_quarter_fp8", *words, *TENSOR, processes=2)
+    monkeypatch.setattr(FeedForward, "_sparse_forward", lambda ffn, x: in_halves(ffn, x.flatten(0, -2)).view_as(x))
+
+    def one_goes_on(copy: Path, step: int) -> dict[int, dict]:
+        return train(copy, *words, recipe="columns_quarter_fp8", stop_after=step)
+
+    assert_steps_of_one(folder, one_goes_on, (3, 5), FP8_ROUNDING)
 
 
 PATTERNS = {

@@ -74,7 +74,7 @@ def go_on_after(step: int, folder, copy) -> None:
 
 
 def signal_the_last_stage() -> None:
-    """A signal reaches rank 1 alone, in step 5; the data that PyTorch infers shapes with is NaN."""
+    """On rank 1 alone: a signal in step 5, and much memory. The data that PyTorch infers shapes with is NaN."""
     enter_phase, allocate = SparseTrainer._enter_phase, pipelining._make_tensor_from_meta
     pipelining._make_tensor_from_meta = lambda *given: allocate(*given).fill_(torch.nan)
 
@@ -84,12 +84,17 @@ def signal_the_last_stage() -> None:
         enter_phase(self, batches)
 
     SparseTrainer._enter_phase = enter  # type: ignore[method-assign]
+    if os.environ["RANK"] == "1":
+        metrics = torchtitan.components.metrics
+        peak = metrics.DeviceMemStats(7000.0, 0.0, 9000.0, 0.0, 0, 0)
+        metrics.DeviceMemoryMonitor.get_peak_stats = lambda self: peak
 
 
 def test_sparse_stages_give_the_run_of_one_process_and_resume_in_each_other(tiny, train, tmp_path):
     """Through a signal and both switches: clusters, health by layer, validation, checkpoints by name, the export."""
     one = train(tmp_path / "one", *SPARSE, *ALONE, recipe="columns_quarter")
     stopped = run(tiny, tmp_path / "two", "columns_quarter", *SPARSE, *PIPELINE, prepare=signal_the_last_stage)
+    assert (stopped[1]["peak_active_gib"], stopped[1]["peak_memory_gib"]) == (7000, 9000)
     assert max(stopped) == 5 and (tmp_path / "two" / "checkpoint" / "latest").read_text() == "step-5"
     two = run(tiny, tmp_path / "two", "columns_quarter", *SPARSE, *PIPELINE)
     assert {"layers/0/nonzero_share", "layers/3/energy_kept", "layers/3/router_balance"} < one[4].keys()
@@ -113,6 +118,7 @@ RECIPES = {
     "venom_2of16": BLOCKS,  # with 2:4 weights: their scales, and how many entries of their masks change
     "groups_quarter": (*BLOCKS, "--activations.g", "32", "--router.cluster_size", "32"),
     "activations_2of4": (),
+    "columns_quarter_fp8": ("--activations.v", "512", "--training.seq_len", "512", "--router.cluster_size", "32"),
 }
 
 
@@ -134,6 +140,15 @@ def test_four_ranks_shard_stages_by_fsdp(tiny, tmp_path):
     two = run(tiny, tmp_path / "two", "columns_quarter", *words, "--training.local_batch_size", "1")
     four = run(tiny, tmp_path / "four", "columns_quarter", *words, *PIPELINE, *TWO_EACH, processes=4)
     assert_equal(four, two)
+
+
+@pytest.mark.slow
+def test_eight_ranks_replicate_sharded_stages(tiny, tmp_path):
+    """HSDP and a pipeline: two replicas of two shards of two stages, as without the stages."""
+    words = (*SPARSE, "--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "8")
+    four = run(tiny, tmp_path / "four", "columns_quarter", *words, "--training.local_batch_size", "1", processes=4)
+    eight = (*PIPELINE, "--training.local_batch_size", "2")
+    assert_equal(run(tiny, tmp_path / "eight", "columns_quarter", *words, *eight, processes=8), four)
 
 
 @pytest.mark.slow
