@@ -16,6 +16,8 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- stages: FILE -->     the same file: where their time goes
     <!-- training: FILE -->   a row for each contender: training.json of scripts/benchmark.py
     <!-- parts: FILE -->      the same file: where the time of a step goes
+    <!-- depth: FOLDER -->    a row for each number of layers and contender: such files, and a prediction
+    <!-- layouts: FOLDER -->  a row for each layout on several GPUs: such files, and a prediction
     <!-- faults: FILE -->     a row for each kind of fault and moment: what scripts/chaos.py writes
 """
 

@@ -489,6 +489,132 @@ def parts_table(file: Path) -> str:
     return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
 
 
+def _measurements(folder: Path) -> list[dict[str, Any]]:
+    """The files of scripts/benchmark.py in a folder, one contender each, that have been measured."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != PREDICTION]
+    return [result for result in results if not next(iter(result["contenders"].values()))["failed"]]
+
+
+def _measured_on(results: list[dict[str, Any]]) -> str:
+    first = results[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    commits = ", ".join(dict.fromkeys(map(_commit, results)))
+    dates = ", ".join(dict.fromkeys(result["date"][:10] for result in results))
+    return (
+        f"{first['hardware']['gpus']} x {first['hardware']['device']}, {versions}, {dates}, commit {commits}; "
+        f"each file has its command, such as `{first['command']}`."
+    )
+
+
+def _beside(measured: float, predicted: float | None, form: str) -> str:
+    """A measured number, with a predicted one in brackets."""
+    return form.format(measured) + (f" ({form.format(predicted)})" if predicted is not None else "")
+
+
+def _mfu(result: dict[str, Any], entry: dict[str, Any], mode: str) -> str:
+    """Model FLOPs utilisation of a mode's steps, dense-equivalent, in percent."""
+    about, rate = entry["about"], entry["tokens_per_second"][mode] / result["hardware"]["gpus"]
+    return (
+        f"{100 * about['flops_per_token']['dense'] * rate / about['peak_flops']:.0f}%" if about["peak_flops"] else "-"
+    )
+
+
+PREDICTION = "prediction.json"
+FP8_RECIPES = ("columns_quarter_fp8", "columns_eighth_fp8")
+FLOAT8 = "float8_ffn"
+
+
+def depth_table(folder: Path) -> str:
+    """Steps of a model by its number of layers, with what was predicted, as a Markdown table.
+
+    Args:
+        folder: has files of scripts/benchmark.py, one for each number of layers and contender, and prediction.json. The
+            steps of `float8_ffn` are, where it was not measured, the dense steps of the first fp8 recipe.
+    """
+    predicted = json.loads((folder / PREDICTION).read_text())["ms"]
+    results = _measurements(folder)
+    steps: dict[int, dict[str, tuple[dict[str, Any], str]]] = {}  # by layers and contender: its file and mode
+    for result in results:
+        (name,) = result["contenders"]
+        steps.setdefault(result["layers"], {})[name] = result, "sparse" if name in FP8_RECIPES else "dense"
+    for own in steps.values():
+        if FLOAT8 not in own and (recipe := next((name for name in FP8_RECIPES if name in own), None)):
+            own[FLOAT8] = own[recipe][0], "dense"
+    rows = []
+    for layers in sorted(steps):
+        own, before = steps[layers], predicted[str(layers)]
+        times = {name: next(iter(result["contenders"].values()))["ms"][mode] for name, (result, mode) in own.items()}
+        for name in ("dense", FLOAT8, *FP8_RECIPES):
+            if name not in own:
+                continue
+            result, mode = own[name]
+            entry = next(iter(result["contenders"].values()))
+            rivals = {rival: times.get(rival) for rival in ("dense", FLOAT8)}
+            row = {
+                "layers": str(layers),
+                "contender": f"`{name}`",
+                "step, ms (predicted)": _beside(times[name], before[name], "{:.0f}"),
+            }
+            for rival, time in rivals.items():
+                over = f"over `{rival}` (predicted)"
+                beaten = time is not None and name not in ("dense", rival)
+                row[over] = _beside(time / times[name], before[rival] / before[name], "{:.2f}x") if beaten else "-"
+            rate = amount(float(f"{entry['tokens_per_second'][mode]:.3g}"))
+            row |= {"tokens/s": rate, "MFU": _mfu(result, entry, mode)}
+            row["memory of a GPU"] = f"{entry['active_gib'][mode]:.1f} GiB"
+            rows.append(row)
+    first = results[0]
+    text = (
+        f"{first['model']}, FSDP2, {first['batch']} sequences of {first['sequence']} tokens per step and GPU, "
+        f"{'compiled, ' if first['compile'] else ''}activation checkpointing: {first['activation_checkpoint']}. MFU: "
+        "dense-equivalent, over the bf16 peak. Memory: of tensors. Medians over means of two to five steps. "
+    )
+    return _table(rows, False, lambda _: text + _measured_on(results))
+
+
+def layouts_table(folder: Path) -> str:
+    """Steps of a model by its layout on several GPUs, with what was predicted, as a Markdown table.
+
+    Args:
+        folder: has files of scripts/benchmark.py, one for each layout and recipe, and prediction.json.
+    """
+    predicted = json.loads((folder / PREDICTION).read_text())["ms"]
+    results = _measurements(folder)
+    rows = []
+    for result in sorted(results, key=lambda each: [*predicted].index(_layout(each))):
+        ((name, entry),) = result["contenders"].items()
+        before = predicted[_layout(result)]
+        memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in ("dense", "sparse"))
+        graphs = ", ".join(f"{count} in step {step}" for step, count in entry["graphs"].items())
+        dense = None if name.endswith("_fp8") else before["dense"]  # the prediction is of bf16 steps
+        rows.append(
+            {
+                "layout": _layout(result),
+                "recipe": f"`{name}`",
+                "dense step, ms (predicted)": _beside(entry["ms"]["dense"], dense, "{:.0f}"),
+                "sparse step, ms (predicted)": _beside(entry["ms"]["sparse"], before[name], "{:.0f}"),
+                "speed-up (predicted)": _beside(entry["speedup"], dense and dense / before[name], "{:.2f}x"),
+                "MFU, dense / sparse": " / ".join(_mfu(result, entry, mode) for mode in ("dense", "sparse")),
+                "memory of a GPU, GiB, dense / sparse": memory,
+                "parameters": result["dtype"],
+                "graphs compiled": graphs,
+            }
+        )
+    first = results[0]
+    text = (
+        f"{first['model']}, {first['batch'] * first['hardware']['gpus']} sequences of {first['sequence']} tokens in a "
+        f"step of all GPUs, compiled, activation checkpointing: {first['activation_checkpoint']}. Speed-up: over the "
+        "run's own dense steps. Memory: of tensors, of the fullest GPU. Medians over means of four steps. "
+    )
+    return _table(rows, False, lambda _: text + _measured_on(results))
+
+
+def _layout(result: dict[str, Any]) -> str:
+    """A layout as the pages name it: "FSDP2 2", "tensor 2"."""
+    degrees = {name.split("_")[0]: degree for name, degree in result["layout"].items() if "data_parallel" not in name}
+    return ", ".join(f"{name} {degree}" for name, degree in degrees.items()) or f"FSDP2 {result['hardware']['gpus']}"
+
+
 def headline_table(file: Path) -> str:
     """Speed-ups of steps and whole runs, loss, and speed-up at equal loss: a row for each recipe.
 
@@ -618,5 +744,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": stages_table,
     "training": training_table,
     "parts": parts_table,
+    "depth": depth_table,
+    "layouts": layouts_table,
     "faults": faults_table,
 }

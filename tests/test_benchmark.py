@@ -156,6 +156,41 @@ def test_a_layout_has_its_own_batch_and_shards(tmp_path):
     assert head["batch"] == 2 and head["layers"] == 4 and head["layout"]["tensor_parallel_degree"] == 2
 
 
+def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement(tmp_path):
+    def write(name: str, contender: str, ms: dict[str, float], **more) -> None:
+        about = {"flops_per_token": {"dense": 1e10}, "peak_flops": 1e15}
+        rates = {mode: 32768e3 / time for mode, time in ms.items()}
+        entry = {"failed": "", "ms": ms, "tokens_per_second": rates, "about": about, "graphs": {"1": 2, "13": 1}}
+        entry |= {"active_gib": dict.fromkeys(ms, 20.0), "speedup": ms["dense"] / ms.get("sparse", 1)}
+        head = {"model": "7b", "sequence": 4096, "batch": 4, "compile": True, "activation_checkpoint": "none"}
+        head |= {"dtype": "float32", "hardware": {"device": "GPU", "gpus": 2}, "versions": {"torch": "2"}}
+        head |= {"date": "2026-11-28T00", "commit": "abc", "command": "python", "layout": {}} | more
+        (tmp_path / name).write_text(json.dumps(head | {"contenders": {contender: entry}}))
+
+    predicted = {"dense": 460, "float8_ffn": 380, "columns_quarter_fp8": 300, "columns_eighth_fp8": 280}
+    (tmp_path / "prediction.json").write_text(json.dumps({"ms": {"12": predicted}}))
+    write("a.json", "dense", {"dense": 480.0}, layers=12)
+    write("b.json", "columns_quarter_fp8", {"dense": 390.0, "sparse": 320.0}, layers=12)
+    text = fill(f"<!-- depth: {tmp_path} -->\n<!-- end -->")
+    assert "| 12 | `dense` | 480 (460) | - | - | 68.3k | 34% | 20.0 GiB |" in text
+    assert "| 12 | `float8_ffn` | 390 (380) | 1.23x (1.21x) | - | 84k | 42% | 20.0 GiB |" in text
+    assert "| 12 | `columns_quarter_fp8` | 320 (300) | 1.50x (1.53x) | 1.22x (1.27x) | 102k | 51% | 20.0 GiB |" in text
+
+    for file in tmp_path.glob("*.json"):
+        file.unlink()
+    times = {"dense": 200, "columns_eighth": 160, "columns_eighth_fp8": 150}
+    (tmp_path / "prediction.json").write_text(json.dumps({"ms": {"FSDP2 2": times, "tensor 2": times}}))
+    tensor = {"data_parallel_shard_degree": -1, "tensor_parallel_degree": 2}
+    write("a.json", "columns_eighth", {"dense": 240.0, "sparse": 200.0}, layers=16, layout=tensor)
+    write("b.json", "columns_eighth_fp8", {"dense": 210.0, "sparse": 150.0}, layers=16)
+    lines = fill(f"<!-- layouts: {tmp_path} -->\n<!-- end -->").splitlines()
+    assert lines[3].startswith(
+        "| FSDP2 2 | `columns_eighth_fp8` | 210 | 150 (150) | 1.40x | 78% / 109% | 20.0 / 20.0 |"
+    )
+    assert lines[4].startswith("| tensor 2 | `columns_eighth` | 240 (200) | 200 (160) | 1.20x (1.25x) | 68% / 82% |")
+    assert lines[4].endswith("| float32 | 2 in step 1, 1 in step 13 |")
+
+
 def test_torchtitan_s_lines_are_read():
     log = (
         "12:00 - \x1b[31mstep:  1  \x1b[32mloss: 10.84900  \x1b[38mgrad_norm:  2.5000  \x1b[36mmemory: 21.49GiB(27%)  "
