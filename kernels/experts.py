@@ -7,9 +7,7 @@ Every expert is an FFN of its own. The tokens that the model's router sent to ex
     w1, w2  [E, f, d]    W1, and W2 transposed, so that a neuron is a row of both
 
 Inside an expert sparsity is what it is in any FFN (`kernels.feed_forward`): the expert's tokens are sorted by its own
-clusters and cut into blocks of v, the last one short, and every block keeps a share of the expert's neurons. One rule
-is added. An expert with fewer than `fewest_tokens` tokens in a micro-batch stays dense in it: a block is filled up to v
-tokens, and one block with its share of the neurons would then multiply more than the dense expert does.
+clusters and cut into blocks of v, the last one short, and every block keeps a share of the expert's neurons.
 
 Two families compute this:
 
@@ -36,12 +34,6 @@ from kernels.groups.pattern import Groups
 ALIGNED = 8  # rows of a group that torch._grouped_mm multiplies: 16 bytes of bf16
 
 
-def fewest_tokens(sparsity: FeedForwardSparsity, hidden_dim: int) -> int:
-    """Tokens from which an expert is sparse: the tokens of a block times the share of the neurons that it keeps."""
-    assert isinstance(sparsity.pattern, Pattern)
-    return max(1, round(sparsity.pattern.v * sparsity.pattern.density(hidden_dim)))
-
-
 class Layout(NamedTuple):
     """Where the rows of x stand in blocks of v rows of one expert each.
 
@@ -58,25 +50,25 @@ class Layout(NamedTuple):
     counts: Tensor
 
 
-def lay_out(
-    counts: Tensor, included: Tensor, order: Tensor | None, rows: int, v: int, blocks: int, fewest: int = 0
-) -> Layout:
+def lay_out(counts: Tensor, order: Tensor | None, rows: int, v: int, fewest: int = 0) -> Layout:
     """Cut the rows of each expert into blocks of v rows, the last one filled up, without waiting for the device.
 
     Args:
         counts: `[E]` int64.
-        included: `[E]` bool, experts whose rows get blocks.
         order: `[N]` int64, a permutation that leaves every row with its expert: neighbours share a block. None: as
             they are.
         rows: N.
         v: rows in a block.
-        blocks: B, at least as many as are needed: N / v + E always are.
-        fewest: blocks of an expert at least, of zeros where it has no rows or is not included; 0 or 1.
+        fewest: blocks of an expert at least, of zeros where it has no rows; 0 or 1.
+
+    Returns:
+        a layout of B = N / v + E blocks, which are enough for any counts.
     """
+    blocks = rows // v + len(counts)
     device = counts.device
     ends = counts.cumsum(0)
     starts = ends - counts
-    needed = torch.where(included, (counts + v - 1) // v, 0).clamp(min=fewest)
+    needed = ((counts + v - 1) // v).clamp(min=fewest)
     block_ends = needed.cumsum(0)
     first_block = block_ends - needed
 
@@ -85,14 +77,14 @@ def lay_out(
     expert = holder.clamp(max=len(counts) - 1)
     inside = block - first_block[expert]
     at = (starts[expert] + inside * v)[:, None] + torch.arange(v, device=device)
-    exists = ((holder < len(counts)) & included[expert])[:, None] & (at < ends[expert][:, None])
+    exists = (holder < len(counts))[:, None] & (at < ends[expert][:, None])
     at = at.clamp(max=rows - 1)
     standing = torch.where(exists, at if order is None else order[at], -1).flatten()
 
     position = torch.arange(rows, device=device)
     owner = torch.searchsorted(ends, position, right=True)
     known = owner.clamp(max=len(counts) - 1)
-    place = torch.where((owner < len(counts)) & included[known], first_block[known] * v + position - starts[known], -1)
+    place = torch.where(owner < len(counts), first_block[known] * v + position - starts[known], -1)
     if order is not None:
         place = torch.empty_like(place).index_copy_(0, order, place)
     filled = needed * v
@@ -161,22 +153,15 @@ def _ffn(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
     return grouped_linear(_squared_relu(grouped_linear(x, w1.mT, counts)), w2, counts)
 
 
-def _dense(x: Tensor, w1: Tensor, w2: Tensor, layout: Layout) -> Tensor:
-    """The dense experts of the rows that a layout has; zero for others.
-
-    Every expert has a block, if only of zeros: a grouped product over the rows of an expert, as its weight's gradient
-    is, need not write the result of an expert without rows.
-    """
-    return _from_blocks(_ffn(_to_blocks(x, layout), w1, w2, layout.counts), layout)
-
-
 def dense_experts(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
     """y `[N, d]` of dense experts; arguments as in the module docstring. Under autocast in its dtype."""
     x, w1, w2 = _autocast(x, w1, w2)
     if not _uses_grouped_mm(x, w1):
         return _ffn(x, w1, w2, counts)
-    blocks = x.shape[0] // ALIGNED + len(counts)
-    return _dense(x, w1, w2, lay_out(counts, counts >= 0, None, x.shape[0], ALIGNED, blocks, 1))
+    # A grouped product over the rows of an expert, as the gradient of its weight is, need not write the result of an
+    # expert without rows: every expert has a block.
+    layout = lay_out(counts, None, x.shape[0], ALIGNED, fewest=1)
+    return _from_blocks(_ffn(_to_blocks(x, layout), w1, w2, layout.counts), layout)
 
 
 def waits_for_counts(x: Tensor, w1: Tensor, sparsity: FeedForwardSparsity | None) -> bool:
@@ -255,10 +240,10 @@ class ExpertByExpert(ExpertFamily):
     def run(
         self, x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, sparsity: FeedForwardSparsity, order: Tensor | None
     ) -> Tensor:
-        fewest, start, parts = fewest_tokens(sparsity, w1.shape[1]), 0, []
+        start, parts = 0, []
         for expert, tokens in enumerate(counts.tolist()):
             own = x[start : start + tokens]
-            if tokens < fewest:
+            if not tokens:  # nothing to cut, and its weights get a gradient of zeros
                 parts.append(_squared_relu(own @ w1[expert].T) @ w2[expert])
             else:
                 inside = None if order is None else order[start : start + tokens] - start
@@ -313,16 +298,10 @@ class GroupedColumns(ExpertFamily):
     ) -> Tensor:
         pattern = sparsity.pattern
         assert isinstance(pattern, Groups)
-        (rows, _), experts, fewest = x.shape, len(counts), fewest_tokens(sparsity, w1.shape[1])
-        large = counts >= fewest
-        layout = lay_out(counts, large, order, rows, pattern.v, rows // pattern.v + experts)
+        layout = lay_out(counts, order, x.shape[0], pattern.v)
         blocks = _to_blocks(x, layout).unflatten(0, (-1, pattern.v))
         y = _SixProducts.apply(blocks, w1, w2, layout.expert, layout.counts, pattern)
-        y = _from_blocks(y.flatten(0, 1), layout)
-        if fewest == 1:
-            return y
-        few = min(experts * max(1, -(-(fewest - 1) // ALIGNED)), rows // ALIGNED + experts)
-        return y + _dense(x, w1, w2, lay_out(counts, ~large, None, rows, ALIGNED, few, 1))
+        return _from_blocks(y.flatten(0, 1), layout)
 
 
 class _SixProducts(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.titan import MoE, MoEArgs, TransformerBlock, TransformerModelArgs, trunc_normal_
 from kernels import FeedForwardSparsity, Pattern, hidden_activations
-from kernels.experts import dense_experts, fewest_tokens, route_within_experts, sparse_experts, waits_for_counts
+from kernels.experts import dense_experts, route_within_experts, sparse_experts, waits_for_counts
 from models.attention import Attention
 from models.feed_forward import FeedForward, count_activity
 
@@ -117,8 +117,7 @@ class Experts(nn.Module):
         for expert, tokens in enumerate(counts.tolist()):
             rows = slice(start, start + tokens)
             h = hidden_activations(x[rows] if order is None else x[order[rows]], w1[expert].to(x.dtype))
-            cut = isinstance(pattern, Pattern) and tokens >= fewest_tokens(self.sparsity, w1.shape[1])
-            self.activity.add_(count_activity(h, pattern.mask(h) if isinstance(pattern, Pattern) and cut else None))
+            self.activity.add_(count_activity(h, pattern.mask(h) if isinstance(pattern, Pattern) and tokens else None))
             start += tokens
 
     def sample_inputs(self, x: Tensor, num_tokens_per_expert: Tensor, tokens: int) -> Tensor:
