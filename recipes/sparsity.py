@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from configs.errors import ConfigError
 from configs.schema import Activations, JobConfig
 from kernels import (
+    MASKED,
     Family,
     FeedForwardSparsity,
     Pattern,
@@ -47,12 +48,12 @@ from kernels import (
     soft_threshold_2_4,
     soft_threshold_scale,
 )
-from kernels.experts import explain_experts
+from kernels.experts import ExpertByExpert, explain_experts
 from kernels.feed_forward import recipe_patterns
 from models.experts import Experts
 from models.feed_forward import FeedForward
 from models.llama import LlamaArgs
-from recipes.pipeline import micro_batches
+from recipes.pipeline import micro_batch_size, micro_batches
 from recipes.schedule import Span, span_at
 
 logger = logging.getLogger("sparsetitan")
@@ -70,6 +71,7 @@ STATE_VERSION = 2
 BUFFERS = ("w1_scale", "w2_scale", "centroids")
 MASK_ROWS = 1024  # of a matrix whose mask is watched
 SAMPLE = 8192  # tokens by whose activations neurons are clustered
+TILE_COLUMNS = 128  # of cuBLAS's products in bf16
 EXPERTS_SAMPLE = 16384  # of all experts of a layer, which share a layer's tokens
 TOGETHER = 16  # layers that are clustered at once: of the 1b h is 5.3 GiB then
 
@@ -176,6 +178,44 @@ def sparse_family(
 def expert_shape(args: LlamaArgs, tokens: int = 0, expert_parallel: int = 1) -> Shape:
     """The shape of a rank's experts in a layer, for `tokens` of a micro-batch; so many ranks share the experts."""
     return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts // expert_parallel)
+
+
+def describe_experts(config: JobConfig, args: LlamaArgs, family: Family | None) -> tuple[str, str]:
+    """What the experts of a layer get of a micro-batch and execute in a sparse phase, for a person to read.
+
+    Args:
+        args: of the model, with its sparsity.
+        family: that computes the sparse experts; None: there is no sparse phase.
+
+    Returns:
+        a description; and why sparse experts would not be faster than dense ones, or "".
+    """
+    ranks = config.parallelism.expert_parallel_degree
+    tokens = micro_batch_size(config, sparse=family is not None) * config.training.seq_len
+    each = tokens * args.top_k * ranks / args.num_experts
+    said = f"{each:,.0f} tokens of a micro-batch for each of {args.num_experts} on average"
+    if family is None:
+        return said, ""
+    pattern = args.sparsity.pattern
+    assert isinstance(pattern, Pattern)
+    share = family.cost(args.sparsity, expert_shape(args, tokens, ranks)).executed_share
+    kept = round(pattern.density(args.hidden_dim) * args.hidden_dim)
+    said += f", {each / pattern.v:.1f} blocks of {pattern.v}; a block keeps {kept:,} of {args.hidden_dim:,} neurons"
+    if isinstance(family, ExpertByExpert) and family.inner is MASKED:
+        return said, ""  # which is no faster for any experts
+    said += f"; {share:.0%} of the dense experts' FLOPs, with the rows that fill up last blocks"
+    why = []
+    if share >= 1:
+        why.append(
+            f"they execute {share:.0%} of the FLOPs: raise training.sparse_local_batch_size, or lower activations.v "
+            "or model.num_experts"
+        )
+    if kept < TILE_COLUMNS:
+        why.append(
+            f"{kept} neurons are fewer than the {TILE_COLUMNS} columns that a GPU's products multiply at once: raise "
+            "activations.keep or, with fewer experts, model.hidden_dim"
+        )
+    return said, "; ".join(why)
 
 
 def sparse_layers_flops(args: LlamaArgs) -> float:

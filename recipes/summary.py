@@ -18,7 +18,7 @@ from recipes.pipeline import in_words
 from recipes.progress import duration
 from recipes.schedule import Span
 from recipes.sources import LOCAL, find_source, load_tokens
-from recipes.sparsity import computes_in, sparse_family
+from recipes.sparsity import computes_in, describe_experts, sparse_family
 from recipes.tokenizer import expected_vocabulary
 
 
@@ -44,6 +44,11 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         f"recipe      {config.recipe}: " + ", ".join(f"{span.mode} to step {span.stop}" for span in spans),
         f"sparse FFN  {family.name}: {reason}" if family else f"sparse FFN  none: {reason}",
     ]
+    if args.num_experts:
+        said, slow = describe_experts(config, args, family)
+        lines.append(f"experts     {said}")
+        if slow:
+            lines.append(f"WARNING     sparse experts would not be faster: {slow}")
     if config.parallelism.pipeline_parallel_degree > 1:
         lines.append(f"pipeline    {in_words(config, args.n_layers)}")
     for place, (index, source) in enumerate(used_sources(config)):

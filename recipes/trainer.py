@@ -48,7 +48,7 @@ from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span, span_at
-from recipes.sparsity import Sparsity, computes_in, flops_per_token, sparse_family
+from recipes.sparsity import Sparsity, computes_in, describe_experts, flops_per_token, sparse_family
 from recipes.summary import outcome
 from recipes.tokenizer import build_tokenizer, check_same_tokenizer, prepare_tokenizer, token_bytes
 from recipes.validation import Validator, reshard
@@ -195,6 +195,11 @@ class SparseTrainer(titan.Trainer):
         self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
+            if self.model_args.num_experts and dist.get_rank() == 0:
+                said, slow = describe_experts(config, self.model_args, family)
+                logger.info(f"experts: {said}")
+                if slow:
+                    logger.warning(f"sparse experts will not be faster than dense ones: {slow}")
         if self.step:
             logger.info(f"resumed after step {self.step}")
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}

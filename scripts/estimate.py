@@ -63,7 +63,14 @@ from kernels.experts import ExpertByExpert
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
 from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
-from recipes.sparsity import computes_in, expert_shape, flops_per_token, sparse_family, sparse_layers_flops
+from recipes.sparsity import (
+    computes_in,
+    describe_experts,
+    expert_shape,
+    flops_per_token,
+    sparse_family,
+    sparse_layers_flops,
+)
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
 from scripts.options import TERMS
@@ -355,6 +362,11 @@ def estimate(arguments: list[str]) -> str:
         lines.append(
             f"sparse phases: {family.name} ({reason if _is_reference(family) else 'on a GPU with its kernels'})"
         )
+    if args.num_experts:
+        said, slow = describe_experts(config, args, family)
+        lines.append(f"experts: {said}")
+        if slow:
+            lines.append(f"WARNING: sparse experts will not be faster: {slow}")
 
     columns = [None] if family is None else [None, family]
     layouts = [on, on_sparse]

@@ -247,6 +247,31 @@ def test_the_page_s_bounds_are_those_that_the_estimate_counts():
         assert (experts, step, faster) == (f"{executed:.0%}", f"{share:.0%}", f"{1 / share:.2f}x"), (job, recipe)
 
 
+@pytest.mark.parametrize(
+    "words, said, slow",
+    [
+        (
+            "moe_1b",
+            "8,192 tokens of a micro-batch for each of 8 on average, 8.0 blocks of 1024; a block keeps 768 of",
+            "",
+        ),
+        ("moe_1b", "16% of the dense experts' FLOPs", ""),
+        (
+            "moe_160m --recipe columns_half --training.local_batch_size 2 --activations.sample 1",
+            "1.0 blocks of 1024",
+            "they execute 133% of the FLOPs: raise training.sparse_local_batch_size",
+        ),
+        ("moe_160m --model.hidden_dim 768", "a block keeps 96 of 768", "96 neurons are fewer than the 128 columns"),
+        ("moe_1b --recipe dense", "8,192 tokens of a micro-batch for each of 8 on average", ""),
+    ],
+)
+def test_an_estimate_says_what_experts_get_and_when_sparse_ones_do_not_pay(words, said, slow):
+    lines = estimate(["--config", *words.split(), "--training.steps", "100"]).splitlines()
+    assert said in next(line for line in lines if line.startswith("experts: "))
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) == bool(slow) and all(slow in line for line in warnings)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("balance", [0.0, 0.5])
 def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance):
@@ -523,6 +548,11 @@ def test_expert_parallelism_equals_one_process_with_the_tokens_of_all_ranks(tiny
     for step in (8, 12):
         shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
     (tmp_path / "two" / "checkpoint" / "latest").write_text("step-4")
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    again = run_ranks(tiny, tmp_path / "again", *layout)
+    assert losses(again) == losses(two), "the same layout resumes exactly"
+    for name in ("val_loss_sparse", "expert_balance", "router_balance", "energy_kept"):
+        assert again[8][name] == two[8][name], name
     alone = train(tmp_path / "two", *WORDS, recipe="columns_quarter")
     assert alone[5]["loss"] == pytest.approx(two[5]["loss"], rel=1e-5), "experts, biases and centroids are whole"
     assert losses(alone) == pytest.approx(losses(two), rel=5e-3)
