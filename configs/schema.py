@@ -333,6 +333,15 @@ class Training(titan_config.Training):
 
 
 @dataclass
+class Optimizer(titan_config.Optimizer):
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """
+    dtype of AdamW's two moments. bfloat16: half of their memory, by torchao's step; for name = "AdamW" and averages
+    over few steps, beta2 up to 0.99.
+    """
+
+
+@dataclass
 class Comm(titan_config.Comm):
     train_timeout_seconds: int = 600
     """Timeout of collectives after the first step; the first step of a new phase and the first validation compile."""
@@ -380,6 +389,7 @@ class JobConfig(titan_config.JobConfig):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     comm: Comm = field(default_factory=Comm)
     training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
 
 

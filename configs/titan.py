@@ -74,6 +74,7 @@ from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  #
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger  # noqa: E402
 from torchtitan.components.optimizer import (  # noqa: E402
+    OptimizersContainer,
     build_optimizers,
     build_optimizers_with_moe_load_balancing,
 )
@@ -135,6 +136,7 @@ __all__ = [
     "MetricsProcessor",
     "MoE",
     "MoEArgs",
+    "OptimizersContainer",
     "ParallelAwareDataloader",
     "ParallelDims",
     "RoPEScalingArgs",

@@ -461,6 +461,8 @@ def _check_rest(config: JobConfig) -> None:
         _check_loss_chunks(config)
     if config.optimizer.name not in ("Adam", "AdamW"):
         raise ConfigError(f'optimizer.name = "{config.optimizer.name}" is unknown: use "AdamW" or "Adam"')
+    if config.optimizer.moments == "bfloat16":
+        _check_bf16_moments(config)
     if config.training.max_norm == 0:
         raise ConfigError(
             "training.max_norm = 0 clips every gradient to nothing: give a norm such as 1.0, or 1e30 to clip none"
@@ -499,6 +501,23 @@ def _check_rest(config: JobConfig) -> None:
         )
     if config.optimizer.early_step_in_backward:
         raise ConfigError("optimizer.early_step_in_backward = true leaves no gradients to clip: set it to false")
+
+
+def _check_bf16_moments(config: JobConfig) -> None:
+    moments = 'optimizer.moments = "bfloat16"'
+    if config.optimizer.name != "AdamW":
+        raise ConfigError(
+            f'{moments} is for optimizer.name = "AdamW", not "{config.optimizer.name}": change one of them'
+        )
+    if config.optimizer.beta2 > 0.99:
+        raise ConfigError(
+            f"{moments} with optimizer.beta2 = {config.optimizer.beta2:g} would round away what a step adds to the "
+            "second moment: lower beta2 to 0.99 or less, or keep float32"
+        )
+    if config.model.name == "llama_moe_relu2":
+        raise ConfigError(f'{moments} is not supported for experts (model.name = "llama_moe_relu2"): use "float32"')
+    if config.training.enable_cpu_offload:
+        raise ConfigError(f"{moments} is not supported with training.enable_cpu_offload = true: set one of them back")
 
 
 def _check_loss_chunks(config: JobConfig) -> None:

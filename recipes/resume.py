@@ -7,7 +7,8 @@ writes anything. These must stay as they were:
     what is read       data.seed, data.validation_share, each source but its path, training.seq_len,
                        training.global_batch_size; the path of a local source may change if the corpus has as many
                        documents and bytes as before
-    the precision      training.dtype, training.mixed_precision_param ("auto" is what the run has, on any device)
+    the precision      training.dtype, training.mixed_precision_param ("auto" is what the run has, on any device),
+                       optimizer.moments
     the seed           debug.seed
     the recipe         the sections schedule, weights, activations, router and precision, unless
                        checkpoint.change_recipe = true
@@ -40,6 +41,7 @@ FIXED = (
     "training.seq_len",
     "training.dtype",
     "training.mixed_precision_param",
+    "optimizer.moments",
     "debug.seed",
 )
 REMEDY = "give the run's own value, or start another run with another job.dump_folder"

@@ -6,6 +6,7 @@ be interrupted by a signal at any time, and it resumes exactly.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -44,6 +45,7 @@ from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fai
 from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
+from recipes.optimizer import build_optimizers
 from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_size, stage_peers
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
@@ -672,7 +674,7 @@ def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
         pipelining_fn=build_pipeline,
         build_optimizers_fn=titan.build_optimizers_with_moe_load_balancing
         if args.num_experts
-        else titan.build_optimizers,
+        else functools.partial(build_optimizers, compiles=config.compile.enable),
         build_lr_schedulers_fn=titan.build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,

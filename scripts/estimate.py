@@ -194,6 +194,7 @@ def _memory_of(
     head = args.vocab_size * d
     parameters = layers * count + (head if part.embeds else 0) + (head + d if part.heads else 0)
     states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
+    moments = 2 * states * TORCH_DTYPE_MAP[config.optimizer.moments].itemsize / on.state
     fsdp = on.shard > 1
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
@@ -271,13 +272,13 @@ def _memory_of(
     return {
         "parameters": states,
         "gradients": states,
-        "optimizer's two moments": 2 * states,
+        "optimizer's two moments": moments,
         "gathered layers, head" if fsdp else "matrices in bf16": gathered,
         "activations: attention, norms": kept_attention,
         "activations: h, y1 of the FFN": kept_ffn,
         "logits and loss": logits,
         "backward pass of one layer": max(first[2], last[2]),
-        "peak": 3 * states + max(begins, ends),
+        "peak": states + moments + max(begins, ends),
     }
 
 

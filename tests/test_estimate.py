@@ -72,7 +72,7 @@ def test_sparse_phases_may_have_larger_micro_batches():
     assert numbers(larger, "run")[:2] == numbers(same, "run")[:2]  # steps, FLOPs
 
 
-def test_logits_of_a_chunk_and_a_narrow_residual_stream_take_less():
+def test_logits_of_a_chunk_a_bf16_residual_stream_and_bf16_moments_take_less():
     words = ("--config", "configs/1b.toml", "--recipe", "recipes/dense.toml", *ALONE)
     plain, chunks = parts(*words), parts(*words, "--training.loss_chunk_tokens", "4096")
     vocabulary, tokens, d = 32768, 16384, 2048
@@ -82,6 +82,8 @@ def test_logits_of_a_chunk_and_a_narrow_residual_stream_take_less():
     narrow = parts(*words, "--training.bf16_residual", "true")
     name = "activations: attention, norms"
     assert (plain[name] - narrow[name]) * GIB == pytest.approx(16 * tokens * d * 2)
+    moments = parts(*words, "--optimizer.moments", "bfloat16")
+    assert plain["peak"] - moments["peak"] == pytest.approx(plain["optimizer's two moments"] / 2)
     sharded = parts(*words, gpus=2), parts(*words, "--training.bf16_residual", "true", gpus=2)
     assert sharded[0] == sharded[1]
 
