@@ -1,4 +1,4 @@
-"""The optimizer: torchtitan's, or AdamW whose moments are bf16.
+"""AdamW whose moments are bf16. Imported where a job has it alone: torchao takes seconds and writes to the terminal.
 
 AdamW keeps two moments of each parameter, eight of the sixteen bytes that a parameter takes in training; in bf16 they
 take four. The eight bits of a bf16 mantissa are enough for averages over few steps: with beta2 = 0.95 a step changes
@@ -67,8 +67,6 @@ def build_optimizers(
     compiles: bool,
 ) -> titan.OptimizersContainer:
     """torchtitan's hook for the optimizers of this rank's parts of the model, from the section [optimizer]."""
-    if optimizer_config.moments == "float32":
-        return titan.build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
     keywords = {
         "lr": optimizer_config.lr,
         "betas": (optimizer_config.beta1, optimizer_config.beta2),

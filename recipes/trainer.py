@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fai
 from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
-from recipes.optimizer import build_optimizers
 from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_size, stage_peers
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
@@ -665,6 +664,16 @@ def _set_up_head(head: Head, job_config) -> None:
         head.compute = torch.compile(head.compute, backend=job_config.compile.backend)
 
 
+def _optimizers(config: JobConfig, args: LlamaArgs) -> Callable:
+    if args.num_experts:
+        return titan.build_optimizers_with_moe_load_balancing
+    if config.optimizer.moments == "float32":
+        return titan.build_optimizers
+    from recipes.optimizer import build_optimizers
+
+    return functools.partial(build_optimizers, compiles=config.compile.enable)
+
+
 def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
     """What torchtitan's Trainer builds this job from."""
     return titan.TrainSpec(
@@ -672,9 +681,7 @@ def train_spec(config: JobConfig, args: LlamaArgs) -> titan.TrainSpec:
         model_args={config.model.flavor: args},
         parallelize_fn=_parallelize,
         pipelining_fn=build_pipeline,
-        build_optimizers_fn=titan.build_optimizers_with_moe_load_balancing
-        if args.num_experts
-        else functools.partial(build_optimizers, compiles=config.compile.enable),
+        build_optimizers_fn=_optimizers(config, args),
         build_lr_schedulers_fn=titan.build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
