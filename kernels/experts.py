@@ -15,20 +15,24 @@ Two families compute this:
                       reference it is the specification, for any pattern, device and dtype. The host waits for `counts`.
     GroupedColumns    large blocks of all experts in one launch a product, without waiting for `counts`. With the
                       experts' neurons as rows of one tall W1, the operators of `kernels.columns` do it: they get
-                      which blocks each expert has, and a block keeps rows of its expert.
+                      which blocks each expert has, and a block keeps rows of its expert. In fp8 by those of
+                      `columns_fp8`, every weight of an expert and every block with a scale of its own.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.columns import choose, reduce_neurons, reduce_tokens, sample
+from kernels.columns import choose, fp8, reduce_neurons, reduce_tokens, sample
 from kernels.columns.ffn import LARGE
+from kernels.columns.ffn_fp8 import LARGE_BLOCKS_FP8
 from kernels.family import Cost, Family, FeedForwardSparsity, Pattern, Shape, refuses_device
 from kernels.feed_forward import choose as choose_family
 from kernels.feed_forward import preferred, sparse_feed_forward
+from kernels.float8 import LARGEST, scale_of
 from kernels.groups.pattern import Groups
 
 ALIGNED = 8  # rows of a group that torch._grouped_mm multiplies: 16 bytes of bf16
@@ -210,6 +214,79 @@ def route_within_experts(x: Tensor, centroids: Tensor, counts: Tensor) -> tuple[
     return nearest, keys.sort(stable=True).indices
 
 
+class _SixProducts(torch.autograd.Function):
+    """Products (1) to (6) of `kernels.feed_forward` for blocks `[B, v, d]`, each of one expert."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, expert: Tensor, counts: Tensor, pattern: Groups) -> Tensor:
+        experts, hidden_dim, _ = w1.shape
+        kept = pattern.kept_groups(hidden_dim) * pattern.g
+        chosen_by = x[:, :: pattern.sample]
+        blocks = counts // x.shape[1]
+        y1 = grouped_linear(chosen_by.flatten(0, 1), w1.mT, blocks * chosen_by.shape[1])
+        place = choose(y1.unflatten(0, (x.shape[0], -1)), pattern, expert, experts)
+        bounds = F.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))
+        active = sample(x, w1.flatten(0, 1), place, kept, bounds).relu()  # (1)
+        h = active * active
+        ctx.save_for_backward(x, w1, w2, h, place, bounds)
+        return reduce_neurons(h, w2.flatten(0, 1), place, bounds)  # (2)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w1, w2, h, place, bounds = ctx.saved_tensors
+        dy1 = 2 * h.sqrt() * sample(dy, w2.flatten(0, 1), place, h.shape[2], bounds)  # (3)
+        dw2 = reduce_tokens(h, dy, place, False, bounds)  # (4)
+        dx = reduce_neurons(dy1, w1.flatten(0, 1), place, bounds)  # (5)
+        dw1 = reduce_tokens(dy1, x, place, False, bounds)  # (6)
+        return dx, dw1.view_as(w1), dw2.view_as(w2), None, None, None
+
+
+class _SixProductsFp8(torch.autograd.Function):
+    """The same in fp8, as `kernels.columns.ffn_fp8` computes the blocks of one FFN; y `[B v, d]`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, expert: Tensor, counts: Tensor, pattern: Groups) -> Tensor:
+        (experts, hidden_dim, _), (blocks, v, _) = w1.shape, x.shape
+        owner = expert % experts
+        # Blocks are laid out already: their rows stay where they are.
+        order = torch.arange(blocks * v, dtype=torch.int32, device=x.device)
+        scale_x = scale_of(x.abs().amax((1, 2)))
+        scales = [scale_of(weight.abs().amax((1, 2))) for weight in (w1, w2)]
+        w1_fp8, w2_fp8 = (
+            fp8.quantise(weight.flatten(0, 1), 1 / scale) for weight, scale in zip((w1, w2), scales, strict=True)
+        )
+        scale_w1, scale_w2 = (scale[owner] for scale in scales)  # of each block's weights
+        x_fp8, x_t = fp8.cast(x.flatten(0, 1), order, 1 / scale_x, v)
+        y1 = fp8.chosen_by(x_fp8, w1_fp8.view_as(w1), pattern.sample, scale_w1, x.dtype, owner.int())
+        place = choose(y1 * scale_x[:, None, None].to(x.dtype), pattern, expert, experts)
+        neurons = fp8.kept_neurons(place, pattern.kept_groups(hidden_dim) * pattern.g)
+        rows = neurons + (owner * hidden_dim).int()[:, None]
+        y1, peak = fp8.sample(x_fp8, w1_fp8, rows, scale_x, scale_w1, True, x.dtype)  # (1)
+        scale_h = scale_of(peak * peak)
+        h, h_t = fp8.cast_square(y1, 1 / scale_h)
+        y = fp8.reduce_neurons(h, w2_fp8, rows, scale_h, scale_w2, order, x.dtype)  # (2)
+        bounds = F.pad((counts // v).cumsum(0, dtype=torch.int32), (1, 0))
+        ctx.save_for_backward(
+            x_t, h_t, w1_fp8, w2_fp8, place, rows, order, bounds, scale_x, scale_h, scale_w1, scale_w2
+        )
+        ctx.shape = w1.shape
+        return y  # flat: compiled code of torch 2.11 would compute zero gradients of a view
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x_t, h_t, w1, w2, place, rows, order, bounds, scale_x, scale_h, scale_w1, scale_w2 = ctx.saved_tensors
+        dtype, v = dy.dtype, x_t.shape[2]
+        scale_dy = scale_of(dy.unflatten(0, (-1, v)).abs().amax((1, 2)))
+        dy_fp8, dy_t = fp8.cast(dy, order, 1 / scale_dy, v)
+        dh, peak = fp8.sample(dy_fp8, w2, rows, scale_dy, scale_w2, False, dtype)  # (3)
+        scale_dy1 = scale_of(2 * (scale_h * LARGEST).sqrt() * peak)  # of a bound of |dy1|, which saves a pass over dy1
+        dy1, dy1_t = fp8.cast_gradient(dh, 1 / scale_dy1, h_t, scale_h)
+        dw2 = fp8.reduce_tokens(h_t, dy_t, place, scale_h, scale_dy, False, dtype, bounds)  # (4)
+        dx = fp8.reduce_neurons(dy1, w1, rows, scale_dy1, scale_w1, order, dtype)  # (5)
+        dw1 = fp8.reduce_tokens(dy1_t, x_t, place, scale_dy1, scale_x, False, dtype, bounds)  # (6)
+        return dx.unflatten(0, (-1, v)), dw1.view(ctx.shape), dw2.view(ctx.shape), None, None, None
+
+
 class ExpertFamily(Family):
     """A family whose FFNs are the experts of a layer; `run` takes the place of `forward` and `backward`."""
 
@@ -254,9 +331,14 @@ class ExpertByExpert(ExpertFamily):
 
 
 class GroupedColumns(ExpertFamily):
-    """Large blocks of all experts at once."""
+    """Large blocks of all experts at once.
+
+    Attributes:
+        products: computes y of blocks `[B, v, d]`, each of one expert.
+    """
 
     name = "experts_columns"
+    products: type[torch.autograd.Function] = _SixProducts
 
     def handles(self, sparsity: FeedForwardSparsity) -> bool:
         return isinstance(sparsity.pattern, Groups)
@@ -266,8 +348,8 @@ class GroupedColumns(ExpertFamily):
     ) -> str:
         if refusal := refuses_device(device, dtype):
             return refusal
-        if sparsity.weight_products or sparsity.fp8:
-            return "blocks of several experts need dense weights in bf16"
+        if sparsity.weight_products:
+            return "blocks of several experts need dense weights"
         if shape.width % ALIGNED or shape.hidden_dim % ALIGNED:
             return f"torch._grouped_mm needs a width and a hidden_dim divisible by {ALIGNED}"
         assert isinstance(sparsity.pattern, Groups)
@@ -300,38 +382,35 @@ class GroupedColumns(ExpertFamily):
         assert isinstance(pattern, Groups)
         layout = lay_out(counts, order, x.shape[0], pattern.v)
         blocks = _to_blocks(x, layout).unflatten(0, (-1, pattern.v))
-        y = _SixProducts.apply(blocks, w1, w2, layout.expert, layout.counts, pattern)
-        return _from_blocks(y.flatten(0, 1), layout)
+        y = self.products.apply(blocks, w1, w2, layout.expert, layout.counts, pattern)
+        return _from_blocks(y.view(-1, x.shape[1]), layout)
 
 
-class _SixProducts(torch.autograd.Function):
-    """Products (1) to (6) of `kernels.feed_forward` for blocks `[B, v, d]`, each of one expert."""
+class GroupedColumnsFp8(GroupedColumns):
+    """Large blocks of all experts at once, in fp8."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, expert: Tensor, counts: Tensor, pattern: Groups) -> Tensor:
-        experts, hidden_dim, _ = w1.shape
-        kept = pattern.kept_groups(hidden_dim) * pattern.g
-        chosen_by = x[:, :: pattern.sample]
-        blocks = counts // x.shape[1]
-        y1 = grouped_linear(chosen_by.flatten(0, 1), w1.mT, blocks * chosen_by.shape[1])
-        place = choose(y1.unflatten(0, (x.shape[0], -1)), pattern, expert, experts)
-        bounds = F.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))
-        active = sample(x, w1.flatten(0, 1), place, kept, bounds).relu()  # (1)
-        h = active * active
-        ctx.save_for_backward(x, w1, w2, h, place, bounds)
-        return reduce_neurons(h, w2.flatten(0, 1), place, bounds)  # (2)
+    name = "experts_columns_fp8"
+    fp8 = True
+    products = _SixProductsFp8
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, w1, w2, h, place, bounds = ctx.saved_tensors
-        dy1 = 2 * h.sqrt() * sample(dy, w2.flatten(0, 1), place, h.shape[2], bounds)  # (3)
-        dw2 = reduce_tokens(h, dy, place, False, bounds)  # (4)
-        dx = reduce_neurons(dy1, w1.flatten(0, 1), place, bounds)  # (5)
-        dw1 = reduce_tokens(dy1, x, place, False, bounds)  # (6)
-        return dx, dw1.view_as(w1), dw2.view_as(w2), None, None, None
+    def refuses(
+        self, sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
+    ) -> str:
+        refusal = super().refuses(sparsity, shape, device, dtype, here)
+        return refusal or LARGE_BLOCKS_FP8.refuses(sparsity, shape, device, dtype, here)
+
+    def describe(self, sparsity: FeedForwardSparsity, device: torch.device, here: bool = True) -> str:
+        assert isinstance(sparsity.pattern, Groups)
+        return f"blocks of {sparsity.pattern.v} tokens of all experts in one launch, in fp8, Triton"
+
+    def cost(self, sparsity: FeedForwardSparsity, shape: Shape) -> Cost:
+        # Memory is counted in bf16 elements, and an fp8 number is half of one: h, and copies of all of W1 and W2.
+        cost = super().cost(sparsity, shape)
+        return replace(cost, kept_h=cost.kept_h / 2, kept_weights=1.0)
 
 
 GROUPED_COLUMNS = GroupedColumns()
+GROUPED_COLUMNS_FP8 = GroupedColumnsFp8()
 
 
 def choose_experts(
@@ -341,10 +420,11 @@ def choose_experts(
     if isinstance(wanted := preferred(), ExpertFamily):
         return wanted, "preferred"
     refusal = "no family runs this pattern for all experts at once"
-    if GROUPED_COLUMNS.handles(sparsity):
-        refusal = GROUPED_COLUMNS.refuses(sparsity, shape, device, dtype, here)
+    grouped = GROUPED_COLUMNS_FP8 if sparsity.fp8 else GROUPED_COLUMNS
+    if grouped.handles(sparsity):
+        refusal = grouped.refuses(sparsity, shape, device, dtype, here)
         if not refusal:
-            return GROUPED_COLUMNS, ""
+            return grouped, ""
     inner, other = choose_family(sparsity, shape, device, dtype, here)
     return ExpertByExpert(inner), refusal if other in ("", refusal) else f"{refusal}; {other}"
 

@@ -284,7 +284,6 @@ def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
     for key, value, wanted in (
         ("weights.pattern", config.weights.pattern, "none"),
         ("activations.pattern", activations.pattern, "groups"),
-        ("precision.ffn", config.precision.ffn, "model"),
     ):
         if value != wanted:
             raise ConfigError(

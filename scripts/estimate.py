@@ -219,7 +219,8 @@ def _memory_of(
         else:
             shape = expert_shape(args, tokens, experts) if args.num_experts else Shape(d, hidden, tokens)
             cost = family.cost(args.sparsity, shape)
-        ffn = width * hidden * (rows * cost.kept_h + d * cost.kept_weights)
+        own = args.num_experts // experts if args.num_experts else 1  # FFNs of a rank
+        ffn = width * hidden * (rows * cost.kept_h + own * d * cost.kept_weights)
         work = rows * (width * hidden * 2 * cost.gradients + on.stream * d)
         work += width * d * hidden * cost.copied_rows  # or as many rows of a gradient
         recomputed = tokens * on.stream * d
@@ -387,7 +388,8 @@ def estimate(arguments: list[str]) -> str:
 
     ffn = sparse_layers_flops(args)
     ffn_executed = flops["sparse_executed"] - (flops["dense"] - ffn)
-    if args.sparsity.fp8 and family is not MASKED:  # the reference rounds to fp8 and multiplies in another dtype
+    # The reference rounds to fp8 and multiplies in another dtype.
+    if args.sparsity.fp8 and family is not None and not _is_reference(family):
         ffn_executed /= FP8_SPEED  # as so many FLOPs in bf16
     timed = {"dense": flops["dense"], "sparse_executed": flops["dense"] - ffn + ffn_executed}
     share = filled(config, args.n_layers)

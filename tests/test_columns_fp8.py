@@ -138,6 +138,26 @@ def test_products_and_their_ends(blocks, m, n, k):
             assert torch.equal(found, (out.abs() if end == fp8.PEAK else out.relu()).amax((1, 2)))
 
 
+def test_weights_of_experts_are_rounded_by_scales_of_their_own():
+    weight, inverse = whole(3 * 40, 48).bfloat16(), 2.0 ** -torch.arange(3, device=DEVICE).float()
+    found = fp8._launch_quantise(weight, inverse).float()
+    assert torch.equal(found, fp8._reference_quantise(weight, inverse).float())
+    for expert in range(3):
+        assert torch.equal(found[40 * expert :][:40], weight[40 * expert :][:40].float() * inverse[expert])
+
+
+def test_a_product_takes_the_operand_that_it_is_told():
+    a, b = as_fp8(4, 48, 64), as_fp8(3, 32, 64)
+    which, scales = torch.tensor([0, 2, 2, 1], device=DEVICE).int(), torch.rand(2, 4, device=DEVICE) + 0.5
+    out = torch.full((4, 48, 32), torch.nan, device=DEVICE)
+    fp8._launch_products(a, b, out, *scales, fp8.PLAIN, which=which)
+    expected = a.float() @ b.float()[which.long()].mT * scales.prod(0)[:, None, None]
+    assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    chosen = fp8.chosen_by(a, b, 8, scales[1], DTYPE, which)
+    expected = a.float()[:, ::8] @ b.float()[which.long()].mT * scales[1][:, None, None]
+    assert_close(chosen.float(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_nan_is_the_peak():
     a, b = as_fp8(2, 16, 16), as_fp8(2, 16, 16)
     peak, ones = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.ones(2, device=DEVICE)
@@ -252,7 +272,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.columns import fp8
 
-SHAPES = dict.fromkeys(("tokens", "V", "D", "K", "F", "neuron_stride", "column_stride", "M", "N"), "i32")
+SHAPES = dict.fromkeys(("tokens", "V", "D", "K", "F", "neuron_stride", "column_stride", "M", "N", "rows"), "i32")
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "order": "*i32", "inverse": "*fp32", "scale_h": "*fp32", "h": "*fp8e4nv",
     "kept": "*i32", "scale_a": "*fp32", "scale_b": "*fp32", "peak": "*i32",
@@ -267,7 +287,8 @@ for kernel, types, constants in (
     (fp8._cast_kept, FP8, TILE | {"GRADIENT": True}),
     (fp8._quantise, FP8 | {"weight": "*bf16"}, TILE),
     (fp8._copy, FP8 | {"weight": "*fp8e4nv"}, TILE | {"TRANSPOSED": True}),
-    *((fp8._products, OPERANDS, PRODUCT | {"END": end}) for end in range(4)),
+    *((fp8._products, OPERANDS, PRODUCT | {"END": end, "which": None}) for end in range(4)),
+    (fp8._products, OPERANDS | {"which": "*i32"}, PRODUCT | {"END": fp8.PLAIN}),
 ):
     known = SHAPES | POINTERS | types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, {name: known[name] for name in kernel.arg_names}, constants)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, fork, losses, merge, rows
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 import kernels
 from configs.errors import ConfigError
@@ -17,6 +18,7 @@ from kernels import MASKED, FeedForwardSparsity, Groups, route_tokens
 from kernels.experts import (
     ALIGNED,
     GROUPED_COLUMNS,
+    GROUPED_COLUMNS_FP8,
     ExpertByExpert,
     dense_experts,
     route_within_experts,
@@ -100,6 +102,45 @@ def test_sparse_experts_and_their_gradients_are_those_of_brute_force(family, shu
     assert not torch.allclose(expected[0], dense[0])
     for found, wanted in zip(gradients(dense_experts(x, w1, w2, counts), (x, w1, w2)), dense, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_experts_in_fp8_are_those_of_the_reference_that_rounds_alike(shuffled):
+    """Experts whose weights differ by orders of magnitude: each has a scale of its own."""
+    x, w1, w2, counts = inputs(extra=3)
+    with torch.no_grad():
+        w1 *= 4.0 ** torch.arange(len(COUNTS))[:, None, None]
+    order = order_of(COUNTS, len(x)) if shuffled else None
+    sparsity = FeedForwardSparsity(PATTERN, fp8=True)
+    expected = gradients(sparse_experts(x, w1, w2, counts, sparsity, order, ExpertByExpert(MASKED)), (x, w1, w2))
+    actual = gradients(sparse_experts(x, w1, w2, counts, sparsity, order, GROUPED_COLUMNS_FP8), (x, w1, w2))
+    exact = gradients(sparse_experts(x, w1, w2, counts, FeedForwardSparsity(PATTERN), order), (x, w1, w2))
+    for found, wanted, other in zip(actual, expected, exact, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+        assert 0.001 < (found - other).norm() / other.norm() < 0.2  # it was rounded
+
+
+@pytest.mark.parametrize("family", [GROUPED_COLUMNS, GROUPED_COLUMNS_FP8], ids=lambda family: family.name)
+def test_one_graph_holds_all_experts_for_any_counts(family, monkeypatch):
+    monkeypatch.setattr(kernels.experts, "_uses_grouped_mm", lambda x, *matrices: True)
+    x, w1, w2, counts = (each.detach().bfloat16() if each.is_floating_point() else each for each in inputs())
+    leaves = [each.requires_grad_() for each in (x, w1, w2)]
+    sparsity = FeedForwardSparsity(PATTERN, fp8=family is GROUPED_COLUMNS_FP8)
+    seen = []
+
+    def call(x, w1, w2, counts):
+        return sparse_experts(x, w1, w2, counts, sparsity, None, family)
+
+    def backend(graph, given):
+        seen.append(graph)
+        return aot_eager(graph, given)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for given in (counts, counts.flip(0)):
+        results = (gradients(function(*leaves, given), leaves) for function in (call, compiled))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(seen) == 1
 
 
 def test_tokens_are_sorted_by_the_clusters_of_their_own_expert():
@@ -273,11 +314,11 @@ def test_an_estimate_says_what_experts_get_and_when_sparse_ones_do_not_pay(words
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("balance", [0.0, 0.5])
-def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance):
+@pytest.mark.parametrize("balance, in_fp8", [(0.0, False), (0.5, False), (0.0, True)])
+def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance, in_fp8):
     """Several blocks, no token, a part of a block, a short last block; rows of no expert."""
     counts, (width, hidden) = torch.tensor([1100, 0, 40, 700]), (256, 512)
-    sparsity = FeedForwardSparsity(Groups(512, 1, 0.25, sample=8, balance=balance))
+    sparsity = FeedForwardSparsity(Groups(512, 1, 0.25, sample=8, balance=balance), fp8=in_fp8)
     generator = torch.Generator().manual_seed(0)
     shapes = (int(counts.sum()) + 5, width), (4, hidden, width), (4, hidden, width)
     given = [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
@@ -293,7 +334,14 @@ def test_on_a_gpu_all_experts_at_once_compute_what_the_reference_does(balance):
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
     expected = run(sparse_experts, "cpu", torch.float64, sparsity, order, ExpertByExpert(MASKED))
-    actual = run(sparse_experts, "cuda", torch.bfloat16, sparsity, order.cuda(), GROUPED_COLUMNS)
+    actual = run(
+        sparse_experts,
+        "cuda",
+        torch.bfloat16,
+        sparsity,
+        order.cuda(),
+        GROUPED_COLUMNS_FP8 if in_fp8 else GROUPED_COLUMNS,
+    )
     for found, wanted in zip(actual, expected, strict=True):
         assert (found - wanted).norm() < 0.1 * wanted.norm()  # of two neurons equal to rounding either is chosen
     dense = run(dense_experts, "cpu", torch.float64)
@@ -406,6 +454,24 @@ def test_all_experts_at_once_train_as_one_after_another(train, trained, tmp_path
     assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
 
 
+def test_experts_train_in_fp8(train, tmp_path):
+    """In sparse phases alone, by either family; a micro-batch has a block of 512 tokens for each of two experts."""
+    words = (*MOE, "--model.num_experts", "2", "--model.top_k", "1", "--training.local_batch_size", "32")
+    words += ("--activations.v", "512", "--validation.enable", "false", "--checkpoint.enable", "false")
+    runs = {}
+    for name, more in (("bf16", ()), ("fp8", ("--precision.ffn", "fp8"))):
+        runs[name] = losses(train(tmp_path / name, *words, *more, "--training.steps", "9", recipe="columns_quarter"))
+    with kernels.prefer(GROUPED_COLUMNS_FP8):
+        more = ("--precision.ffn", "fp8", "--training.steps", "9")
+        grouped = losses(train(tmp_path / "grouped", *words, *more, recipe="columns_quarter"))
+    same = [step for step in runs["fp8"] if runs["fp8"][step] == runs["bf16"][step]]
+    sparse = [step for step, row in rows(tmp_path / "fp8").items() if row["phase"] == "sparse"]
+    assert sparse and same == list(range(1, sparse[0]))
+    assert runs["fp8"] == pytest.approx(runs["bf16"], rel=0.02)
+    assert grouped == pytest.approx(runs["fp8"], rel=1e-4)
+    assert json.loads((tmp_path / "grouped" / "run.json").read_text())["backend"]["name"] == "experts_columns_fp8"
+
+
 def test_a_checkpoint_generates_and_is_scored_and_is_no_model_of_transformers(train, trained, monkeypatch, capsys):
     folder = trained(train)
 
@@ -455,7 +521,7 @@ BAD = [
     ("MOE --recipe recipes/activations_2of4.toml", ['activations.pattern = "2:4"', '"groups"']),
     ("MOE --training.local_batch_size 2 --training.sparse_local_batch_size 4", ["(training.sparse_local_batch_size x"]),
     ("MOE --training.local_batch_size 4", ["activations.v = 1024", "512 on average", "model.num_experts", "lower v"]),
-    ("MOE --precision.ffn fp8", ['precision.ffn = "fp8" is not supported for experts', '"model"']),
+    ("MOE --precision.ffn fp8 --activations.keep 0.26", ['precision.ffn = "fp8" needs multiples of 16', "the kept"]),
     ("MOE --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2 is not supported for experts"]),
     (
         "MOE --recipe dense --parallelism.pipeline_parallel_degree 2",

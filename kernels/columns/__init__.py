@@ -139,7 +139,7 @@ def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
 def _launch_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
     (blocks, hidden_dim), width = place.shape, weight.shape[1]
     out = weight.new_empty(blocks, kept, width)
-    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), _parts(bounds)
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), parts_of(bounds)
     _copy_rows[grid](
         weight, place, bounds, out, blocks, hidden_dim, kept, width, *weight.stride(), NEURONS=32, WIDTH=128
     )
@@ -148,15 +148,15 @@ def _launch_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None
 
 def _launch_add(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     (blocks, kept, width), hidden_dim = parts.shape, place.shape[1]
-    rows = hidden_dim * _parts(bounds)
+    rows = hidden_dim * parts_of(bounds)
     out = parts.new_empty((width, rows) if transposed else (rows, width))
-    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), _parts(bounds)
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), parts_of(bounds)
     strides = (out.T if transposed else out).stride()
     _add_rows[grid](parts, place, bounds, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
     return out
 
 
-def _parts(bounds: Tensor | None) -> int:
+def parts_of(bounds: Tensor | None) -> int:
     """Parts of the weight, such as experts, of which a block keeps rows of one."""
     return 1 if bounds is None else bounds.shape[0] - 1
 
@@ -182,7 +182,7 @@ def _reference_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | N
 
 def _reference_add(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
     wide = parts.to(torch.promote_types(parts.dtype, torch.float32)).flatten(0, 1)
-    out = wide.new_zeros(place.shape[1] * _parts(bounds), parts.shape[2])
+    out = wide.new_zeros(place.shape[1] * parts_of(bounds), parts.shape[2])
     out.index_add_(0, _kept_rows(place, bounds), wide)
     return (out.T if transposed else out).to(parts.dtype).contiguous()
 
@@ -289,5 +289,5 @@ def reduce_tokens(h: Tensor, x: Tensor, place: Tensor, transposed: bool, bounds:
 
 @register_fake(reduce_tokens)
 def _(h: Tensor, x: Tensor, place: Tensor, transposed: bool, bounds: Tensor | None = None) -> Tensor:
-    rows = place.shape[1] * _parts(bounds)
+    rows = place.shape[1] * parts_of(bounds)
     return x.new_empty((x.shape[2], rows) if transposed else (rows, x.shape[2]))

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.columns import add_rows
+from kernels.columns import add_rows, parts_of
 from kernels.float8 import E4M3
 from kernels.operators import operator, register_fake
 
@@ -80,12 +80,14 @@ def _cast_kept(
 
 
 @triton.jit
-def _quantise(weight, inverse, out, F, D, neuron_stride, column_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _quantise(weight, inverse, out, F, D, neuron_stride, column_stride, rows, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Cast a weight, each part of `rows` rows with a scale of its own."""
     neuron = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (neuron < F)[:, None] & (column < D)[None, :]
     at = (neuron.to(tl.int64) * neuron_stride)[:, None] + (column.to(tl.int64) * column_stride)[None, :]
-    tile = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * tl.load(inverse)
+    factor = tl.load(inverse + neuron // rows, mask=neuron < F, other=0.0)
+    tile = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
     tl.store(out + neuron.to(tl.int64)[:, None] * D + column[None, :], tile.to(tl.float8e4nv), mask=inside)
 
 
@@ -107,18 +109,22 @@ def _copy(weight, kept, out, K, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, TRAN
 
 @triton.jit
 def _products(
-    a, b, out, scale_a, scale_b, peak, order, tokens, M, N, K,
+    a, b, out, scale_a, scale_b, peak, order, which, tokens, M, N, K,
     END: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """out[i] `[M, N]` = a[i] `[M, K]` times b[i]^T, b[i] `[N, K]`, times two scales, with the epilogue END."""
+    """out[i] `[M, N]` = a[i] `[M, K]` times b[i]^T, b[i] `[N, K]`, times two scales, with the epilogue END.
+
+    With `which`, b[which[i]] in the place of b[i].
+    """
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     tile = tl.program_id(0)
     block, inside = tile // (tiles_m * tiles_n), tile % (tiles_m * tiles_n)
     m, n = inside % tiles_m * TILE_M, inside // tiles_m * TILE_N
+    of_b = block if which is None else tl.load(which + block)
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     for k in range(0, K, TILE_K):
         left = a.load([block, m, k]).reshape(TILE_M, TILE_K)
-        right = b.load([block, n, k]).reshape(TILE_N, TILE_K)
+        right = b.load([of_b, n, k]).reshape(TILE_N, TILE_K)
         total = tl.dot(left, right.T, total)
     total *= tl.load(scale_a + block) * tl.load(scale_b + block)
     value = total.to(out.dtype.element_ty)
@@ -145,6 +151,7 @@ def _launch_products(
     end: int,
     peak: Tensor | None = None,
     order: Tensor | None = None,
+    which: Tensor | None = None,
 ) -> Tensor:
     (blocks, m, k), n = a.shape, b.shape[1]
     grid = (blocks * triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
@@ -152,7 +159,7 @@ def _launch_products(
     others = (out if each is None else each for each in (peak, order))
     _products[grid](
         TensorDescriptor.from_tensor(a, [1, TILE_M, TILE_K]), TensorDescriptor.from_tensor(b, [1, TILE_N, TILE_K]),
-        out, scale_a, scale_b, *others, 0 if order is None else order.shape[0], m, n, k,
+        out, scale_a, scale_b, *others, which, 0 if order is None else order.shape[0], m, n, k,
         END=end, TILE_M=TILE_M, TILE_N=TILE_N, TILE_K=TILE_K, num_stages=4, num_warps=8,
     )  # fmt: skip
     return out
@@ -178,7 +185,8 @@ def _launch_kept(y: Tensor, inverse: Tensor, h: Tensor | None, scale_h: Tensor |
 def _launch_quantise(weight: Tensor, inverse: Tensor) -> Tensor:
     out = weight.new_empty(weight.shape, dtype=E4M3)
     grid = triton.cdiv(weight.shape[0], ROWS), triton.cdiv(weight.shape[1], WIDTH)
-    _quantise[grid](weight, inverse, out, *weight.shape, *weight.stride(), ROWS=ROWS, WIDTH=WIDTH)
+    rows = weight.shape[0] // inverse.numel()
+    _quantise[grid](weight, inverse, out, *weight.shape, *weight.stride(), rows, ROWS=ROWS, WIDTH=WIDTH)
     return out
 
 
@@ -212,7 +220,8 @@ def _reference_kept(y: Tensor, inverse: Tensor, h: Tensor | None, scale_h: Tenso
 
 
 def _reference_quantise(weight: Tensor, inverse: Tensor) -> Tensor:
-    return (weight.float() * inverse).to(E4M3).contiguous()
+    parts = weight.float().unflatten(0, (inverse.numel(), -1)) * inverse.view(-1, 1, 1)
+    return parts.flatten(0, 1).to(E4M3).contiguous()
 
 
 def _reference_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
@@ -319,11 +328,11 @@ def quantise(weight: Tensor, inverse: Tensor) -> Tensor:
     """Cast a weight to fp8.
 
     Args:
-        weight: `[f, d]`, floating point, any strides.
-        inverse: `[]` float32, 1 / scale of the weight.
+        weight: `[E f, d]`, floating point, any strides: of an FFN, or of E experts.
+        inverse: `[]` float32, 1 / scale of the weight; or `[E]`, of each expert's.
 
     Returns:
-        `[f, d]` e4m3, contiguous.
+        `[E f, d]` e4m3, contiguous.
     """
     with torch.cuda.device_of(weight):
         return (_launch_quantise if weight.is_cuda else _reference_quantise)(weight, inverse)
@@ -335,32 +344,40 @@ def _(weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 @operator("columns_fp8_chosen_by")
-def chosen_by(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def chosen_by(
+    x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype, expert: Tensor | None = None
+) -> Tensor:
     """y1, without the scale of x, of the tokens that each block chooses by, for all neurons.
 
     Args:
         x: `[B, V, d]` e4m3.
-        weight: `[f, d]` e4m3: W1.
+        weight: `[f, d]` e4m3: W1; with `expert` `[E, f, d]`, of E experts.
         every: a block chooses by its tokens 0, every, 2 every, ...
-        scale: `[1]` float32, scale of the weight. The caller multiplies by the scales of x.
+        scale: `[1]` float32, scale of the weight; with `expert` `[B]`, for each block. The caller multiplies by the
+            scales of x.
         dtype: of the result.
+        expert: `[B]` int32, the expert of each block; None: there is one weight.
 
     Returns:
         `[B, S, f]`, S = ceil(V / every).
     """
     tokens = x[:, ::every].contiguous()
-    flat, weight = tokens.view(1, -1, x.shape[2]), weight[None]
+    if expert is None:
+        flat, weight = tokens.view(1, -1, x.shape[2]), weight[None]
+    else:
+        flat = tokens
     one = torch.ones_like(scale)
     if not x.is_cuda:
-        return _reference_products(flat, weight, one, scale, dtype).to(dtype).view(*tokens.shape[:2], -1)
-    out = x.new_empty(1, flat.shape[1], weight.shape[1], dtype=dtype)
+        rows = weight if expert is None else weight.view(torch.uint8)[expert.long()].view(E4M3)
+        return _reference_products(flat, rows, one, scale, dtype).to(dtype).view(*tokens.shape[:2], -1)
+    out = x.new_empty(*flat.shape[:2], weight.shape[1], dtype=dtype)
     with torch.cuda.device_of(x):
-        return _launch_products(flat, weight, out, one, scale, PLAIN).view(*tokens.shape[:2], -1)
+        return _launch_products(flat, weight, out, one, scale, PLAIN, which=expert).view(*tokens.shape[:2], -1)
 
 
 @register_fake(chosen_by)
-def _(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape[0], -(-x.shape[1] // every), weight.shape[0], dtype=dtype)
+def _(x: Tensor, weight: Tensor, every: int, scale: Tensor, dtype: torch.dtype, expert: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], -(-x.shape[1] // every), weight.shape[-2], dtype=dtype)
 
 
 @operator("columns_fp8_sample")
@@ -377,8 +394,8 @@ def sample(
 
     Args:
         x: `[B, V, d]` e4m3: x for (1), dy for (3).
-        weight: `[f, d]` e4m3: W1 for (1), W2^T for (3).
-        kept: `[B, K]` int32, from `kept_neurons`.
+        weight: `[E f, d]` e4m3: W1 for (1), W2^T for (3).
+        kept: `[B, K]` int32, rows of the weight, from `kept_neurons`.
         scale_x, scale_weight: `[B]` float32, for each block the scales of x and of the weight.
         positive: whether the peak is the largest positive entry, instead of the largest magnitude.
         dtype: of the result.
@@ -419,8 +436,8 @@ def reduce_neurons(
 
     Args:
         h: `[B, V, K]` e4m3: h for (2), dy1 for (5).
-        weight: `[f, d]` e4m3: W2^T for (2), W1 for (5).
-        kept: `[B, K]` int32, from `kept_neurons`.
+        weight: `[E f, d]` e4m3: W2^T for (2), W1 for (5).
+        kept: `[B, K]` int32, rows of the weight, from `kept_neurons`.
         scale_h, scale_weight: `[B]` float32, for each block the scales of h and of the weight.
         order: `[T]` int32, a permutation: row t of all blocks is written to row order[t].
         dtype: of the result.
@@ -446,7 +463,14 @@ def _(
 
 @operator("columns_fp8_reduce_tokens")
 def reduce_tokens(
-    h: Tensor, x: Tensor, place: Tensor, scale_h: Tensor, scale_x: Tensor, transposed: bool, dtype: torch.dtype
+    h: Tensor,
+    x: Tensor,
+    place: Tensor,
+    scale_h: Tensor,
+    scale_x: Tensor,
+    transposed: bool,
+    dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Products (4) and (6): dW2 = dy^T h and dW1 = dy1^T x. Blocks are added in ascending order.
 
@@ -455,22 +479,30 @@ def reduce_tokens(
         x: `[B, d, V]` e4m3, transposed: dy for (4), x for (6).
         place: `[B, f]` int32, from `kernels.columns.choose`.
         scale_h, scale_x: `[B]` float32, for each block the scales of h and of x.
-        transposed: return x^T h `[d, f]`, as (4) needs; otherwise h^T x `[f, d]`.
+        transposed: return x^T h `[d, E f]`, as (4) needs; otherwise h^T x `[E f, d]`.
         dtype: of the result, and of the part of each block.
+        bounds: `[E + 1]` int32, the blocks of each expert, as of `kernels.columns.sample`; None: E = 1, of all blocks.
 
     Returns:
-        `[d, f]` or `[f, d]`; the sum over blocks is float32 or wider. Zero for neurons that no block keeps.
+        `[d, E f]` or `[E f, d]`; the sum over blocks is float32 or wider. Zero for neurons that no block keeps.
     """
     if not h.is_cuda:
-        return add_rows(_reference_products(h, x, scale_h, scale_x, dtype).to(dtype), place, transposed)
+        return add_rows(_reference_products(h, x, scale_h, scale_x, dtype).to(dtype), place, transposed, bounds)
     parts = h.new_empty(*h.shape[:2], x.shape[1], dtype=dtype)
     with torch.cuda.device_of(h):
-        return add_rows(_launch_products(h, x, parts, scale_h, scale_x, PLAIN), place, transposed)
+        return add_rows(_launch_products(h, x, parts, scale_h, scale_x, PLAIN), place, transposed, bounds)
 
 
 @register_fake(reduce_tokens)
 def _(
-    h: Tensor, x: Tensor, place: Tensor, scale_h: Tensor, scale_x: Tensor, transposed: bool, dtype: torch.dtype
+    h: Tensor,
+    x: Tensor,
+    place: Tensor,
+    scale_h: Tensor,
+    scale_x: Tensor,
+    transposed: bool,
+    dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    neurons, width = place.shape[1], x.shape[1]
+    neurons, width = place.shape[1] * parts_of(bounds), x.shape[1]
     return x.new_empty((width, neurons) if transposed else (neurons, width), dtype=dtype)
