@@ -18,6 +18,7 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- parts: FILE -->      the same file: where the time of a step goes
     <!-- depth: FOLDER -->    a row for each number of layers and contender: such files, and a prediction
     <!-- layouts: FOLDER -->  a row for each layout on several GPUs: such files, and a prediction
+    <!-- switches: FOLDER -->  a row for each setting of some keys: such files, and what the keys change
     <!-- faults: FILE -->     a row for each kind of fault and moment: what scripts/chaos.py writes
 """
 

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -609,6 +611,63 @@ def layouts_table(folder: Path) -> str:
     return _table(rows, False, lambda _: text + _measured_on(results))
 
 
+# Keys of train.py that steps are compared by.
+SWITCHES = (
+    "training.bf16_residual",
+    "training.loss_chunk_tokens",
+    "optimizer.moments",
+    "training.global_batch_size",
+    "training.sparse_local_batch_size",
+)
+
+
+def switches_table(folder: Path) -> str:
+    """Steps of the same models with keys of the rest of a step set or not, as a Markdown table.
+
+    Args:
+        folder: has files of scripts/benchmark.py, one contender each.
+    """
+    results = _measurements(folder)
+    rows: list[tuple[tuple, dict[str, str]]] = []
+    without = {
+        (result["model"], *result["contenders"]): next(iter(result["contenders"].values()))["ms"]
+        for result in results
+        if not _switches(result)
+    }
+    for result in results:
+        ((name, entry),) = result["contenders"].items()
+        keys, before = _switches(result), without.get((result["model"], name), {})
+        memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in entry["ms"])
+        row = {
+            "model": result["model"],
+            "contender": f"`{name}`",
+            "keys": ", ".join(f"`{key.split('.')[1]} = {value}`" for key, value in keys.items()) or "none",
+        }
+        for mode in ("dense", "sparse"):
+            time, old = entry["ms"].get(mode), before.get(mode)
+            same_batch = "training.global_batch_size" not in keys
+            change = f" ({time - old:+.1f})" if time and old and keys and same_batch else ""
+            row[f"{mode} step, ms"] = f"{time:.1f}{change}" if time else "-"
+        (*_, rate) = entry["tokens_per_second"].values()
+        row |= {"tokens/s": amount(float(f"{rate:.3g}")), "memory, GiB, dense / sparse": memory}
+        rows.append(((result["model"], name, len(keys), *map(str, keys.values())), row))
+    first = results[0]
+    text = (
+        f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, compiled, activation "
+        f"checkpointing: {first['activation_checkpoint']}; in brackets the change to the step without keys. "
+        "tokens/s: of sparse steps where there are some. Memory: of tensors. Medians over means of five steps. "
+    )
+    return _table(
+        [row for _, row in sorted(rows, key=lambda pair: pair[0])], False, lambda _: text + _measured_on(results)
+    )
+
+
+def _switches(result: dict[str, Any]) -> dict[str, str]:
+    words = [part for word in shlex.split(result["command"]) for part in word.split("=", 1)]
+    given = {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
+    return {key: given[key] for key in SWITCHES if key in given}
+
+
 def _layout(result: dict[str, Any]) -> str:
     """A layout as the pages name it: "FSDP2 2", "tensor 2"."""
     degrees = {name.split("_")[0]: degree for name, degree in result["layout"].items() if "data_parallel" not in name}
@@ -746,5 +805,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "parts": parts_table,
     "depth": depth_table,
     "layouts": layouts_table,
+    "switches": switches_table,
     "faults": faults_table,
 }

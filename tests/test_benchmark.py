@@ -1,11 +1,13 @@
 """The training benchmark: what counts of a run's rows, where a trace's time goes, and a whole round on the CPU."""
 
 import json
+import shlex
 import signal
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 from configs.errors import ConfigError
 from configs.loader import load_config
@@ -264,3 +266,28 @@ def test_a_round(tiny, tmp_path, monkeypatch, capsys):
     assert "| `groups_quarter` | a quarter of the groups | " in text and "(65% sparse)" in text
     text = fill(f"<!-- parts: {out}/training.json -->\n<!-- end -->")
     assert "| `groups_quarter`, sparse | 1.0 | 0.5 | 1.5 |" in text
+
+
+def test_steps_are_compared_by_their_keys(tmp_path):
+    """A row for each file, with the change to the row without keys; not where the batch is another."""
+    source = json.loads((ROOT / "docs" / "training" / "1b_fp8_2nd" / "training.json").read_bytes())
+
+    def write(name: str, contender: str, faster: float, *words: str) -> None:
+        entry = json.loads(json.dumps(source["contenders"][contender]))
+        entry["ms"] = {mode: time - faster for mode, time in entry["ms"].items()}
+        command = shlex.join([*shlex.split(source["command"]), *words])
+        result = source | {"contenders": {contender: entry}, "command": command}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
+    write("old", "columns_quarter_fp8", 0.0)
+    write("new", "columns_quarter_fp8", 5.0, "--training.bf16_residual", "true", "--optimizer.moments=bfloat16")
+    write("batch", "columns_quarter_fp8", 0.0, "--training.global_batch_size", "8")
+    write("dense", "dense", 0.0)
+    lines = fill(f"<!-- switches: {tmp_path} -->\n<!-- end -->").splitlines()
+    assert lines[3:7] == [
+        "| 1b | `columns_quarter_fp8` | none | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
+        "| 1b | `columns_quarter_fp8` | `global_batch_size = 8` | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
+        "| 1b | `columns_quarter_fp8` | `bf16_residual = true`, `moments = bfloat16` | 198.9 (-5.0) | 159.8 (-5.0) | "
+        "99.4k | 27.6 / 24.1 |",
+        "| 1b | `dense` | none | 235.3 | - | 69.6k | 36.1 |",
+    ]
