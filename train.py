@@ -4,7 +4,7 @@
 
 reads the job (configs/loader.py), checks what its keys mean together (recipes/check.py) and trains it
 (recipes/trainer.py). The exit status is 0 for a run that ended or was told to save and stop, 2 for input that cannot be
-run, 3 for a job that does not fit into GPU memory, and 1 for any other failure. torchrun turns all but 0 into 1.
+run, 3 for a job that does not fit into memory, and 1 for any other failure. torchrun turns all but 0 into 1.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from configs.errors import ConfigError, TooLargeError, exit_with, show_error
+from configs.errors import ConfigError, LostProcessError, TooLargeError, exit_with, show_error
 
 if __name__ == "__main__":
     # Of a Ctrl-C that comes before the trainer's own handler is there.
@@ -26,10 +26,14 @@ if not hasattr(kernels, "sparse_feed_forward"):
 
 from configs.loader import load_config, resolved
 from configs.schema import JobConfig
+from configs.titan import device_type
 from recipes.check import check_config
 from recipes.data import check_data
 from recipes.summary import summary
 from recipes.trainer import SparseTrainer
+
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say in a collective with a rank that has ended."""
 
 
 def main(args: list[str]) -> None:
@@ -44,13 +48,18 @@ def main(args: list[str]) -> None:
     try:
         trainer = SparseTrainer(config, model_args, spans)
         trainer.train()
-    except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistBackendError) as error:
-        if not any(reason in str(error) for reason in ("out of memory", "CUDA calloc")):
-            raise
-        raise too_large(config, error) from error
     except Exception as error:
+        if lacks_memory(error):
+            raise too_large(config, error) from error
+        if isinstance(error, LostProcessError):
+            raise
         if trainer is not None and (lost := trainer.dataloader.lost_process()):
             raise lost from error
+        if said := [line for line in str(error).splitlines() if any(reason in line for reason in PEER_ENDED)]:
+            raise LostProcessError(
+                f"another process of this run has ended ({said[0].partition(' This is')[0].strip()}): its own message says why; the same "
+                "command resumes"
+            ) from error
         raise
     finally:
         if trainer is not None:
@@ -58,18 +67,27 @@ def main(args: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def too_large(config: JobConfig, error: Exception) -> TooLargeError:
-    """What to do about a job that does not fit into GPU memory.
+def lacks_memory(error: Exception) -> bool:
+    """Whether a job does not fit into memory, by an error of PyTorch's allocators, of CUDA, or of NCCL.
 
-    The error may come from PyTorch's allocator, from CUDA, whose kernels and libraries take memory too, or from NCCL,
-    which allocates last.
+    CUDA's kernels and libraries take memory too, and NCCL allocates last.
     """
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | dist.DistBackendError):
+        return any(reason in str(error) for reason in ("out of memory", "CUDA calloc"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def too_large(config: JobConfig, error: Exception) -> TooLargeError:
+    """What to do about a job that does not fit into memory, by the error that says so."""
     size, mode = config.training.local_batch_size, config.activation_checkpoint.mode
-    lines = str(error).strip().splitlines()
-    said = next((line for line in lines if "out of memory" in line), lines[-1]).split(". ")[0]
+    lines = str(error).strip().splitlines() or ["MemoryError"]
+    said = next((line for line in lines if "out of memory" in line), lines[-1])
+    # The CPU's begins with a place in the code, others end with advice.
+    said = (said.partition("DefaultCPUAllocator: ")[2] or said).split(". ")[0]
+    memory = "memory" if device_type == "cpu" else "GPU memory"
     stronger = {"none": ' or activation_checkpoint.mode = "selective" or "full"', "selective": ' or mode = "full"'}
     return TooLargeError(
-        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into GPU memory '
+        f'training.local_batch_size = {size} with activation_checkpoint.mode = "{mode}" does not fit into {memory} '
         f"({said}): use a smaller one{stronger.get(mode, '')}, and keep training.global_batch_size if the run is to go "
         "on from a checkpoint; python -m scripts.estimate says what fits"
     )

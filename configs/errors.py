@@ -20,6 +20,9 @@ class ConfigError(Exception):
     status = 2
     """Exit status of a program that ends with this error."""
 
+    alone = False
+    """Whether one rank has it and the others do not, so that it cannot leave the message to rank 0."""
+
 
 class TooLargeError(ConfigError):
     """A job that does not fit into GPU memory. A program that starts jobs tells it from bad input by its status."""
@@ -28,9 +31,17 @@ class TooLargeError(ConfigError):
 
 
 class LostProcessError(ConfigError):
-    """A process that reads the data was killed: no fault of the input."""
+    """A process that the run needs has ended: no fault of the input."""
 
     status = 1
+
+
+def lost_data_process(what: str) -> LostProcessError:
+    """The error to report where a process that reads the data was killed, by `what`."""
+    return LostProcessError(
+        f"{what} ended a process that reads the data, perhaps for lack of memory: run the same command again, it "
+        "resumes; if it happens again, lower training.dataloader.num_workers"
+    )
 
 
 def refuse(key: str, value: Any, problem: str, remedy: str) -> ConfigError:
@@ -85,9 +96,9 @@ def exit_with(error: ConfigError) -> None:
 
     Rank 0 prints and exits; torchrun then ends the other ranks. Any other rank waits before it prints and exits: if it
     exited first, torchrun would end rank 0 before that has printed. If nothing ends the waiting rank, only its machine
-    has the error, and it prints.
+    has the error, and it prints. An error that one rank has alone is printed at once.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if int(os.environ.get("RANK", "0")) != 0 and not error.alone:
         for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)  # the trainer's handlers would not end the process
         time.sleep(15)

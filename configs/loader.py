@@ -87,7 +87,7 @@ def load_config(args: list[str]) -> tuple[JobConfig, str]:
             f"--lr_scheduler.decay_ratio {options['lr_scheduler.decay_ratio']} goes against decay_with_tail = true of "
             f"{recipe_path}: leave it out, or add --schedule.decay_with_tail false"
         )
-    config_built = _build(JobConfig, values)
+    config_built = _built(values, f"{path} or the command line")
     _expand_paths(config_built)
     return config_built, check
 
@@ -322,6 +322,13 @@ def _show(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _built(values: dict[str, Any], source: str) -> JobConfig:
+    try:
+        return _build(JobConfig, values)
+    except ValueError as error:  # a check of torchtitan's, whose message names the key without its section
+        raise ConfigError(f"{source}: {error}") from None
+
+
 def _build(cls: type, values: dict[str, Any]) -> Any:
     """A dataclass from checked values; what is not given keeps its default."""
     built = {}
@@ -365,7 +372,7 @@ def restored(values: dict[str, Any], source: str) -> JobConfig:
         if isinstance(kept.get(section), dict):
             kept[section] = {other: value for other, value in kept[section].items() if other != name}
     _check(JobConfig, kept, "", source)
-    config = _build(JobConfig, kept)
+    config = _built(kept, source)
     if config.training.mixed_precision_param == "auto":  # a run has settled it; this one is older than the choice
         config.training.mixed_precision_param = "bfloat16"
     return config

@@ -16,6 +16,10 @@ from configs.titan import titan_config
 RECIPE_SECTIONS = ("schedule", "weights", "activations", "router", "precision")
 
 
+YEAR = 365 * 24 * 3600
+"""Seconds. PyTorch counts timeouts in nanoseconds, of which there cannot be any number."""
+
+
 def _in(default, low=None, high=None):
     return field(default=default, metadata={"low": low, "high": high})
 
@@ -235,7 +239,7 @@ class Model(titan_config.Model):
     dim: int | None = _in(None, 1)
     """Model width, instead of the flavor's."""
 
-    n_layers: int | None = _in(None, 1)
+    n_layers: int | None = _in(None, 1, 10_000)
     """Number of blocks, instead of the flavor's."""
 
     n_heads: int | None = _in(None, 1)
@@ -317,7 +321,7 @@ class Training(titan_config.Training):
     otherwise. Halves what norms and additions between blocks read and write.
     """
 
-    hang_timeout_seconds: float = _in(1800.0, 0.0)
+    hang_timeout_seconds: float = _in(1800.0, 0.0, YEAR)
     """
     How long a step may take, or one of its validations: a run that takes longer hangs. It writes where its threads
     stand and ends with status 1, and the same command resumes. The first step of a phase compiles, so leave time for
@@ -428,7 +432,7 @@ BOUNDS = {
     "training.max_norm": (0, None),
     "training.gc_freq": (1, None),
     "training.dataloader.num_workers": (0, None),
-    "training.dataloader.prefetch_factor": (1, None),
+    "training.dataloader.prefetch_factor": (1, 1000),
     "optimizer.lr": (0, None),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
@@ -455,8 +459,8 @@ BOUNDS = {
     "parallelism.pipeline_parallel_first_stage_less_layers": (0, None),
     "parallelism.pipeline_parallel_last_stage_less_layers": (0, None),
     "activation_checkpoint.memory_budget": (0, 1),
-    "comm.init_timeout_seconds": (1, None),
+    "comm.init_timeout_seconds": (1, YEAR),
     "debug.seed": (0, 2**32 - 1),
-    "comm.train_timeout_seconds": (1, None),
-    "comm.trace_buf_size": (0, None),
+    "comm.train_timeout_seconds": (1, YEAR),
+    "comm.trace_buf_size": (0, 10_000_000),
 }

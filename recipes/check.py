@@ -29,6 +29,13 @@ CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx")  # torchtitan's th
 RING_ATTENTION = {"cuda": ("bfloat16",)}
 """Types of devices on which PyTorch has ring attention, and what it computes in there."""
 
+FOLDERS = (
+    *("checkpoint.folder", "metrics.save_tb_folder", "comm.save_traces_folder"),
+    *("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder"),
+)
+OWN_FILES = ("run.json", "metrics.jsonl", "tokenizer", ".lock", "wandb_run")
+"""What else a run writes into job.dump_folder."""
+
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The environment variable with which torchrun gives every restart a store of its own."""
 
@@ -451,7 +458,21 @@ def _check_batch(config: JobConfig, world: int) -> None:
         )
 
 
+def _check_folders(config: JobConfig) -> None:
+    """Refuse folders of a run that are outside of its own, where they may be another run's."""
+    for key in FOLDERS:
+        section, name = key.split(".")
+        value, default = (getattr(getattr(job, section), name) for job in (config, JobConfig()))
+        path = Path(value)
+        if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] in OWN_FILES:
+            raise ConfigError(
+                f"{key} = {json.dumps(value)} is no folder inside job.dump_folder that is free for it: give a name, "
+                f'such as "{default}"; a folder on another disk can be linked there'
+            )
+
+
 def _check_rest(config: JobConfig) -> None:
+    _check_folders(config)
     if config.checkpoint.keep_latest_k == 1:
         raise ConfigError(
             "checkpoint.keep_latest_k = 1 could leave no complete checkpoint: keep 2 or more, or 0 for all"
@@ -561,6 +582,8 @@ def _check_machine(config: JobConfig) -> None:
         )
     if config.model.converters and device_type == "cpu":
         raise ConfigError(f"model.converters = {config.model.converters} needs a GPU: leave it empty on this machine")
+    if config.training.enable_cpu_offload and device_type == "cpu":
+        raise ConfigError("training.enable_cpu_offload = true needs a GPU to offload from: set it to false")
     if config.checkpoint.async_mode == "async_with_pinned_mem" and device_type == "cpu":
         raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU: use "async" on this machine')
     if config.profiling.enable_profiling and device_type == "cpu":

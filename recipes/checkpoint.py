@@ -35,7 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from configs.errors import ConfigError, first_line
+from configs.errors import ConfigError, first_line, lost_data_process
 from configs.titan import AsyncMode, CheckpointHooks
 from recipes.data import Loader
 
@@ -249,6 +249,8 @@ class SafeCheckpointManager(CheckpointHooks):
                 self.purge_queue.put(os.path.join(self.folder, name))
 
     def _save_error(self, reason: str) -> ConfigError:
+        if "DataLoader worker" in reason:  # PyTorch raises its death in whatever the rank is doing
+            return lost_data_process("a signal")
         return ConfigError(
             f"checkpoint {self._saving} could not be saved: {reason}. Free space or repair the folder, then run the "
             f"same command again: it resumes from {self._read_pointer() or 'the start, as no checkpoint is complete'}"

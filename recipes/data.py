@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from configs.errors import STOPPING, ConfigError, LostProcessError, refuse
+from configs.errors import STOPPING, ConfigError, LostProcessError, lost_data_process, refuse
 from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
@@ -378,11 +378,9 @@ class Loader(ParallelAwareDataloader):
                 process.join(0.1)  # it may be ending
         for process in self._processes:
             if process.exitcode is not None and process.exitcode < 0:
-                return LostProcessError(
-                    f"{signal.Signals(-process.exitcode).name} ended a process that reads the data, perhaps for lack "
-                    "of memory: run the same command again, it resumes; if it happens again, lower "
-                    "training.dataloader.num_workers"
-                )
+                error = lost_data_process(signal.Signals(-process.exitcode).name)
+                error.alone = True
+                return error
         return None
 
     def close(self) -> None:

@@ -632,7 +632,14 @@ def set_up_process(config: JobConfig) -> None:
 
 def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
     parallelize = titan.parallelize_moe if model.model_args.num_experts else titan.parallelize_llama
-    model = parallelize(model, parallel_dims, job_config)
+    try:
+        model = parallelize(model, parallel_dims, job_config)
+    except ValueError as error:
+        key = "per_op_sac_force_recompute_mm_shapes_by_fqns"
+        if key not in str(error):
+            raise
+        names = getattr(job_config.activation_checkpoint, key)
+        raise ConfigError(f"activation_checkpoint.{key} = {json.dumps(names)}: name linear layers alone") from error
     compiles = job_config.compile.enable and "model" in job_config.compile.components
     for mixture in model.mixtures():
         mixture.experts.keep_buffers_whole()

@@ -60,7 +60,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        look = self._seconds / LOOKS
+        look = max(0.01, self._seconds / LOOKS)
         while True:
             faulthandler.dump_traceback_later(self._seconds + look, file=STDERR)  # unless this line is reached again
             if self._closed.wait(look):

@@ -335,12 +335,12 @@ def test_a_full_disk_in_the_middle_of_a_run(tiny, train, straight, tmp_path):
 
 
 def kill_a_data_process() -> None:
-    """In step 6, one of two."""
+    """In step 6, one of two; of several ranks the second's."""
     enter_phase = SparseTrainer._enter_phase
 
     def kill(self, batches):
         enter_phase(self, batches)
-        if self.step == 6:
+        if self.step == 6 and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     SparseTrainer._enter_phase = kill  # type: ignore[method-assign]
@@ -359,6 +359,11 @@ def test_a_data_process_that_is_killed_is_one_message(tiny, tmp_path):
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert fork(*command).returncode == 0
     assert losses(rows(tmp_path)) == losses(rows(tmp_path / "whole"))
+
+    several = merge(command, ["--training.global_batch_size", "8", "--job.dump_folder", str(tmp_path / "several")])
+    result = fork(*several, processes=2, prepare=kill_a_data_process)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: SIGKILL ended a process that reads the data") == 1, result.stderr
 
 
 def test_what_a_data_process_refuses_is_one_message(train, tmp_path, monkeypatch):

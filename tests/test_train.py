@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from conftest import ROOT, fork, launch, losses, merge, rows
 from filelock import FileLock
 
 import kernels
-from configs.errors import ConfigError, TooLargeError, exit_with
+from configs.errors import ConfigError, LostProcessError, TooLargeError, exit_with
 from configs.loader import load_config
 from kernels.columns.ffn import LARGE_BLOCKS
 from kernels.groups.ffn import TILE_GROUPS
@@ -431,14 +432,16 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, train, tmp_path):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has"), "CUDA out of memory"),
         (dist.DistBackendError("NCCL error\nLast error:\nFailed to CUDA calloc async 4 bytes\n"), "Failed to CUDA"),
-        (dist.DistBackendError("NCCL error\nLast error:\nremote process exited\n"), None),
+        (dist.DistBackendError("NCCL error\nLast error:\nunhandled system error\n"), None),
         (torch.AcceleratorError("CUDA error: out of memory\nSearch for it\nCompile with more"), "error: out of memory"),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\n"), None),
+        (MemoryError(), r"memory \(MemoryError\): use a smaller one"),
     ],
 )
 def test_a_job_that_does_not_fit_is_one_message(tiny, monkeypatch, error, said, building):
     class Trainer:
         closed = False
+        dataloader = SimpleNamespace(lost_process=lambda: None)
 
         def __init__(self, *_):
             if building:
@@ -460,6 +463,52 @@ def test_a_job_that_does_not_fit_is_one_message(tiny, monkeypatch, error, said, 
         with pytest.raises(SystemExit) as ended:
             exit_with(caught.value)
         assert ended.value.code == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16281. This is"),
+        dist.DistBackendError("NCCL error\nLast error:\nremote process exited or there was a network error\n"),
+    ],
+)
+def test_a_rank_that_is_left_alone_says_so_in_one_message(tiny, monkeypatch, error):
+    class Trainer:
+        dataloader = SimpleNamespace(lost_process=lambda: None)
+
+        def __init__(self, *_):
+            pass
+
+        def train(self):
+            raise error
+
+        def close(self):
+            pass
+
+    program = importlib.import_module("train")
+    monkeypatch.setattr(program, "SparseTrainer", Trainer)
+    with pytest.raises(LostProcessError, match=r"another process .* ended \(.*(by peer|exited).*\): its own"):
+        program.main(["--config", "configs/debug.toml", *tiny])
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_rank_0(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    waits: list[float] = []
+    monkeypatch.setattr("configs.errors.time.sleep", waits.append)
+    error = LostProcessError("a process is lost")
+    for error.alone, waited in ((True, []), (False, [15])):
+        with pytest.raises(SystemExit) as ended, monkeypatch.context() as patch:
+            patch.setattr("configs.errors.signal.signal", lambda *_: None)
+            exit_with(error)
+        assert ended.value.code == 1 and waits == waited
+    assert capsys.readouterr().err == "error: a process is lost\n" * 2
+
+
+def test_a_job_that_no_memory_holds_is_one_message(tiny, tmp_path):
+    words = merge(["--config", "configs/debug.toml", *tiny], [*DENSE, "--model.hidden_dim", str(10**12)])
+    result = fork(*words, "--job.dump_folder", str(tmp_path / "run"))
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(r"error: .* does not fit into memory \(can't allocate memory: you tried to", result.stderr)
 
 
 def test_a_shadowed_kernels_package_is_named(tmp_path):
