@@ -56,9 +56,9 @@ def main(args: list[str]) -> None:
         if trainer is not None and (lost := trainer.dataloader.lost_process()):
             raise lost from error
         if said := [line for line in str(error).splitlines() if any(reason in line for reason in PEER_ENDED)]:
+            what = said[0].partition(" This is")[0].strip()
             raise LostProcessError(
-                f"another process of this run has ended ({said[0].partition(' This is')[0].strip()}): its own message says why; the same "
-                "command resumes"
+                f"another process of this run has ended ({what}): its own message says why; the same command resumes"
             ) from error
         raise
     finally:
