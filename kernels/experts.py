@@ -159,7 +159,7 @@ def _ffn(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
 
 def dense_experts(x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
     """y `[N, d]` of dense experts; arguments as in the module docstring. Under autocast in its dtype."""
-    x, w1, w2 = _autocast(x, w1, w2)
+    x, w1, w2 = autocast(x, w1, w2)
     if not _uses_grouped_mm(x, w1):
         return _ffn(x, w1, w2, counts)
     # A grouped product over the rows of an expert, as the gradient of its weight is, need not write the result of an
@@ -175,7 +175,7 @@ def waits_for_counts(x: Tensor, w1: Tensor, sparsity: FeedForwardSparsity | None
         x, w1: as in the module docstring, before autocast.
         sparsity: of sparse experts; None: dense ones.
     """
-    x, w1 = _autocast(x[:0], w1[:0])
+    x, w1 = autocast(x[:0], w1[:0])
     if not _uses_grouped_mm(x, w1):
         return True
     if sparsity is None:
@@ -184,7 +184,8 @@ def waits_for_counts(x: Tensor, w1: Tensor, sparsity: FeedForwardSparsity | None
     return not isinstance(choose_experts(sparsity, shape, x.device, x.dtype)[0], GroupedColumns)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast, where that is on."""
     device = tensors[0].device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
@@ -204,7 +205,7 @@ def route_within_experts(x: Tensor, centroids: Tensor, counts: Tensor) -> tuple[
         its expert.
     """
     clusters, device = centroids.shape[1], x.device
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     filled = F.pad(centroids.to(x.dtype), (0, 0, 0, -clusters % ALIGNED))
     scores = grouped_linear(x.detach(), filled.mT, counts)[:, :clusters]
     nearest = scores.argmax(1)
@@ -466,7 +467,7 @@ def sparse_experts(
     """
     assert isinstance(sparsity.pattern, Pattern)
     sparsity.pattern.check(w1.shape[1])
-    x, w1, w2 = _autocast(x, w1, w2)
+    x, w1, w2 = autocast(x, w1, w2)
     if family is None:
         shape = Shape(x.shape[1], w1.shape[1], x.shape[0], w1.shape[0])
         family, _ = choose_experts(sparsity, shape, x.device, x.dtype)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.titan import MoE, MoEArgs, TransformerBlock, TransformerModelArgs, trunc_normal_
 from kernels import FeedForwardSparsity, Pattern, hidden_activations
-from kernels.experts import dense_experts, route_within_experts, sparse_experts, waits_for_counts
+from kernels.experts import autocast, dense_experts, route_within_experts, sparse_experts, waits_for_counts
 from models.attention import Attention
 from models.feed_forward import FeedForward, count_activity
 
@@ -144,8 +144,65 @@ def _products(
     return sparse_experts(x, w1, w2, counts, sparsity, order)
 
 
+class _Dispatch(torch.autograd.Function):
+    # x[order // top_k], whose gradient is a gather as well: that of indexing adds rows up, which needs a sort on a GPU.
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[order // places.shape[1]]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (places,) = ctx.saved_tensors
+        return grad[places].sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, scores: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scores, order, places)
+        return (y[places] * scores[:, :, None]).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        y, scores, order, places = ctx.saved_tensors
+        dy = grad[order // places.shape[1]] * scores.flatten()[order][:, None]
+        return dy.to(y.dtype), (y[places] * grad[:, None]).sum(2), None, None
+
+
+def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """Copy every token to its experts.
+
+    Args:
+        x: `[T, dim]`.
+        order: `[T * top_k]` int64: the copies, numbered token by token, sorted by expert.
+        places: `[T, top_k]` int64, where each copy stands among the sorted ones.
+
+    Returns:
+        `[T * top_k, dim]`, sorted by expert.
+    """
+    return _Dispatch.apply(x, order, places)
+
+
+def combine(y: Tensor, scores: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """Add up the experts' results for every token, by its scores.
+
+    Args:
+        y: `[T * top_k, dim]`, sorted by expert.
+        scores: `[T, top_k]`.
+        order, places: as of `dispatch`.
+
+    Returns:
+        `[T, dim]`, in the wider dtype of y and the scores.
+    """
+    return _Combine.apply(y, scores, order, places)
+
+
 class MixtureOfExperts(MoE):
     """torchtitan's mixture of experts, `[B, S, dim]` to the same, with the experts above.
+
+    Router and balancing are torchtitan's. Its forward pass is not: it copies tokens in float32, and the gradient of
+    indexing sorts them once more. What is computed is the same.
 
     Args:
         args: torchtitan's; its shared experts are SwiGLU, so it must ask for none.
@@ -167,6 +224,26 @@ class MixtureOfExperts(MoE):
         self.experts = Experts(args.num_experts, dim, hidden_dim, sparsity, always_dense)
         if shared:
             self.shared_experts = FeedForward(dim, hidden_dim, FeedForwardSparsity(), always_dense=True)
+        self._dispatch, self._combine = dispatch, combine
+
+    def compile_routing(self, backend: str) -> None:
+        """Compile the copies of tokens to experts and back; their sizes do not depend on where tokens go."""
+        self._dispatch = torch.compile(dispatch, backend=backend, fullgraph=True)
+        self._combine = torch.compile(combine, backend=backend, fullgraph=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        scores, chosen, counts = self.router(tokens, self.expert_bias)
+        with torch.no_grad():
+            self.tokens_per_expert.add_(counts)
+            order = chosen.flatten().argsort(stable=True)
+            places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+            places = places.view_as(chosen)
+        (read,) = autocast(tokens)
+        y = self._combine(self.experts(self._dispatch(read, order, places), counts), scores, order, places)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
+        return y.to(x.dtype).view_as(x)
 
 
 class ExpertBlock(TransformerBlock):

@@ -643,6 +643,8 @@ def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
     compiles = job_config.compile.enable and "model" in job_config.compile.components
     for mixture in model.mixtures():
         mixture.experts.keep_buffers_whole()
+        if compiles:
+            mixture.compile_routing(job_config.compile.backend)
         if compiles and not parallel_dims.ep_enabled:  # which brings another number of rows in every step
             mixture.experts.compile_products(job_config.compile.backend)
     if parallel_dims.tp_enabled and model.tok_embeddings is not None:

@@ -199,8 +199,8 @@ def _memory_of(
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
     if args.num_experts:
-        # Sorted by expert on the way in; float32, to be weighed by the router's scores, on the way out.
-        attention += rows * d * (width + 4)
+        # Sorted by expert on the way in, and to be weighed by the router's scores on the way out.
+        attention += rows * d * 2 * width
         attention += 2 * width * tokens * hidden if args.shared_expert else 0
     copies = 0 if fsdp or width == on.state else width * count
     by_operator = mode == "selective" and config.activation_checkpoint.selective_ac_option == "op"

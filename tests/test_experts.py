@@ -14,6 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import kernels
 from configs.errors import ConfigError
 from configs.loader import load_config, restored
+from configs.titan import MoE
 from kernels import MASKED, FeedForwardSparsity, Groups, route_tokens
 from kernels.experts import (
     ALIGNED,
@@ -220,6 +221,23 @@ def test_a_layer_is_the_weighted_sum_of_the_chosen_experts(shared):
     torch.testing.assert_close(mixture(x), expected, rtol=1e-4, atol=1e-6)
     counts = torch.bincount(chosen.flatten(), minlength=4)
     assert torch.equal(mixture.tokens_per_expert.long(), counts) and counts.sum() == 20
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_and_its_gradients_are_torchtitan_s(shared):
+    mixture = build(shared_expert=shared).mixtures()[0]
+    leaves = [torch.randn(2, 5, EXPERTS["dim"], requires_grad=True), *mixture.parameters()]
+    dy = torch.randn(2, 5, EXPERTS["dim"])
+    results, loads = [], []
+    for forward in (mixture, lambda x: MoE.forward(mixture, x)):
+        y = forward(leaves[0])
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+        loads.append(mixture.tokens_per_expert.clone())
+        mixture.tokens_per_expert.zero_()
+    assert torch.equal(*loads)
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+        assert wanted.any()
 
 
 def test_parameters_and_flops_are_those_that_a_token_uses():
