@@ -99,6 +99,11 @@ class SafeCheckpointManager(CheckpointHooks):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load; see CheckpointManager.dcp_load. A checkpoint from before the first sparse phase fits any recipe."""
+        if DATALOADER in state_dict and not from_hf and DATALOADER not in _parts(checkpoint_id):
+            raise ConfigError(
+                f"{checkpoint_id} holds the model alone (checkpoint.last_save_model_only = true), so the run cannot go "
+                "on from it: start another run with checkpoint.initial_load_path"
+            )
         if isinstance(loader := state_dict.get(DATALOADER), Loader) and not from_hf:
             saved = {DATALOADER: {"world_size": 0}}
             dcp.load(saved, checkpoint_id=checkpoint_id)
@@ -113,10 +118,9 @@ class SafeCheckpointManager(CheckpointHooks):
                 state_dict[SPARSITY] = sparsity
             elif table and dist.get_rank() == 0:  # an empty table: no sparse phase has begun
                 logger.info("the checkpoint was made with another router: the next sparse phase prepares its own")
-        if BAD_BATCHES in state_dict and not from_hf:
-            entries = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-            if not any(name.startswith(BAD_BATCHES) for name in entries):  # older versions did not count them
-                state_dict = {key: value for key, value in state_dict.items() if key != BAD_BATCHES}
+        # Older versions did not count them.
+        if BAD_BATCHES in state_dict and not from_hf and BAD_BATCHES not in _parts(checkpoint_id):
+            state_dict = {key: value for key, value in state_dict.items() if key != BAD_BATCHES}
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     @torch.no_grad()
@@ -144,6 +148,8 @@ class SafeCheckpointManager(CheckpointHooks):
         finally:
             self.folder = folder
         reason = _first_of_all_ranks(reason)
+        if isinstance(cause, ConfigError):
+            raise cause
         if reason:
             raise self._load_error(step, reason) from cause
         if loaded and dist.get_rank() == 0:
@@ -372,6 +378,11 @@ class SafeCheckpointManager(CheckpointHooks):
             path = f"{first}-{count}"
         os.rename(self.folder_of(step), path)
         return path
+
+
+def _parts(folder: str) -> set[str]:
+    """What a checkpoint holds: the first parts of its entries' names, such as "optimizer"."""
+    return {name.split(".")[0] for name in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata}
 
 
 def write_manifest(folder: str) -> None:

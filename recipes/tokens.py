@@ -32,7 +32,9 @@ from tokenizers import Tokenizer
 from configs.errors import ConfigError
 
 FORMAT = 1
-ARRAYS = ("tokens", "ends", "hashes")
+ARRAYS = {"tokens": (np.uint16, np.uint32), "ends": (np.int64,), "hashes": (np.uint64,)}
+"""The files of a shard, and the dtypes that they may have."""
+
 SHARD_BYTES = 64 << 20  # of text, at most
 
 
@@ -60,9 +62,19 @@ class TokenStore:
         return np.arange(len(self)), np.concatenate([np.zeros(0, np.uint64), *hashes])
 
     def tokens(self, place: int, tokenizer: Any = None) -> np.ndarray:
-        """A document's tokens with bos and eos, a view of the file."""
+        """A document's tokens with bos and eos, a view of the file.
+
+        Raises:
+            ConfigError: a token that the vocabulary does not have.
+        """
         shard = bisect.bisect_right(self._starts, place) - 1
-        return self._shards[shard].document(place - self._starts[shard])
+        found = self._shards[shard].document(place - self._starts[shard])
+        if len(found) and found.max() >= self.manifest["vocabulary"]:
+            raise ConfigError(
+                f"{self.folder} has token {found.max()} in document {place}, of a vocabulary of "
+                f"{self.manifest['vocabulary']}: {_remedy(Path(self.folder))}"
+            )
+        return found
 
     def text(self, place: int) -> str:
         """A document's text, as far as its tokenizer keeps texts."""
@@ -103,8 +115,15 @@ class _Shard:
                 raise ConfigError(f"{file} cannot be read ({error}): {_remedy(folder)}") from error
             if array.shape != (length,):
                 raise ConfigError(f"{file} has {array.shape} entries instead of {length}: {_remedy(folder)}")
+            if array.dtype not in ARRAYS[kind]:
+                names = " or ".join(np.dtype(each).name for each in ARRAYS[kind])
+                raise ConfigError(f"{file} holds {array.dtype} instead of {names}: {_remedy(folder)}")
             arrays.append(array)
         values, ends, hashes = arrays
+        starts = np.concatenate([[0], ends])
+        if (np.diff(starts) < 0).any() or starts[-1] != len(values):
+            file = folder / f"{about['name']}.ends.npy"
+            raise ConfigError(f"{file} does not cut {len(values)} tokens into documents: {_remedy(folder)}")
         # The base class: a view of np.memmap costs microseconds for each document.
         return cls(values.view(np.ndarray), np.asarray(ends), np.asarray(hashes))
 
@@ -114,6 +133,10 @@ class _Shard:
 
 def _remedy(folder: Path) -> str:
     return f"remove {folder} and run python -m scripts.make_tokens again"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -133,12 +156,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}")
-        for key in ("tokenizer", "vocabulary", "bos", "eos", "documents", "tokens", "shards"):
+        for key in ("tokenizer", "documents", "tokens"):
             manifest[key]
+        for key in ("vocabulary", "bos", "eos"):
+            if not _is_count(manifest[key]) and (key == "vocabulary" or manifest[key] is not None):
+                raise ValueError(f"{key} = {json.dumps(manifest[key])}")
         for shard in manifest["shards"]:
             if Path(shard["name"]).name != shard["name"]:
                 raise ValueError(f"a shard named {shard['name']}")
-            int(shard["tokens"]), int(shard["documents"])
+            if not (_is_count(shard["tokens"]) and _is_count(shard["documents"])):
+                raise ValueError(f"the counts of shard {shard['name']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read ({type(error).__name__}: {error}): {_remedy(folder)}") from None
     return manifest

@@ -783,11 +783,11 @@ def faults_table(file: Path) -> str:
         )
     equal = sum(not fault["problems"] for fault in happened)
     counts = Counter(map(_commit, happened))
-    commits = "; ".join(f"commit {name}: {number}" for name, number in counts.items())
+    commits = ", ".join(f"{number} at {name}" for name, number in counts.items())
     text = (
         f"{len(happened)} faults of seed {about['seed']}, {equal} of them without a deviation; "
         f"{len(about['faults']) - len(happened)} more were drawn for a moment that the run did not come to. "
-        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. {commits}."
+        f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. By commit: {commits}."
     )
     return _table(rows, False, lambda _: text)
 

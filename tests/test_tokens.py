@@ -1,5 +1,6 @@
 """Tokens made once: the same batches as from text, bit for bit, in every way in which a run reads them."""
 
+import io
 import json
 import os
 import pickle
@@ -408,6 +409,9 @@ def test_damaged_and_hostile_folders_are_refused(tmp_path, token_sources):
     assert not (tmp_path / "executed").exists()
     np.save(file, np.zeros(3, np.uint16))
     refused(r".*00001.tokens.npy has \(3,\) entries instead of")
+    values = np.load(io.BytesIO(kept))
+    np.save(file, values.astype(np.float32))
+    refused(".*00001.tokens.npy holds float32 instead of uint16 or uint32: remove")
     file.unlink()
     refused(".*00001.tokens.npy cannot be read")
     flipped = bytearray(kept)
@@ -415,9 +419,29 @@ def test_damaged_and_hostile_folders_are_refused(tmp_path, token_sources):
     file.write_bytes(flipped)
     with pytest.raises(ConfigError, match=r"00001.tokens.npy is damaged \(its checksum differs\)"):
         make_tokens.main([str(tmp_path / "tokens"), "--verify"])
+    beyond = values.copy()
+    beyond[5] = 60000
+    np.save(file, beyond)
+    mixture._load_corpus.cache_clear()
+    store = tokens.TokenStore(str(folder))
+    with pytest.raises(
+        ConfigError, match=r"has token 60000 in document \d+, of a vocabulary of 300: remove .*source-0"
+    ):
+        [store.tokens(place) for place in range(len(store))]
     file.write_bytes(kept)
+    ends = np.load(folder / "00001.ends.npy")
+    for damaged in (ends[::-1], ends + 1, np.concatenate([[-1], ends[1:]])):
+        np.save(folder / "00001.ends.npy", damaged)
+        refused(".*00001.ends.npy does not cut .* tokens into documents")
+    np.save(folder / "00001.ends.npy", ends)
     manifest = (folder / "manifest.json").read_text()
-    for content in ("{", "[]", manifest.replace('"format": 1', '"format": 9'), manifest.replace("00001", "../00001")):
+    for content in (
+        "{",
+        "[]",
+        manifest.replace('"format": 1', '"format": 9'),
+        manifest.replace("00001", "../00001"),
+        manifest.replace(": 300,", ': "300",'),
+    ):
         (folder / "manifest.json").write_text(content)
         refused(".*manifest.json cannot be read")
     (folder / "manifest.json").write_text(manifest)
