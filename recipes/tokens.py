@@ -178,7 +178,10 @@ def verify(folder: Path) -> None:
         ConfigError: the first that differs.
     """
     for shard in read_manifest(folder)["shards"]:
-        for kind, expected in shard["checksums"].items():
+        sums = shard.get("checksums")
+        if not isinstance(sums, dict) or sums.keys() != ARRAYS.keys():
+            raise ConfigError(f"{folder}/manifest.json lacks checksums of shard {shard['name']}: {_remedy(folder)}")
+        for kind, expected in sums.items():
             file = folder / f"{shard['name']}.{kind}.npy"
             try:
                 found = _checksum(file)

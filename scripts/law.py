@@ -208,6 +208,8 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
         told: dict[str, Any] = json.loads(file.read_text())
         if not told["recipes"]:
             raise ConfigError(f"{file} has no recipes: see python -m scripts.law --help")
+        if without := [name for name, entry in told["recipes"].items() if not entry["runs"]]:
+            raise ConfigError(f"{file}: recipe {without[0]} has no runs: give it one, or leave it out")
         dense = [
             Cell(n, d, tuple(losses.values())) for n, d, losses in (_losses(**e, root=root) for e in told["dense"])
         ]

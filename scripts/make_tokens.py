@@ -243,6 +243,7 @@ def _make(index: int, source: Source, config: JobConfig, out: Path, tokenizer: P
         missing = [place for place, (name, _) in enumerate(shards) if not (folder / f"{name}.json").is_file()]
         if len(missing) < len(shards):
             print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards are there already")
+        workers = min(workers, max(1, len(missing)))  # all of them are forked at once
         _run((shards[place] for place in missing), sum(sizes[place] for place in missing), workers, folder.name)
     manifest = {
         **{key: plan[key] for key in ("format", "tokenizer")},
@@ -274,6 +275,8 @@ def main(arguments: list[str]) -> None:
     before = arguments[max(0, arguments.index(options.out) - 1)]
     if before in words:  # argparse takes the value of a key that it does not know for the folder
         raise ConfigError(f"{before} {options.out}: name the folder to write first, before the keys of train.py")
+    if not options.out.strip():
+        raise ConfigError('"" names no folder: name the one to write, such as outputs/tokens')
     options.out = Path(options.out)
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is out of bounds: at least 1")

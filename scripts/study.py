@@ -195,6 +195,8 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     for run in runs:
         following = [other for other in runs if other.goes_on_from(run)]
         run.only_begins = any(other.config.training.steps > run.config.training.steps for other in following)
+    if shown is not None and not (isinstance(shown, list) and all(isinstance(name, str) for name in shown)):
+        raise ConfigError(f"{file}: plot = {json.dumps(shown, default=str)}: give names of runs, such as {names[:2]}")
     if unknown := set(shown or []) - set(names):
         raise ConfigError(
             f"{file}: plot names no run {', '.join(sorted(map(str, unknown)))}: there are {', '.join(names)}"
@@ -547,6 +549,8 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = options.jobs if options.jobs is not None else max(1, len(gpus))
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: give 1 or more runs at once")
+    if options.limit_minutes is not None and not options.limit_minutes > 0:  # nan is not
+        raise ConfigError(f"--limit-minutes {options.limit_minutes:g}: give more than 0")
 
     study = read_study(options.study, options.out)
     chosen = study.runs

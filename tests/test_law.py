@@ -115,6 +115,7 @@ def test_intervals_hold_what_is_true():
         (lambda told: told["recipes"]["columns_quarter"]["runs"][0].update(dense="dense_60"), "differ in their tokens"),
         (lambda told: told.pop("recipes"), "not a file of evidence"),
         (lambda told: told["recipes"].clear(), "has no recipes"),
+        (lambda told: told["recipes"]["columns_quarter"]["runs"].clear(), "recipe columns_quarter has no runs"),
         (lambda told: told["dense"][0].update(what="x"), "not a file of evidence"),
     ],
 )

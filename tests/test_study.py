@@ -181,6 +181,12 @@ def test_refused_arguments(write_study, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.main([words[0], "--outputs", "x"])
     assert "--outputs is called --out now" in capsys.readouterr().err
+    for shown in ("5", "[[1]]"):
+        with pytest.raises(ConfigError, match=r"plot = .*: give names of runs, such as \['dense', 'groups'\]"):
+            study.read_study(write_study(RUNS, f"plot = {shown}"), tmp_path / "out")
+    for minutes in ("0", "-1", "nan"):
+        with pytest.raises(ConfigError, match=f"--limit-minutes {minutes}: give more than 0"):
+            study.main([*words, "--limit-minutes", minutes])
     with pytest.raises(ConfigError, match="--jobs 0"):
         study.main([*words, "--jobs", "0"])
     absent = str(write_study(RUNS + 'data.sources = [{ type = "text", path = "absent/*.txt" }]\n'))

@@ -348,6 +348,17 @@ def interrupt_as_workers_start(command: list[str], output: Path) -> None:
         show_error(*sys.exc_info())
 
 
+def test_no_more_processes_than_shards(command, monkeypatch):
+    def run(work, total, workers, name):
+        raise KeyboardInterrupt(f"{workers} for {len(list(work))}")
+
+    monkeypatch.setattr(make_tokens, "_run", run)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        make_tokens.main(instead(command, "--workers", "100000"))
+    workers, shards = map(int, str(stopped.value).split(" for "))
+    assert workers == shards > 1
+
+
 def test_another_tokenizer_is_refused(tmp_path, text_sources, token_sources):
     other = make_config(*text_sources)
     other.tokenizer.vocab_size, other.tokenizer.cache_folder = 290, str(tmp_path / "cache")
@@ -444,6 +455,9 @@ def test_damaged_and_hostile_folders_are_refused(tmp_path, token_sources):
     ):
         (folder / "manifest.json").write_text(content)
         refused(".*manifest.json cannot be read")
+    (folder / "manifest.json").write_text(manifest.replace('"checksums"', '"sums"'))
+    with pytest.raises(ConfigError, match=r"manifest.json lacks checksums of shard 00000: remove .*source-0"):
+        make_tokens.main([str(tmp_path / "tokens"), "--verify"])
     (folder / "manifest.json").write_text(manifest)
     mixture._load_corpus.cache_clear()
     assert len(mixture.load_corpus(config).documents) > 0
@@ -473,6 +487,7 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path, token_sources, command, m
         (instead(command, "--workers", "0"), "--workers 0 is out of bounds"),
         ([str(tmp_path / "full"), *command[1:]], "is not an empty folder"),
         ([str(tmp_path), "--verify"], "holds no source-0"),
+        (["", *command[1:]], '"" names no folder'),
     ):
         with pytest.raises(ConfigError, match=message):
             make_tokens.main(words)
