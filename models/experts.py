@@ -207,8 +207,13 @@ class MixtureOfExperts(MoE):
     Args:
         args: torchtitan's; its shared experts are SwiGLU, so it must ask for none.
         shared: whether a dense FFN of the experts' width adds to every token.
+
+    Attributes:
+        load: `[E]` float32, tokens that each expert got since the trainer set it to zero. torchtitan's count,
+            `tokens_per_expert`, goes back to zero when the optimizer's step balances the experts.
     """
 
+    load: Tensor
     experts: Experts  # type: ignore[assignment]
 
     def __init__(
@@ -224,7 +229,12 @@ class MixtureOfExperts(MoE):
         self.experts = Experts(args.num_experts, dim, hidden_dim, sparsity, always_dense)
         if shared:
             self.shared_experts = FeedForward(dim, hidden_dim, FeedForwardSparsity(), always_dense=True)
+        self.register_buffer("load", torch.zeros(args.num_experts, dtype=torch.float32), persistent=False)
         self._dispatch, self._combine = dispatch, combine
+
+    def init_weights(self, init_std: float, buffer_device: torch.device) -> None:
+        super().init_weights(init_std, buffer_device)
+        self.load = torch.zeros_like(self.tokens_per_expert)
 
     def compile_routing(self, backend: str) -> None:
         """Compile the copies of tokens to experts and back; their sizes do not depend on where tokens go."""
@@ -236,6 +246,7 @@ class MixtureOfExperts(MoE):
         scores, chosen, counts = self.router(tokens, self.expert_bias)
         with torch.no_grad():
             self.tokens_per_expert.add_(counts)
+            self.load.add_(counts)
             order = chosen.flatten().argsort(stable=True)
             places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
             places = places.view_as(chosen)

@@ -17,7 +17,8 @@ Columns (a row has those that apply):
     val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
     val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase
     nonzero_share, energy_kept, router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
-    expert_balance, expert_load_max   of a mixture of experts, in dense inference (`models.experts.expert_balance`)
+    expert_balance, expert_load_max   of a mixture of experts, in dense inference (`models.experts.expert_balance`);
+                                      in the training step train_expert_balance, train_expert_load_max
 
 The peak is that of the accelerator's dense bf16 tensor cores, `peak_flops` in run.json; where it is not known, as for a
 CPU, there is no MFU.

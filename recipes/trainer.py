@@ -312,7 +312,8 @@ class SparseTrainer(titan.Trainer):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics.row[name]) and not self.skips:
                 raise self._diverged(f"the {name.replace('grad_norm', 'norm of the gradient')} is {metrics.row[name]}")
-        extra: dict[str, float] = self._validate() if validates else {}
+        extra = {f"train_{name}": value for name, value in self._expert_balance().items() if "/" not in name}
+        extra |= self._validate() if validates else {}
         if config.training.skip_bad_batches:
             extra["skipped_batches"] = self.bad_batches.skipped
         if masks is not None:
@@ -422,10 +423,11 @@ class SparseTrainer(titan.Trainer):
         for part in self.model_parts:
             for mixture in part.mixtures():
                 mixture.tokens_per_expert.zero_()
+                mixture.load.zero_()
 
     def _expert_balance(self) -> dict[str, float]:
         """How equally busy the experts have been, of all ranks, since `_forget_load`; empty without experts."""
-        loads = [mixture.tokens_per_expert for part in self.model_parts for mixture in part.mixtures()]
+        loads = [mixture.load for part in self.model_parts for mixture in part.mixtures()]
         if not loads:
             return {}
         load = torch.stack(loads)

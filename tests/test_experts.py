@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, fork, losses, merge, rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -411,6 +412,7 @@ def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recip
 
 MOE = ("--model.name", "llama_moe_relu2", "--model.flavor", "moe_debug", "--model.hidden_dim", "64")
 WORDS = (*MOE, "--router.cluster_size", "16", "--checkpoint.interval", "4")
+BOARD = ("--metrics.enable_tensorboard", "true")
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +422,7 @@ def trained(tmp_path_factory):
 
     def get(train):
         if not folder.exists():
-            train(folder, *WORDS, recipe="columns_quarter")
+            train(folder, *WORDS, *BOARD, recipe="columns_quarter")
         return folder
 
     return get
@@ -434,6 +436,13 @@ def test_experts_train_through_dense_sparse_and_dense_phases_and_resume_exactly(
         assert whole[step]["val_loss_sparse"] != whole[step]["val_loss"]
         assert 0.25 < whole[step]["energy_kept"] < 1 and 0 < whole[step]["router_balance"] <= 1
         assert 0 < whole[step]["layers/1/expert_balance"] <= 1 <= whole[step]["expert_load_max"] <= 4
+    for row in whole.values():
+        assert 0 < row["train_expert_balance"] <= 1 <= row["train_expert_load_max"] <= 4
+    (events,) = trained(train).rglob("*tfevents*")
+    board = EventAccumulator(str(events)).Reload()
+    for name in ("expert_balance", "layers/1/expert_load_max", "train_expert_balance", "train_expert_load_max"):
+        points = {point.step: point.value for point in board.Scalars(name)}
+        assert points == pytest.approx({step: row[name] for step, row in whole.items() if name in row}), name
     about = json.loads((trained(train) / "run.json").read_text())
     assert about["backend"]["name"] == "experts_reference"
     said = "\n".join(outcome(restored(about["config"], "run.json"), about, whole[12], 1, 1.0))
