@@ -1,25 +1,24 @@
 """Batches: row streams that pack documents into sequences, the same global batches on any number of GPUs.
 
-A step trains on B = training.global_batch_size sequences, the rows of the global batch. Row b reads its own documents
-of the mixture (recipes/mixture.py) and packs them on its own, as
+A step trains on B = training.global_batch_size sequences, the rows of the global batch. Row b reads every B-th document
+of the mixture (recipes/mixture.py), concatenates their tokens and cuts them:
 
     bos document b eos bos document b+B eos ...    cut every seq_len + 1 tokens
 
-into input = the first seq_len tokens and label = the last seq_len. A row thus does not depend on the rank that reads
-it: data-parallel rank r of R owns the rows r B/R, ..., (r+1) B/R - 1 and takes one sequence from each of them in a
-step, `training.local_batch_size` to a micro-batch. The global batch of every step is the same for any R and any number
-of gradient accumulation steps, so runs on 1 and on 8 GPUs can be compared loss by loss.
+The first seq_len tokens of a piece are the input, the last seq_len the labels. Rank r of R data-parallel ranks owns the
+rows r B/R, ..., (r+1) B/R - 1. In a step it takes one sequence from each of them, `training.local_batch_size` per
+micro-batch. A row does not depend on the rank that reads it, so the global batch of every step is the same for any R
+and any number of gradient accumulation steps, and losses of runs on 1 and on 8 GPUs can be compared step by step.
 
-Where one data-loading process encodes too slowly for a GPU, training.dataloader.num_workers of them share the
-micro-batches of a step, and the rows with them, in turn. For local files the micro-batches are the same for any number
-of processes. `datasets` draws the sources of a streamed mixture differently in a
-worker process, so there training.dataloader.num_workers changes the order; nothing else depends on it.
+With training.dataloader.num_workers > 0 that many processes share the micro-batches of a step, and their rows, in turn.
+For local files the batches are the same for any number of processes. For streamed mixtures they are not: `datasets`
+draws the sources in another order in a worker process.
 
-The state of a row is its place in its documents and which of their tokens are left over from packing: of local
-documents their number, since they are the last tokens of the document before, of a stream the tokens themselves. The
-state of a rank is the state of its rows, by their numbers, and which row is next. So a run resumes with exactly the
-next sequence, also from between two micro-batches and across the end of an epoch. After a whole step it resumes on any
-number of ranks and data-loading processes: each takes the states of its rows, whoever had them before.
+Exact resume. The state of a row is its position in its documents and the tokens that packing has left over: for local
+documents their number, since they are the last tokens of the document before, and for streams the tokens themselves.
+The state of a rank is the states of its rows, by row number, and which row is next. It resumes with exactly the next
+sequence, also between two micro-batches and at the end of an epoch. After a whole step it resumes on any number of
+ranks and data-loading processes: each loads the states of the rows that it owns now.
 """
 
 import contextlib
@@ -49,10 +48,14 @@ logger = logging.getLogger("sparsetitan")
 
 
 def num_rows(config: JobConfig, dp_world_size: int) -> int:
-    """B, the number of rows of the global batch.
+    """B, the number of sequences in the global batch.
+
+    Args:
+        config: the job.
+        dp_world_size: number of data-parallel ranks.
 
     Raises:
-        ConfigError: they cannot be shared out evenly among the ranks and their micro-batches.
+        ConfigError: B is no multiple of the sequences that all ranks take at once.
     """
     training = config.training
     together = training.local_batch_size * dp_world_size
@@ -69,13 +72,13 @@ def num_rows(config: JobConfig, dp_world_size: int) -> int:
 
 
 def check_loading(config: JobConfig) -> int:
-    """Check how the batches are read, without a look at the sources.
+    """Check the keys of batches and data-loading processes, without opening a source.
 
     Returns:
         The number of rows of the global batch.
 
     Raises:
-        ConfigError: there is no source, or the micro-batches cannot be shared out among the data-loading processes.
+        ConfigError: there is no source, or the number of data-loading processes does not divide the micro-batches.
     """
     streamed = any(source.type == "hub" for _, source in used_sources(config))
     degrees = config.parallelism
@@ -92,11 +95,11 @@ def check_loading(config: JobConfig) -> int:
 
 
 def check_data(config: JobConfig) -> None:
-    """Read the sources, so that whatever is wrong with them is said before processes, models and GPUs are set up.
+    """Read the sources, so that their faults are reported before process groups, models and GPUs are set up.
 
     Raises:
-        ConfigError: a source is missing, unreadable or empty, there are fewer documents than rows of the batch, or the
-            micro-batches cannot be shared out among the data-loading processes.
+        ConfigError: as `check_loading`; or a source is missing, unreadable or empty, or there are fewer documents than
+            rows of the global batch.
     """
     rows = check_loading(config)
     corpus = load_corpus(config)
@@ -107,13 +110,13 @@ def check_data(config: JobConfig) -> None:
 
 
 class Row:
-    """A row of the global batch: packs its documents into sequences, int64 [seq_len + 1].
+    """A row of the global batch: an iterator of sequences, int64 `[seq_len + 1]`, packed from its documents.
 
     Args:
-        documents: in their order.
+        documents: the row's documents in order.
         tokenizer: encodes a document with bos and eos.
-        seq_len: tokens in a sequence, S.
-        infinite: start over at the end of an epoch.
+        seq_len: tokens in a sequence.
+        infinite: whether to start over at the end of an epoch.
     """
 
     def __init__(
@@ -124,15 +127,15 @@ class Row:
         infinite: bool = True,
     ) -> None:
         self.documents, self.epoch = documents, 0
-        self._is_counted = False  # whether `epoch` counts the one that will be read next: a resumed one is counted
+        self._is_counted = False  # whether `epoch` includes the epoch that is read next, as after a resume
         self._tokenizer, self._length, self._infinite = tokenizer, seq_len + 1, infinite
-        self._next = 0  # of the local documents
+        self._next = 0  # number of the next local document
         self._left = np.zeros(0, np.int32)
         self._found_nothing = False
-        self._loaded: dict[str, Any] | None = None  # the state of a stream that has not moved, which does not know it
+        self._loaded: dict[str, Any] | None = None  # of a stream, which reports its state only after it has been read
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        yield from self._cut(self._left)  # of a long document that a checkpoint was in the middle of
+        yield from self._cut(self._left)  # the rest of a long document, in which a checkpoint was saved
         waiting, count = [self._left], len(self._left)
         while True:
             for tokens in self._read_epoch():
@@ -148,13 +151,17 @@ class Row:
                 self.documents.set_epoch(self.documents.epoch + 1)
 
     def _cut(self, tokens: np.ndarray) -> Iterator[torch.Tensor]:
-        """As many whole sequences as there are; what is left over is part of the last document alone."""
+        """Cut tokens into whole sequences, and keep the rest, which is part of the last document alone."""
         for stop in range(self._length, len(tokens) + 1, self._length):
             self._left = tokens[stop:]
             yield torch.from_numpy(tokens[stop - self._length : stop].astype(np.int64))
 
     def _read_epoch(self) -> Iterator[np.ndarray]:
-        """The tokens of the documents that are left in this epoch, a document at a time."""
+        """The tokens, int32 or uint16 or uint32 `[n]`, of each document that is left in this epoch.
+
+        Raises:
+            ConfigError: two epochs in a row have no document.
+        """
         self.epoch += not self._is_counted
         self._is_counted = found = False
         if isinstance(self.documents, Documents):
@@ -166,7 +173,7 @@ class Row:
             for example in self.documents:
                 found, self._loaded = True, None
                 yield np.array(self._tokenizer.encode(example["text"], add_bos=True, add_eos=True), np.int32)
-        # A resumed epoch may have been at its end; one more without a document is one of many.
+        # One epoch without a document may be a resumed one that was at its end.
         if not found and self._found_nothing:
             raise ConfigError(
                 "data.sources: a row of the global batch finds no document in its part of the stream; "
@@ -175,7 +182,7 @@ class Row:
         self._found_nothing = not found
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the row is after the last sequence that was taken; a copy."""
+        """The row's position after the last sequence that was taken; a copy."""
         if isinstance(self.documents, Documents):
             return {"epoch": self.epoch, "sample_idx": self._next, "left": len(self._left)}
         return {
@@ -186,15 +193,15 @@ class Row:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Call it before iterating.
+        """Set the row's position to that of a `state_dict`. Call it before iterating.
 
         Raises:
-            ConfigError: the tokens that were left over are not there: the documents are others.
+            ConfigError: the documents are not those of the state: the tokens that were left over are not there.
         """
         self.epoch, self._is_counted = state["epoch"], state["epoch"] > 0
         if isinstance(self.documents, Documents):
             self._next = state["sample_idx"]
-            # A checkpoint of an older release has the tokens, the last ones of the document before as well.
+            # Checkpoints of older releases hold the tokens themselves instead of their number.
             left = state["left"] if "left" in state else len(state["token_buffer"]) // 4
             if left:
                 there = 0 < self._next <= len(self.documents)
@@ -209,23 +216,23 @@ class Row:
             self._left = np.frombuffer(state["token_buffer"], np.int32)
             self._loaded = state["data"]
             self.documents.load_state_dict(state["data"])
-            # A stream heeds a loaded state only in the epoch that the state is of.
+            # A stream uses a loaded state only if its epoch is that of the state.
             self.documents.set_epoch(state["stream_epoch"])
 
 
 class RowStreams(torch.utils.data.IterableDataset, Stateful):
-    """One sequence from each row of a rank in turn: the rank's part of step 1, of step 2, ...
+    """The sequences of a rank: one from each of its rows in turn, for step 1, for step 2, ...
 
-    Yields ({"input": int64 [seq_len]}, label int64 [seq_len]).
+    Yields ({"input": int64 `[seq_len]`}, labels int64 `[seq_len]`).
 
     Args:
-        corpus: what to read.
+        corpus: the documents.
         tokenizer: encodes a document with bos and eos.
         seq_len: tokens in a sequence.
         rows: numbers of the rows that this rank owns.
         num_rows: rows of the global batch, B.
-        micro_batch: rows of a micro-batch. Of several data-loading processes each owns whole ones.
-        infinite: start a row over when it has read its documents. Else the stream ends with the first row that ends.
+        micro_batch: rows of a micro-batch. Each data-loading process owns the rows of whole micro-batches.
+        infinite: whether a row starts over after its last document; else the first row that ends ends the stream.
     """
 
     def __init__(
@@ -246,18 +253,17 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
                 row.documents.set_epoch(corpus.first_epoch(number, num_rows))
         self._next_row = 0
         self._epoch = 1
-        # States that have been loaded into rows that have not moved since. A stream that has not moved does not know
-        # its state.
+        # The loaded states of rows that have not been read since: a stream does not report its state before that.
         self._loaded: list[dict[str, Any] | None] = [None] * len(self.rows)
         self._shared = False
 
     def _share(self) -> None:
-        """Keep the rows of this data-loading process's micro-batches; the others have theirs."""
+        """In a data-loading process, keep only the rows of its own micro-batches."""
         worker = torch.utils.data.get_worker_info()
         if worker is None or self._shared:
             return
         self._shared = True
-        # torchrun and a terminal send a signal to this process too: the trainer decides what happens, and ends it.
+        # torchrun and terminals signal this process too, but only the trainer reacts, and ends this process itself.
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
         own = self.shares(worker.num_workers)[worker.id]
@@ -266,7 +272,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         self.numbers = own
 
     def shares(self, processes: int) -> list[list[int]]:
-        """The numbers of the rows that each of so many data-loading processes has."""
+        """The numbers of the rows that each of `processes` data-loading processes owns."""
         shares: list[list[int]] = [[] for _ in range(processes)]
         for index, number in enumerate(self.numbers):
             shares[index // self._micro_batch % processes].append(number)
@@ -288,7 +294,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
             yield {"input": sequence[:-1]}, sequence[1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every row is, as of the last sequence that was taken; a copy."""
+        """The positions of all rows after the last sequence that was taken, and which row is next; a copy."""
         self._share()
         return {
             "next_row": self._next_row,
@@ -298,10 +304,10 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Call it before iterating.
+        """Set the rows' positions to those of a `state_dict` of the same rows. Call it before iterating.
 
         Raises:
-            ConfigError: the state is of another number of rows.
+            ConfigError: the state has another number of rows.
         """
         self._share()
         if len(state_dict["rows"]) != len(self.rows):
@@ -314,13 +320,13 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         self._next_row = state_dict["next_row"]
 
     def load_from(self, states: list[dict[str, Any]]) -> None:
-        """Go on after a whole step of a run whose rows were on other ranks or in other data-loading processes.
+        """Set the rows' positions after a whole step of a run with other ranks or data-loading processes.
 
         Args:
-            states: what `state_dict` gave in all of the run's processes.
+            states: the `state_dict` of every process of that run.
 
         Raises:
-            ConfigError: the states are not those of this global batch after a whole step.
+            ConfigError: the global batch has another number of rows, or the states were taken within a step.
         """
         rows = {number: row for state in states for number, row in zip(state["numbers"], state["rows"], strict=True)}
         if len(rows) != self._num_rows:
@@ -342,9 +348,9 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
 
 
 class Loader(ParallelAwareDataloader):
-    """torchtitan's loader, which resumes on another number of ranks and data-loading processes.
+    """torchtitan's loader, extended to resume on another number of ranks and data-loading processes.
 
-    It refuses a state that holds anything but plain values: a pickle that names a function calls it.
+    Loaded states may hold plain values only, since a pickle can call any function that it names.
     """
 
     dataset: RowStreams
@@ -355,11 +361,11 @@ class Loader(ParallelAwareDataloader):
         self._processes: set[BaseProcess] = set()
 
     def expect(self, ranks: int) -> None:
-        """Let `state_dict` have the keys of a checkpoint of so many data-parallel ranks, until that is loaded."""
+        """Make `state_dict` have the keys of a checkpoint of `ranks` data-parallel ranks until it is loaded."""
         self._saved_ranks = ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the rank's rows are, under the rank's key."""
+        """The positions of the rank's rows, under the rank's key."""
         if self._saved_ranks:
             return {f"dp_rank_{rank}": b"" for rank in range(self._saved_ranks)} | {"world_size": 0}
         return super().state_dict()
@@ -372,7 +378,7 @@ class Loader(ParallelAwareDataloader):
             self._processes |= set(multiprocessing.active_children()) - before
 
     def lost_process(self) -> LostProcessError | None:
-        """The error to report where a data-loading process was killed. PyTorch raises any of several, at any time."""
+        """The error to report if a data-loading process was killed, which PyTorch raises in several ways; else None."""
         with _unreported_deaths():
             for process in self._processes:
                 process.join(0.1)  # it may be ending
@@ -384,19 +390,19 @@ class Loader(ParallelAwareDataloader):
         return None
 
     def close(self) -> None:
-        """End the data-loading processes. They ignore SIGTERM, so at its exit Python would wait for them forever."""
+        """End the data-loading processes. They ignore SIGTERM, so Python would wait for them at its exit."""
         if self._iterator is not None and self.num_workers:
             self._iterator._shutdown_workers()  # asks them to end, and waits for 5 s
-        with _unreported_deaths():  # of those that are stuck, and those of an iterator that could not be made
+        with _unreported_deaths():  # processes that are stuck, or whose iterator could not be constructed
             for process in self._processes:
                 process.kill()
                 process.join()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Call it before iterating.
+        """Set the rows' positions to those of a `state_dict` of any ranks. Call it before iterating.
 
         Raises:
-            ConfigError: the state is damaged, or names a function or a class.
+            ConfigError: the state is damaged, or names a function or a class; or it does not fit the global batch.
         """
         self._saved_ranks = 0
         states: dict[str, list[dict[str, Any]]] = {}
@@ -424,7 +430,7 @@ class Loader(ParallelAwareDataloader):
         self.dataset.load_from(everything)
 
     def _has_rows_of(self, states: list[dict[str, Any]]) -> bool:
-        """Whether the data-loading processes of this rank have the rows of those that gave the states."""
+        """Whether this rank's data-loading processes own the rows of `states`, one state per process."""
         shares = self.dataset.shares(max(1, self.num_workers))
         if any("numbers" not in state for state in states):  # of an older release
             return [len(state["rows"]) for state in states] == [len(share) for share in shares]
@@ -433,7 +439,7 @@ class Loader(ParallelAwareDataloader):
 
 @contextlib.contextmanager
 def _unreported_deaths() -> Iterator[None]:
-    """Without PyTorch's handler, which raises an error wherever a data-loading process dies."""
+    """Disable PyTorch's handler of SIGCHLD, which raises an error as soon as a data-loading process dies."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
@@ -442,13 +448,13 @@ def _unreported_deaths() -> Iterator[None]:
 
 
 def refused_in_process(error: ConfigError) -> ConfigError:
-    """A ConfigError as it was raised: PyTorch adds the traceback of a data-loading process to its message."""
+    """The error without the traceback that PyTorch adds to the message of one from a data-loading process."""
     said = str(error)
     return ConfigError(said.rpartition("ConfigError: ")[2].strip()) if "in DataLoader worker process" in said else error
 
 
 def _streams_states(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of `RowStreams` in torchdata's state of a loader, one a data-loading process."""
+    """The states of `RowStreams` in the state of torchdata's loader: one for each data-loading process."""
     if "_snapshot" not in state:
         return [state["dataset_state"]]
     workers = state["_snapshot"]["_worker_snapshots"]
@@ -465,15 +471,15 @@ def build_dataloader(
         dp_rank: this rank's number r among them.
         tokenizer: encodes a document with bos and eos.
         job_config: configuration.
-        infinite: start over at the end of an epoch.
+        infinite: whether to start over at the end of an epoch.
 
     Returns:
         A loader of micro-batches ({"input": tokens}, labels), both int64 [local_batch_size, seq_len].
 
     Raises:
-        ConfigError: the data cannot be read, or the global batch cannot be shared out.
+        ConfigError: the data cannot be read, or the ranks cannot share the global batch evenly.
     """
-    # A row encodes one document at a time, and the tokenizer's threads do not survive a fork into a worker process.
+    # A row encodes one document at a time, and the tokenizer's threads would not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     training = job_config.training
     rows = num_rows(job_config, dp_world_size)
@@ -499,10 +505,14 @@ def build_dataloader(
 
 
 def validation_sequences(tokenizer: BaseTokenizer, config: JobConfig) -> torch.Tensor:
-    """The sequences to validate on: from held-out documents packed as in training; the same on every rank.
+    """The sequences of a validation, from held-out documents packed as in training; the same on every rank.
 
-    One long document must not stand for all text. So at least as many documents are read as sequences are asked for,
-    if there are so many, and the sequences are taken from all of their tokens at equal distances.
+    So that no long document dominates, at least as many documents are read as there are to be sequences, if there are
+    so many, and the sequences are taken at equal distances from all of their tokens.
+
+    Args:
+        tokenizer: encodes a document with bos and eos.
+        config: the job.
 
     Returns:
         int64 [validation.sequences, seq_len + 1].

@@ -1,20 +1,21 @@
-"""What a recipe does to a model: from its TOML sections to FFNs that are dense or sparse at a step.
+"""The sparse state of a model's FFNs, derived at every step from the recipe's TOML sections.
 
-At every step `Sparsity.enter` derives the phase and sets the FFNs' flag. At the first step in a sparse phase, and at
-every re-clustering, it prepares them: W1's rows are clustered and the neurons put into cluster order, with their
-optimizer moments; at the first step also the scales of the 2:4 weights are fitted, once and for the whole phase.
+`Sparsity.enter(step)` finds the step's phase and sets the FFNs' mode, dense or sparse. Before the first step of a
+sparse phase, and at every re-clustering, it prepares the FFNs:
 
-Preparation reads nothing but the weights, the step, the seed and the step's first micro-batches. So a run killed before
-the switch prepares at its resume what it would have prepared, and one killed after it finds scales, centroids and the
-neurons' order in the checkpoint (the order is the weights' own: a cluster is a run of neighbouring rows of W1 or,
-spread, every C-th).
+    router      the rows of W1 are clustered; the neurons, and the optimizer's moments with them, are reordered so that
+                a cluster is a run of neighbouring rows or, with router.spread, every C-th row of C clusters
+    2:4         the scales of the soft threshold are fitted, once for the whole phase
 
-Under tensor parallelism neurons are clustered inside a rank's shard, so that none moves to another rank; every rank has
-the centroids of all shards. The run is that of one process whose pattern chooses inside each shard.
+Preparation depends only on the weights, the step, the seed and the step's first micro-batches. A run that is killed
+before the switch therefore prepares the same state when it resumes. A run that is killed after it finds the scales, the
+centroids and, as the order of the weights' rows, the clusters in its checkpoint.
 
-Under pipeline parallelism a rank has the FFNs of its stages. Their neurons are clustered by the ranks that have the
-same stages, by the tokens of the step's first pipeline micro-batch: what a run without a pipeline, with micro-batches
-of that size, would read.
+Tensor parallelism: each shard's neurons are clustered separately, so that no neuron moves to another rank. Every rank
+holds the centroids of all shards. The result is that of one process whose pattern chooses within each shard.
+
+Pipeline parallelism: a rank has the FFNs of its stages. The ranks that have the same stages cluster them, by the tokens
+of the step's first pipeline micro-batch.
 """
 
 import ast
@@ -69,18 +70,18 @@ PREPARED_BY = (
 )
 STATE_VERSION = 2
 BUFFERS = ("w1_scale", "w2_scale", "centroids")
-MASK_ROWS = 1024  # of a matrix whose mask is watched
-SAMPLE = 8192  # tokens by whose activations neurons are clustered
+MASK_ROWS = 1024  # rows of a matrix in which flips of the 2:4 mask are counted
+SAMPLE = 8192  # tokens whose activations cluster a layer's neurons
 TILE_COLUMNS = 128  # of cuBLAS's products in bf16
-EXPERTS_SAMPLE = 16384  # of all experts of a layer, which share a layer's tokens
-TOGETHER = 16  # layers that are clustered at once: of the 1b h is 5.3 GiB then
+EXPERTS_SAMPLE = 16384  # the same for a layer of experts, each of which sees a part of the tokens
+TOGETHER = 16  # layers that are clustered at once; their h takes 5.3 GiB for the 1b model
 
 
 def activation_pattern(activations: Activations) -> Pattern | None:
-    """The pattern that the section [activations] describes.
+    """The pattern of h that the section [activations] describes; None: h is not cut.
 
     Raises:
-        KeyError: a name that no family knows.
+        KeyError: no kernel family has a pattern of that name.
     """
     if activations.pattern == "none":
         return None
@@ -94,14 +95,15 @@ def _value_of(config: JobConfig, key: str) -> Any:
 
 
 def _read_table(text: str) -> dict[str, Any]:
-    """What a checkpoint's FFNs are prepared for.
+    """The values that a checkpoint's FFNs were prepared with: "start" and the keys of `PREPARED_BY`.
 
     Args:
-        text: a JSON table with its version; the first version, up to commit c93bbb7, wrote "START DENSE_LAYERS" and the
-            sections as Python shows dataclasses: "Weights(pattern='2:4', ...) Activations(...) Router(...)".
+        text: `Sparsity.state_dict()["prepared"]`, a JSON table with its version. The first version (up to commit
+            c93bbb7) is "START DENSE_LAYERS" and the sections as Python prints dataclasses:
+            "Weights(pattern='2:4', ...) Activations(...) Router(...)".
 
     Raises:
-        ConfigError: a later version.
+        ConfigError: the table has a later version.
     """
     if not text:
         return {}
@@ -123,14 +125,17 @@ def _read_table(text: str) -> dict[str, Any]:
 
 
 def _apart(clusters: int) -> Tensor:
-    """An order of clusters, which are numbered by likeness, in which neighbours are far from one another."""
+    """A permutation int64 [clusters] in which neighbouring clusters, whose numbers say how alike they are, lie apart.
+
+    It steps through the numbers by the golden ratio, rounded to a step that is coprime to their count.
+    """
     golden = round(clusters * (math.sqrt(5) - 1) / 2)
     step = next(step for step in range(golden, 2 * clusters + 2) if math.gcd(step, clusters) == 1)
     return torch.arange(clusters) * step % clusters
 
 
 def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSparsity:
-    """What the recipe's sparse phases do to an FFN of width `hidden_dim`."""
+    """The sparsity of an FFN of `hidden_dim` neurons in the recipe's sparse phases."""
     return FeedForwardSparsity(
         pattern=activation_pattern(config.activations),
         weight_products=tuple(config.weights.products) if config.weights.pattern == "2:4" else (),
@@ -141,7 +146,10 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
 
 
 def computes_in(config: JobConfig, shards: bool) -> str:
-    """The dtype of products: tensor or pipeline parallelism alone has neither FSDP's mixed precision nor autocast.
+    """The name of the dtype of matrix products.
+
+    It is training.mixed_precision_param, by FSDP's mixed precision or by autocast; tensor or pipeline parallelism
+    without FSDP has neither and computes in training.dtype.
 
     Args:
         config: the job.
@@ -160,13 +168,13 @@ def sparse_family(
     here: bool = True,
     tensor_parallel: int = 1,
 ) -> tuple[Family | None, str]:
-    """What computes the FFNs in sparse phases, and why; None where there is no sparse phase.
+    """The kernel family that computes FFNs in sparse phases and the reason for it; no family without a sparse phase.
 
     Args:
-        args: of the model, with its sparsity.
+        args: the model's arguments, with its sparsity.
         spans: the run's phases.
-        device, dtype, here: as in `kernels.choose`; FSDP and, on one GPU, autocast compute in the dtype.
-        tensor_parallel: ranks that share a layer.
+        device, dtype, here: as in `kernels.choose`; dtype is that of the products.
+        tensor_parallel: number of ranks that share a layer.
     """
     if all(span.mode == "dense" for span in spans):
         return None, "no sparse phase"
@@ -176,7 +184,13 @@ def sparse_family(
 
 
 def expert_shape(args: LlamaArgs, tokens: int = 0, expert_parallel: int = 1) -> Shape:
-    """The shape of a rank's experts in a layer, for `tokens` of a micro-batch; so many ranks share the experts."""
+    """The shape of a rank's experts in one layer.
+
+    Args:
+        args: the model's arguments.
+        tokens: of a micro-batch on this rank.
+        expert_parallel: number of ranks that share a layer's experts.
+    """
     return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts // expert_parallel)
 
 
@@ -219,7 +233,7 @@ def describe_experts(config: JobConfig, args: LlamaArgs, family: Family | None) 
 
 
 def sparse_layers_flops(args: LlamaArgs) -> float:
-    """FLOPs a token, forward and backward, of the dense FFNs in the layers that a sparse phase makes sparse."""
+    """FLOPs per token, forward and backward, that the FFNs of the sparse phases' layers take when they are dense."""
     ffn = 0 if args.swiglu else 6 * (args.n_layers - args.dense_layers) * 2 * args.dim * args.hidden_dim
     return ffn * (args.top_k if args.num_experts else 1)
 
@@ -232,15 +246,19 @@ def flops_per_token(
     tokens: int = 0,
     expert_parallel: int = 1,
 ) -> dict[str, float]:
-    """FLOPs a token, forward and backward: dense; without what the pattern drops; and what the family executes.
+    """FLOPs per token, forward and backward.
 
     Args:
-        dense: those of a dense step.
-        args: of the model, with its sparsity.
-        family: that computes sparse FFNs; None: there is no sparse phase.
-        tensor_parallel: ranks that share a layer.
-        tokens: of a micro-batch, for experts, which fill up blocks; 0: without the rows that fill up.
-        expert_parallel: ranks that share a layer's experts.
+        dense: FLOPs of a dense step per token.
+        args: the model's arguments, with its sparsity.
+        family: the kernel family of the sparse FFNs; None: there is no sparse phase.
+        tensor_parallel: number of ranks that share a layer.
+        tokens: of a micro-batch. Experts pad their tokens to whole blocks, which counts; 0: padding does not count.
+        expert_parallel: number of ranks that share a layer's experts.
+
+    Returns:
+        dense: as given. sparse_pattern: without the products of entries that the pattern drops. sparse_executed: what
+        the family's kernels execute.
     """
     ffn = sparse_layers_flops(args)
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
@@ -259,9 +277,13 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _reorder(tensor: Tensor, order: Tensor, dim: int) -> None:
-    """Put the entries of a tensor, sharded or not, along `dim` into another order, in place.
+    """Permute a tensor, sharded or not, along `dim` in place.
 
-    Of a tensor of all experts, `[E, f, d]`, the order is that of all their neurons, in which none leaves its expert.
+    Args:
+        tensor: a weight or a moment, of experts `[E, f, d]`.
+        order: int64, which entry comes first, second, ... For experts it permutes all `E f` neurons, each within its
+            expert.
+        dim: the dimension of the neurons; ignored for experts.
     """
     whole = _full(tensor)
     if whole.ndim == 3:
@@ -275,15 +297,15 @@ def _reorder(tensor: Tensor, order: Tensor, dim: int) -> None:
 
 
 class Sparsity(Stateful):
-    """The sparse state of a model's FFNs, and the one place that changes it.
+    """The sparse state of a model's FFNs, and the only code that changes it.
 
     Args:
         config: the job.
-        feed_forwards: the FFNs of this rank in order of depth, by name; none in a model that has no sparse mode.
-        optimizers: those that hold the FFNs' moments.
+        feed_forwards: this rank's FFNs in order of depth, by name; empty for a model without a sparse mode.
+        optimizers: the optimizers of the FFNs' weights.
         spans: the run's phases.
-        depth: FFNs of the whole model; None: this rank has them all.
-        peers: the ranks that have the same FFNs; None: all.
+        depth: number of FFNs in the whole model; None: this rank has all of them.
+        peers: group of the ranks that have the same FFNs; None: all ranks.
     """
 
     def __init__(
@@ -312,24 +334,27 @@ class Sparsity(Stateful):
         self._by_position = False
 
     def _wanted(self, span: Span) -> dict[str, Any]:
-        """What `prepared` is in a sparse phase: the phase, by its start, and the keys that preparation depends on."""
+        """The value of `prepared` in a sparse phase: the phase's start, and the keys that preparation depends on."""
         return {"start": span.start} | {key: _value_of(self.config, key) for key in PREPARED_BY}
 
     def prepares(self, step: int) -> bool:
-        """Whether entering this step clusters neurons or fits scales, which takes as long as some steps."""
+        """Whether `enter` clusters neurons or fits scales at this step, which takes as long as several steps."""
         span, every = span_at(self.spans, step), self.config.router.recluster_every
         again = bool(every) and (step - span.start - 1) % every == 0
         return span.mode == "sparse" and (again or self.prepared != self._wanted(span))
 
     def enter(self, step: int, forward: Callable[[], Any] | None = None) -> bool:
-        """Put the FFNs into the mode of this step.
+        """Set the FFNs to the mode of a step, after preparing them where that is due.
 
         Args:
-            step: from 1.
-            forward: runs the model on the step's tokens; called where the neurons are clustered by activations.
+            step: number of the step, from 1.
+            forward: runs the model on the step's tokens; called if neurons are clustered by activations.
 
         Returns:
-            whether the phase differs from that of the step before.
+            Whether the phase is another than at the last call.
+
+        Raises:
+            ValueError: neurons are to be clustered by activations, and there is no `forward`.
         """
         span = span_at(self.spans, step)
         if self.prepares(step):
@@ -347,10 +372,13 @@ class Sparsity(Stateful):
             feed_forward.sparse = sparse and not feed_forward.always_dense
 
     def run_as(self, mode: FeedForwardSparsity | None) -> None:
-        """Run the FFNs as inference may: densely, for None, or with a sparsity that need not be the recipe's.
+        """Set the FFNs to a mode of inference.
+
+        Args:
+            mode: a sparsity, which need not be the recipe's; None: dense.
 
         Raises:
-            ValueError: the mode has a router or 2:4 weights, and nothing has been prepared for them.
+            ValueError: the mode has a router or 2:4 weights, and the FFNs are not prepared.
         """
         if mode is not None and (mode.clusters or mode.weight_products) and not self.prepared:
             raise ValueError("the FFNs are not prepared for a sparse mode: enter one first")
@@ -361,7 +389,7 @@ class Sparsity(Stateful):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Run the FFNs densely, as inference does, whatever the phase."""
+        """Run the FFNs densely inside the context, whatever the phase."""
         self._run(False)
         try:
             yield
@@ -381,10 +409,17 @@ class Sparsity(Stateful):
                 feed_forward.w2_scale.copy_(soft_threshold_scale(_full(feed_forward.w2.weight).T).bfloat16())
 
     def _inputs(self, forward: Callable[[], Any] | None) -> list[Tensor]:
-        """What each FFN reads while `forward` runs the model densely: `[T, d]` float32, SAMPLE tokens of all ranks'.
+        """The inputs of each FFN in a dense forward pass, of a sample of the tokens of all ranks.
 
-        A pipeline runs a stage on several micro-batches, of which the first is read. Of a layer of experts
-        `[E, T, d]`, EXPERTS_SAMPLE tokens in all, and of each expert at least one a rank.
+        Args:
+            forward: runs the model. In a pipeline it runs a stage on several micro-batches; the first one counts.
+
+        Returns:
+            For each FFN float32 `[T, d]`, T about SAMPLE; for a layer of experts `[E, T, d]`, EXPERTS_SAMPLE tokens in
+            all, and at least one for each expert and rank.
+
+        Raises:
+            ValueError: there is no `forward`.
         """
         if forward is None:
             raise ValueError("neurons are clustered by activations: give the step's forward pass")
@@ -407,7 +442,7 @@ class Sparsity(Stateful):
 
         hooks = [feed_forward.register_forward_pre_hook(keep) for feed_forward in self.feed_forwards]
         try:
-            # The hooks are for this once: not to be compiled, nor missed by what has been.
+            # Eagerly: compiled graphs would not call the hooks, and new graphs would contain them.
             with torch.compiler.set_stance("force_eager"), self.dense():
                 forward()
         finally:
@@ -415,26 +450,29 @@ class Sparsity(Stateful):
                 hook.remove()
         inputs = []
         for feed_forward, of_calls in samples.items():
-            # A pipeline that turns to inference first runs its stages once more, to infer shapes.
+            # A pipeline's first inference calls its stages once more than it has micro-batches, to infer shapes.
             x = of_calls[max(0, calls[feed_forward] - self.micro_batches)]
             if ranks > 1:
                 parts = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(parts, x, group=self.peers)
-                # Neighbouring ranks are a group of tensor parallelism, and read the same tokens.
+                # Neighbouring ranks form a tensor-parallel group, whose ranks read the same tokens.
                 own = [torch.cat(parts[rank :: self.expert_ranks], -2) for rank in range(self.expert_ranks)]
                 x = torch.cat(own) if isinstance(feed_forward, Experts) else torch.cat(parts[:: self.shards])
             inputs.append(x)
         return inputs
 
     def _cluster(self, step: int, inputs: Sequence[Tensor]) -> None:
-        """Cluster the neurons of every layer that is to be sparse, by its inputs or, without, by its weights.
+        """Cluster and reorder the neurons of all layers that become sparse.
 
-        Under tensor parallelism every shard of a layer is clustered by itself, and so is every expert of one. Ranks
-        take these parts in turn.
+        Shards of tensor parallelism and experts are clustered separately; the ranks take these parts in turn.
+
+        Args:
+            step: seeds the clustering.
+            inputs: as `_inputs` returns them; empty: neurons are clustered by their rows of W1.
         """
         ranks, rank = self._ranks()
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
-        # All of them are gathered first: a rank that still clusters a layer would hold up the gathering of the next.
+        # All weights are gathered first: gathering is a collective, and would wait for ranks that cluster.
         weights: dict[tuple[int, int], Tensor] = {}
         for turn, (index, feed_forward) in enumerate(layers):
             parts = self.shards * feed_forward.parts
@@ -469,12 +507,15 @@ class Sparsity(Stateful):
     def _clusters(
         self, inputs: Sequence[Tensor], weights: dict[tuple[int, int], Tensor], step: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The neurons of each part of a layer in the order that the pattern wants, and the centroids of its clusters.
+        """Cluster the neurons of some parts of layers.
 
         Args:
-            inputs: of the layers, `[T, d]` or by expert `[E, T, d]`; empty: neurons are clustered by their weights.
-            weights: rows of W1 `[f / parts, d]`, by layer and part, a shard or an expert.
-            step: from 1.
+            inputs: of each layer, `[T, d]` or by expert `[E, T, d]`; empty: neurons are clustered by their weights.
+            weights: rows of W1 `[f / parts, d]`, by (layer, part), where a part is a shard or an expert.
+            step: number of the step, from 1.
+
+        Yields:
+            For each part the order of its neurons, int64 `[f / parts]`, and its centroids `[clusters, d]`.
         """
         size = self.config.router.cluster_size
         seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009
@@ -492,7 +533,7 @@ class Sparsity(Stateful):
         return zip(orders, centroids, strict=True)
 
     def _moments(self, weight: Tensor) -> list[Tensor]:
-        """The optimizer's tensors that belong to a weight entry by entry."""
+        """The optimizer's tensors that have an entry for each entry of a weight."""
         states = (optimizer.state[weight] for optimizer in self.optimizers if weight in optimizer.state)
         return [
             value
@@ -511,13 +552,16 @@ class Sparsity(Stateful):
         }
 
     def expect(self, table: str) -> bool:
-        """Let `state_dict` have the keys of a checkpoint: the first version named layers by their position.
+        """Make `state_dict` use a checkpoint's keys, of which the first version named layers by their numbers.
 
         Args:
             table: the checkpoint's "prepared".
 
         Returns:
-            Whether the checkpoint has state that fits this recipe: something is prepared, for as many clusters.
+            Whether the checkpoint holds state that fits this recipe: FFNs that are prepared, with as many clusters.
+
+        Raises:
+            ConfigError: the state has a later version.
         """
         self._by_position = bool(table) and not table.startswith("{")
         found = _read_table(table)
@@ -525,10 +569,10 @@ class Sparsity(Stateful):
         return bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave.
+        """Load what `state_dict` returned.
 
         Raises:
-            ConfigError: state of a later version than this one.
+            ConfigError: the state has a later version.
         """
         self.prepared = _read_table(state_dict["prepared"])
         for index, name, feed_forward in zip(self.layers, self.names, self.feed_forwards, strict=True):
@@ -539,19 +583,21 @@ class Sparsity(Stateful):
         self._by_position = False
 
     def reset_health(self) -> None:
-        """Forget what the FFNs have counted so far in evaluation mode."""
+        """Set the FFNs' counts of evaluation mode, which `health` reads, to zero."""
         for feed_forward in self.feed_forwards:
             feed_forward.activity.zero_()
             feed_forward.routed.zero_()
 
     def health(self) -> dict[str, float]:
-        """What the FFNs counted since `reset_health`, over all ranks, by layer and in all.
+        """Shares from the FFNs' counts since `reset_health`, over all ranks. A collective.
 
-        nonzero_share: non-zero entries of h before the cut. energy_kept: share of the sum of h^2 that the pattern
-        keeps. router_balance: entropy of the tokens' clusters over that of a uniform choice, 1 when all clusters get
-        equally many; the clusters of a layer's experts count as one set. The aggregates are over all layers' entries
-        and energies; router_balance is the mean over layers. What tells of the pattern leaves out layers that are
-        always dense.
+        Returns:
+            The shares over all layers by name, and of single layers by "layers/<number>/<name>":
+            nonzero_share: share of h's entries that are not zero, before the cut.
+            energy_kept: share of the sum of h^2 that the pattern keeps, in sparse phases; always-dense layers are left
+            out.
+            router_balance: entropy of the tokens' clusters over that of a uniform choice, so 1 if all clusters get
+            equally many tokens; the mean over layers. The clusters of a layer's experts count as one set.
         """
         if not self.depth:
             return {}
@@ -570,10 +616,10 @@ class Sparsity(Stateful):
         return _by_layer(series)
 
     def weight_masks(self) -> list[list[Tensor]]:
-        """Which weights of W1 and W2 the 2:4 pattern keeps now, by layer; of a sharded weight this rank's part.
+        """The masks of the 2:4 pattern on W1 and W2, bool, by layer; of sharded weights this rank's part.
 
-        A large matrix is sampled, every k-th row: all of them held a step up by 25 ms (groups_eighth_2of4 in
-        docs/training/1b, which was traced so).
+        Of a large matrix every k-th row is used, about MASK_ROWS in all: masks of all rows took 25 ms a step
+        (groups_eighth_2of4 in docs/training/1b).
         """
         return [
             []
@@ -586,7 +632,13 @@ class Sparsity(Stateful):
         ]
 
     def flip_rate(self, before: list[list[Tensor]]) -> dict[str, float]:
-        """Share of the mask's entries that changed since `before`, by layer and in all (Hu et al., NeurIPS 2024)."""
+        """Share of the masks' entries that changed, by layer and over all layers (Hu et al., NeurIPS 2024).
+
+        A collective.
+
+        Args:
+            before: what `weight_masks` returned.
+        """
         device = self.feed_forwards[0].activity.device
         counts = self._of_all_layers(
             [
@@ -604,7 +656,7 @@ class Sparsity(Stateful):
         return _by_layer({"flip_rate": (counts[:, 0], counts[:, 1])})
 
     def _of_all_layers(self, rows: Sequence[Tensor]) -> Tensor:
-        """What all ranks counted, `[depth, n]` float64, from the rows `[n]` of this rank's layers."""
+        """The sums over all ranks, float64 `[depth, n]`, of rows `[n]` for each of this rank's layers. A collective."""
         own = torch.stack(list(rows)).double()
         counts = own.new_zeros(self.depth, own.shape[1])
         counts[self.layers] = own
@@ -613,12 +665,12 @@ class Sparsity(Stateful):
         return counts
 
     def _ranks(self) -> tuple[int, int]:
-        """How many ranks have the FFNs of this one, and its number among them."""
+        """The number of ranks that have this rank's FFNs, and its own number among them."""
         return (dist.get_world_size(self.peers), dist.get_rank(self.peers)) if dist.is_initialized() else (1, 0)
 
 
 def _holds_whole_groups(weight: Tensor) -> bool:
-    """Whether every rank's rows of W2 are whole groups of four: the same answer on all ranks, as gathering needs it."""
+    """Whether every rank's shard of W2 has whole groups of four rows. The answer is the same on all ranks."""
     if not isinstance(weight, DTensor):
         return True
     sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)
@@ -628,9 +680,7 @@ def _holds_whole_groups(weight: Tensor) -> bool:
 
 
 def _groups_of_four(feed_forward: FeedForward) -> Iterator[Tensor]:
-    """
-    W1 and W2^T, both with d last, the dimension in which they are 2:4; local shards where these hold whole groups.
-    """
+    """W1 `[f, d]` and W2^T `[f, d]`, 2:4 along their last dimension: as local shards, if these hold whole groups."""
     for weight, transposed in ((feed_forward.w1.weight.detach(), False), (feed_forward.w2.weight.detach(), True)):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         if transposed and not _holds_whole_groups(weight):
@@ -639,7 +689,14 @@ def _groups_of_four(feed_forward: FeedForward) -> Iterator[Tensor]:
 
 
 def _by_layer(series: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """{name: (numerators, denominators)} a layer to the shares in all and by layer, of layers that have any."""
+    """Shares over all layers and by layer.
+
+    Args:
+        series: by name, numerators and denominators `[layers]`.
+
+    Returns:
+        Shares by name, and by "layers/<number>/<name>" for layers whose denominator is not zero.
+    """
     shares = {}
     for name, (numerator, denominator) in series.items():
         shares[name] = float(numerator.sum() / denominator.sum())
