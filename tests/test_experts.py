@@ -30,7 +30,7 @@ from models.experts import Experts, expert_balance
 from models.llama import Llama, llama_args
 from recipes.check import check_config
 from recipes.sparsity import expert_shape, flops_per_token
-from recipes.summary import outcome
+from recipes.summary import outcome, summary
 from scripts import evaluate, export_hf, generate
 from scripts.benchmark import part_of
 from scripts.estimate import estimate
@@ -330,6 +330,27 @@ def test_an_estimate_says_what_experts_get_and_when_sparse_ones_do_not_pay(words
     assert said in next(line for line in lines if line.startswith("experts: "))
     warnings = [line for line in lines if line.startswith("WARNING")]
     assert len(warnings) == bool(slow) and all(slow in line for line in warnings)
+
+
+def test_check_says_what_experts_get():
+    config, _ = load_config(["--config", "configs/moe_debug.toml"])
+    said = summary(config, *check_config(config))
+    assert "1,024 tokens of a micro-batch for each of 4 on average, 1.0 blocks of 1024; a block keeps 96 of 384" in said
+    assert "WARNING" not in said  # the reference, which runs on a CPU, is faster with no experts
+
+
+def test_an_estimate_counts_the_copies_of_all_experts_weights_in_fp8():
+    words = ["--config", "configs/moe_1b.toml", "--recipe", "columns_quarter", "--gpus", "8"]
+
+    def kept(*more: str) -> float:
+        line = next(line for line in estimate([*words, *more]).splitlines() if line.startswith("activations: h"))
+        return float(line.split()[-1])
+
+    for ranks in (1, 4):
+        more = ("--parallelism.expert_parallel_degree", str(ranks)) if ranks > 1 else ()
+        filled = (64 + 8 // ranks) * 1024  # rows, with those that fill up the last block of an expert
+        change = 2 * 6144 * (8 // ranks * 2048 - filled / 4 / 2) * 14  # in two bytes: h is half, W1 and W2 are kept
+        assert kept(*more, "--precision.ffn", "fp8") - kept(*more) == pytest.approx(change / 2**30, abs=0.02)
 
 
 @pytest.mark.gpu
