@@ -7,6 +7,7 @@ model.name = "llama_swiglu". Only the tokenizer and the batches are those that t
 same tokens. Dense from the first step to the last, whatever the recipe says, and nothing is saved or validated.
 """
 
+import json
 import sys
 from dataclasses import replace
 
@@ -24,6 +25,13 @@ from recipes.trainer import set_up_process, train_spec
 def main(words: list[str]) -> None:
     config, _ = load_config(words)
     args, _ = check_config(config)
+    for key, value, plain in (
+        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens, 0),
+        ("training.bf16_residual", config.training.bf16_residual, False),
+        ("optimizer.moments", config.optimizer.moments, "float32"),
+    ):
+        if value != plain:
+            raise ConfigError(f"{key} = {json.dumps(value)} is not for torchtitan's own trainer: leave it out")
     check_data(config)
     config.metrics.verbose = True
     config.validation.enable = config.checkpoint.enable = False

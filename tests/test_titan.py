@@ -14,7 +14,9 @@ from torch import nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from configs import titan
+from configs.errors import ConfigError
 from models.feed_forward import FeedForward as OurFeedForward
+from scripts import titan_baseline
 
 
 @pytest.mark.parametrize("owner, name, reason", titan.PRIVATE, ids=lambda value: getattr(value, "__name__", None))
@@ -134,3 +136,12 @@ def test_the_override_of_the_page_keeps_to_the_kernels(monkeypatch):
         torch.testing.assert_close(ffn(x), ours(x), rtol=0, atol=0)
     ffn(x).sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in ffn.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("training.loss_chunk_tokens", "64"), ("training.bf16_residual", "true"), ("optimizer.moments", "bfloat16")],
+)
+def test_torchtitan_s_own_trainer_refuses_keys_that_it_would_not_heed(key, value):
+    with pytest.raises(ConfigError, match=f"{key} = .* is not for torchtitan's own trainer"):
+        titan_baseline.main(["--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", f"--{key}", value])
