@@ -52,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None and dw is not None:
                 torch.mm(gradient, w, out=dx[rows])
                 dw += gradient.mT @ part  # rounded as one product's result would be, added up in float32
+            del gradient  # else it is there beside the next chunk's
         ctx.gradients, ctx.dtypes = (dx, dw), (x.dtype, weight.dtype)
         return total
 

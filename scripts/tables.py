@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import textwrap
 from collections import Counter
@@ -458,14 +459,20 @@ def training_table(file: Path) -> str:
     text = (
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens per step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
-        "Times are medians over means of five steps. Whole run: speed-up of the recipe's mix of dense and sparse steps "
-        f"at these times over dense steps only. {peak} "
+        f"Times are medians over means of {_window(result)} steps. Whole run: speed-up of the recipe's mix of dense "
+        f"and sparse steps at these times over dense steps only. {peak} "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {_commit(result)}, `{result['command']}`."
     )
     if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:
         text += f" Not timed: {'; '.join(failed)}."
     return _table(rows, False, lambda _: text)
+
+
+def _window(result: dict[str, Any]) -> str:
+    """Steps of a window of scripts/benchmark.py."""
+    given = re.search(r"--brief[ =](\d+)", result["command"])
+    return given[1] if given else "five"
 
 
 def parts_table(file: Path) -> str:
@@ -655,7 +662,8 @@ def switches_table(folder: Path) -> str:
     text = (
         f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, compiled, activation "
         f"checkpointing: {first['activation_checkpoint']}; in brackets the change to the step without keys. "
-        "tokens/s: of sparse steps where there are some. Memory: of tensors. Medians over means of five steps. "
+        "tokens/s: of sparse steps where there are some. Memory: of tensors. "
+        f"Medians over means of {_window(first)} steps. "
     )
     return _table(
         [row for _, row in sorted(rows, key=lambda pair: pair[0])], False, lambda _: text + _measured_on(results)

@@ -4,6 +4,8 @@ In float32 the two differ by the order in which sums are added. In bf16 both rou
 products once, so both are compared with float64.
 """
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,22 @@ def test_logits_are_never_whole():
     with Sizes() as seen:
         linear_cross_entropy(x, weight, labels, chunk).backward()
     assert seen.largest == chunk * vocabulary
+
+
+def test_a_chunk_s_gradient_is_gone_before_the_next_logits():
+    known = []
+
+    def compute(logits, labels):
+        known.append(weakref.ref(logits))
+        assert sum(each() is not None for each in known) == 1
+        gradient = torch.zeros_like(logits)
+        known.append(weakref.ref(gradient))
+        return logits.sum(), gradient
+
+    x, weight, labels = operands(12, 4, 8)
+    weight.requires_grad_()
+    linear_cross_entropy(x, weight, labels, 4, compute).backward()
+    assert len(known) == 6
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
