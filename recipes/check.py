@@ -605,6 +605,10 @@ def _check_machine(config: JobConfig) -> None:
         ) from error
     if not there.is_dir():
         raise ConfigError(f'job.dump_folder = "{folder}" cannot be made: {there} is a file; name another folder')
+    for key in FOLDERS:
+        section, name = key.split(".")
+        if (own := folder / getattr(getattr(config, section), name)).exists() and not own.is_dir():
+            raise ConfigError(f"{key}: {own} is a file: move it away, or name another folder")
     if not os.access(there, os.W_OK):
         raise ConfigError(
             f'job.dump_folder = "{folder}" cannot be written: {there} is not writable; name another folder'

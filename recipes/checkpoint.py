@@ -135,7 +135,13 @@ class SafeCheckpointManager(CheckpointHooks):
         """
         if not self.enable:
             return super().load(step)
-        step = _on_rank0(lambda: self._newest_usable_step() if step == -1 else self._usable_step(step))
+        try:
+            step = _on_rank0(lambda: self._newest_usable_step() if step == -1 else self._usable_step(step))
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self.folder} cannot be used ({error.strerror}): repair it or move it away, then "
+                "run the same command again"
+            ) from error
         folder, reason, cause = self.folder, None, None
         try:
             if step == -1:

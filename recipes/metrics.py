@@ -124,7 +124,7 @@ class Metrics(MetricsProcessor):
             os.replace(self.file, aside)
             logger.info(f"{self.file} is of an earlier run: kept as {aside.name}")
             return
-        kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         write_atomically(str(self.file), "".join(line + "\n" for line in kept))
 
     def log(
@@ -331,11 +331,12 @@ def _keep_events(events: Path, last_step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; a line cut off when the run was killed belongs to none that is kept."""
+    """The step of a line of metrics.jsonl; infinite for a line that was cut off or damaged, which is not kept."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def short(number: float) -> str:

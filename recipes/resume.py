@@ -67,7 +67,7 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
         before = restored(about["config"], str(file))
         ranks_before = int(about.get("hardware", {}).get("ranks", world))
         corpus_before = dict(about.get("corpus", {}))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file} is damaged: restore it, or start another run with another job.dump_folder") from None
     facts = model_facts(model_args(before))
     for name, value in model_facts(args).items():

@@ -92,7 +92,10 @@ def import_weights(weights: dict[str, Tensor], args: LlamaArgs, folder: Path, ti
     unknown = sorted(weights.keys() - known)
     if unknown:
         raise ConfigError(f"{folder}: {unknown[0]} is no part of this model: give a folder of the plain architecture")
-    state = {name: value.float().contiguous() for name, value in adapter.from_hf(weights).items()}
+    try:
+        state = {name: value.float().contiguous() for name, value in adapter.from_hf(weights).items()}
+    except RuntimeError as error:  # heads that do not divide a projection's rows
+        raise ConfigError(f"{folder}: its weights do not fit config.json ({error}): fetch the folder again") from error
     for name in ("tok_embeddings.weight", "output.weight"):
         if name in state:
             state[name] = state[name][: args.vocab_size].clone()
@@ -118,6 +121,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: give a number above 0")
+    if not all(map(str.strip, options.data)):
+        raise ConfigError('--data "" names nothing to train on: give a file, folder or glob, or leave it out')
     folder, out = Path(options.folder), Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")

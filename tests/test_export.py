@@ -245,6 +245,10 @@ SHORTENED = LLAMA3 | {"factor": 0.5}
         ({"num_hidden_layers": 3}, "layers.2.* is missing"),
         ({"intermediate_size": 128}, r"w1.weight is \(256, 32\), but config.json makes it \(128, 32\)"),
         ({"vocab_size": 300}, "its tokenizer has 384 tokens, its embedding only 300"),
+        (
+            {"num_key_value_heads": None},
+            r"its weights do not fit config.json \(shape .* is invalid",
+        ),  # as many as heads
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3 .* a divisor of num_attention_heads = 4"),
         ({"rope_parameters": 5}, "rope_parameters = 5 is no object"),
         ({"rope_parameters": SHORTENED}, "config.json: factor = 0.5 is no model of this trainer"),
@@ -281,6 +285,8 @@ def test_damaged_files_of_a_folder_are_named(train, trained, script, tmp_path):
         with pytest.raises(ConfigError, match=message):
             script(import_hf, folder, tmp_path / "out", "--recipe", "dense")
         shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match='--data "" names nothing to train on'):
+        script(import_hf, tmp_path / "hf", tmp_path / "out", "--data", "")
     # Nothing is left behind, so the same command works once the folder has been mended.
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
     script(import_hf, tmp_path / "hf", tmp_path / "out", "--recipe", "dense")

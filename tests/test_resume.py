@@ -143,6 +143,29 @@ def test_a_damaged_run_json_is_one_message(tmp_path, damage):
         check_resume(config, model_args(config), {"documents": 1, "file_bytes": 1})
 
 
+def test_what_stands_where_a_run_s_files_belong_is_one_message(stopped, train, tmp_path):
+    def refused(name: str, said: str, folder: bool = False, text: bytes = b"") -> None:
+        run = stopped(train, tmp_path / name.replace("/", "-"))
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.mkdir() if folder else path.write_bytes(text)
+        with pytest.raises(ConfigError, match=said):
+            train(run)
+
+    refused("run.json", "run.json is damaged: restore it", folder=True)
+    refused("checkpoint", "checkpoint.folder: .*checkpoint is a file: move it away")
+    refused("comm_traces", "comm.save_traces_folder: .*comm_traces is a file")
+    refused("checkpoint/latest", r"checkpoint/latest cannot be used \(Is a directory\): repair it or move", folder=True)
+
+
+def test_damaged_lines_of_metrics_are_not_kept(stopped, train, straight, tmp_path):
+    run = stopped(train, tmp_path / "run")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n[1]\n5\n{"step": "x"}\n{"step"')
+    train(run)
+    assert losses(rows(run)) == straight(train)
+
+
 def test_a_folder_that_cannot_be_made_is_one_message(train):
     with pytest.raises(ConfigError, match=r'job.dump_folder = "/proc/nowhere" cannot be written \(.*\): name another'):
         train(Path("/proc/nowhere"))
