@@ -27,6 +27,11 @@ The file says which runs count:
      "recipes": {"columns_half_fp8": {
          "runs": [{"study": "docs/studies/A", "run": "half", "dense": "dense"}, ...],
          "speeds": {"1B": ["docs/training/1b_fp8_2nd", "columns_half_fp8"]}}}}
+
+Two keys of it replace what the runs cannot tell, and the table says so. With two budgets of one size the exponent b
+cannot be fitted: `"exponent": [0.28, 0.7]` takes the middle of this range for the estimate, and draws from the whole
+range for the intervals. Without a second seed there is no deviation over seeds: `"deviation": {"dense": 0.01,
+"penalty": 0.004}`, in nats, takes those of another study, and normal errors.
 """
 
 import argparse
@@ -95,22 +100,25 @@ class Law:
         return self.b * self.scale_d / tokens**self.b
 
 
-def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None) -> Law:
+def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, exponent: float | None = None) -> Law:
     """The law that is nearest to the means of the cells, by least squares weighted by the number of runs.
 
     Args:
         cells: dense ones.
         means: of each cell, the loss to fit.
         near: a law to start from; None: several starts, of which the best fit is taken.
+        exponent: b, if it is given and not fitted: for runs of one size, of two budgets or more.
 
     Raises:
-        ConfigError: too few budgets, or two sizes.
+        ConfigError: too few budgets, two sizes, or an exponent for several sizes.
     """
     sizes, budgets = sorted({cell.parameters for cell in cells}), {cell.tokens for cell in cells}
+    if exponent is not None:
+        return _fit_given(cells, means, exponent)
     if len(budgets) < 3 or len(sizes) == 2:
         raise ConfigError(
             f"the dense runs have {len(budgets)} budgets and {len(sizes)} sizes: a law needs 3 budgets and more, and "
-            "one size, or 3 and more"
+            "one size, or 3 and more (or, for 2 budgets of one size, a range for its exponent: see scripts/law.py)"
         )
     n0, d0 = sizes[0], min(budgets)
     n = np.array([cell.parameters / n0 for cell in cells])
@@ -138,6 +146,19 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None) 
     return Law(float(x[0]), scale_n, a, float(x[1] * d0 ** x[2]), float(x[2]))
 
 
+def _fit_given(cells: Sequence[Cell], means: Sequence[float], b: float) -> Law:
+    """`fit` for one size with the exponent b given: linear in the two numbers that are left."""
+    if len({cell.parameters for cell in cells}) > 1 or len({cell.tokens for cell in cells}) < 2:
+        raise ConfigError("a law with a given exponent needs dense runs of one size and of 2 budgets or more")
+    d0 = min(cell.tokens for cell in cells)
+    weight = np.sqrt([len(cell.values) for cell in cells])
+    terms = np.array([[1.0, (cell.tokens / d0) ** -b] for cell in cells])
+    constant, scale = np.linalg.lstsq(weight[:, None] * terms, weight * np.array(means), rcond=None)[0]
+    if scale <= 0:
+        raise ConfigError("the dense runs' loss does not fall with the tokens: these runs have no law")
+    return Law(float(constant), 0.0, 1.0, float(scale * d0**b), b)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A file's cells, the law of its dense ones, and draws of both."""
@@ -148,6 +169,12 @@ class Evidence:
     drawn_laws: list[Law]
     drawn_penalties: dict[str, np.ndarray]
     """By recipe, [draws, cells]."""
+
+    exponent: tuple[float, float] | None = None
+    """The range that b is taken from, if it is not fitted."""
+
+    deviation: dict[str, float] | None = None
+    """Deviations over seeds of "dense" losses and of penalties ("penalty"), in nats, if they are of another study."""
 
     def shares(self, recipe: str, cell: int) -> tuple[float, float, float]:
         """Effective tokens of a recipe at the size and budget of one of its cells: the estimate, and its interval."""
@@ -174,11 +201,21 @@ def _deviation(cells: Sequence[Cell]) -> tuple[float, int]:
     return math.sqrt(spread / freedom), freedom
 
 
-def _drawn(cells: Sequence[Cell], generator: np.random.Generator, of: Sequence[Cell]) -> np.ndarray:
-    """Means of the cells as other seeds might have given them, [draws, cells]; `of` are the cells that are pooled."""
-    deviation, freedom = _deviation(of)
-    error = deviation / np.sqrt([len(cell.values) for cell in cells])
-    return np.array([mean(cell.values) for cell in cells]) + error * generator.standard_t(freedom, (DRAWS, len(cells)))
+def _drawn(
+    cells: Sequence[Cell], generator: np.random.Generator, of: Sequence[Cell], given: float | None = None
+) -> np.ndarray:
+    """Means of the cells as other seeds might have given them, [draws, cells].
+
+    `of` are the cells whose deviation is pooled; `given` is a deviation to take instead.
+    """
+    shape = DRAWS, len(cells)
+    if given is None:
+        given, freedom = _deviation(of)
+        moves = generator.standard_t(freedom, shape)
+    else:
+        moves = generator.standard_normal(shape)
+    error = given / np.sqrt([len(cell.values) for cell in cells])
+    return np.array([mean(cell.values) for cell in cells]) + error * moves
 
 
 def _losses(study: str, run: str, root: Path) -> tuple[float, float, dict[int, float]]:
@@ -214,16 +251,38 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
             Cell(n, d, tuple(losses.values())) for n, d, losses in (_losses(**e, root=root) for e in told["dense"])
         ]
         recipes = {name: [_penalties(e, root) for e in entry["runs"]] for name, entry in told["recipes"].items()}
+        exponent, deviation = _exponent(told), _given_deviation(told)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a file of evidence ({error!r}): see python -m scripts.law --help") from None
     generator = np.random.default_rng(SEED)
-    law = fit(dense, [mean(cell.values) for cell in dense])
-    laws = [fit(dense, list(means), law) for means in _drawn(dense, generator, dense)]
+    law = fit(dense, [mean(cell.values) for cell in dense], exponent=mean(exponent) if exponent else None)
+    drawn = _drawn(dense, generator, dense, deviation["dense"] if deviation else None)
+    exponents = generator.uniform(*exponent, len(drawn)) if exponent else [None] * len(drawn)
+    laws = [fit(dense, list(means), law, b) for means, b in zip(drawn, exponents, strict=True)]
     every = [cell for cells in recipes.values() for cell in cells]
-    penalties = {name: _drawn(cells, generator, every) for name, cells in recipes.items()}
-    return Evidence(dense, recipes, law, laws, penalties)
+    given = deviation["penalty"] if deviation else None
+    penalties = {name: _drawn(cells, generator, every, given) for name, cells in recipes.items()}
+    return Evidence(dense, recipes, law, laws, penalties, exponent, deviation)
+
+
+def _exponent(told: dict[str, Any]) -> tuple[float, float] | None:
+    if "exponent" not in told:
+        return None
+    low, high = map(float, told["exponent"])
+    if not EXPONENTS[0] <= low <= high <= EXPONENTS[1]:
+        raise ConfigError(f"exponent = {told['exponent']}: give its range, within {EXPONENTS[0]} and {EXPONENTS[1]}")
+    return low, high
+
+
+def _given_deviation(told: dict[str, Any]) -> dict[str, float] | None:
+    if "deviation" not in told:
+        return None
+    given = {key: float(value) for key, value in told["deviation"].items()}
+    if given.keys() != {"dense", "penalty"} or not all(0 < value < math.inf for value in given.values()):
+        raise ConfigError(f'deviation = {told["deviation"]}: give "dense" and "penalty", each in nats and above 0')
+    return given
 
 
 def _penalties(entry: dict[str, str], root: Path) -> Cell:

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from scripts.law import Evidence, speeds
 from scripts.law import read as read_evidence
-from scripts.law import speeds
 from scripts.plot_kernels import STAGES
 from scripts.runs import (
     Run,
@@ -758,11 +758,23 @@ def law_table(file: Path, pad: bool = False) -> str:
     text = (
         f"Dense law: L = {law.constant:.3f}{size} + {law.scale_d:.3g} / D^{law.b:.3f}, "
         f"of {len(evidence.dense)} budgets and {sum(len(cell.values) for cell in evidence.dense)} runs. Its slope, in "
-        f"nats an e-fold of tokens: {slopes}. In parentheses: 90% intervals. Whole run: over bf16 dense, and over the "
-        "fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times the effective tokens. "
-        f"Effective tokens at twice the largest budget, if the penalty stays: {doubled}."
+        f"nats an e-fold of tokens: {slopes}. {_given(evidence)}In parentheses: 90% intervals. Whole run: over bf16 "
+        "dense, and over the fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times "
+        f"the effective tokens. Effective tokens at twice the largest budget, if the penalty stays: {doubled}."
     )
     return _table(rows, pad, lambda _: text)
+
+
+def _given(evidence: Evidence) -> str:
+    """What the law has not from its own runs, in sentences."""
+    text = ""
+    if evidence.exponent:
+        low, high = evidence.exponent
+        text += f"Its exponent is not fitted: {evidence.law.b:.2f}, and {low:.2f} to {high:.2f} in intervals. "
+    if evidence.deviation:
+        dense, penalty = evidence.deviation["dense"], evidence.deviation["penalty"]
+        text += f"Deviations over seeds are another study's: {dense:g} (dense) and {penalty:g} (over dense) nats. "
+    return text
 
 
 def faults_table(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROOT
 from configs.errors import ConfigError
 from scripts import law
 from scripts.law import Cell, Law
+from scripts.tables import law_table
 
 TRUE = Law(1.8, 60.0, 0.3, 900.0, 0.32)
 SIZES, RATIOS = (12e6, 25e6, 48e6, 129e6), (2.5, 5.0, 10.0, 20.0, 40.0)
@@ -92,6 +94,31 @@ def test_a_file_of_evidence(evidence):
     assert again.shares("columns_quarter", 0) == (share, low, high)  # the draws are those of one seed
 
 
+def test_two_budgets_and_one_seed_take_an_exponent_and_deviations(evidence):
+    told = json.loads(evidence.read_text())
+    for entry in told["dense"] + told["recipes"]["columns_quarter"]["runs"]:
+        entry["study"] = str(evidence.parent / "study")
+    told["dense"].pop(1)
+    for run in ("dense_30", "dense_120", "quarter"):
+        shutil.rmtree(evidence.parent / "study" / f"{run}_s1")
+
+    def read(exponent, dense, penalty):
+        given = {"exponent": exponent, "deviation": {"dense": dense, "penalty": penalty}}
+        evidence.write_text(json.dumps(told | given))
+        found = law.read.__wrapped__(evidence)
+        return found.law, *found.shares("columns_quarter", 0)
+
+    known, share, low, high = read([TRUE.b, TRUE.b], 1e-9, 1e-9)
+    assert known.loss(12e6, 6e7) == pytest.approx(TRUE.loss(12e6, 6e7), rel=1e-6)
+    assert share == pytest.approx(TRUE.share(1.2e8, 0.05), rel=1e-6) and high - low < 1e-6
+    between, _, low, high = read([0.1, 0.9], 1e-9, 1e-9)
+    assert between.b == pytest.approx(0.5) and high - low > 0.01
+    _, _, low, high = read([TRUE.b, TRUE.b], 1e-9, 0.01)
+    assert high - low > 0.01
+    table = law_table(evidence)
+    assert "not fitted: 0.32, and 0.32 to 0.32 in intervals" in table and "0.01 (over dense) nats" in table
+
+
 def test_intervals_hold_what_is_true():
     """Of 30 sets of runs, the 90% interval of effective tokens holds the true share in 27, give or take."""
     true, random, inside = Law(2.6, 0.0, 1.0, 2.6e5, 0.69), np.random.default_rng(0), 0
@@ -117,6 +144,10 @@ def test_intervals_hold_what_is_true():
         (lambda told: told["recipes"].clear(), "has no recipes"),
         (lambda told: told["recipes"]["columns_quarter"]["runs"].clear(), "recipe columns_quarter has no runs"),
         (lambda told: told["dense"][0].update(what="x"), "not a file of evidence"),
+        (lambda told: told.update(exponent=[0.5]), "not a file of evidence"),
+        (lambda told: told.update(exponent=[0.5, 0.4]), r"exponent = \[0.5, 0.4\]: give its range"),
+        (lambda told: told.update(deviation={"dense": 0.01}), 'give "dense" and "penalty"'),
+        (lambda told: told.update(deviation={"dense": 0.01, "penalty": 0}), 'give "dense" and "penalty"'),
     ],
 )
 def test_a_wrong_file_is_one_message(evidence, change, message):
