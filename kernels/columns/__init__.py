@@ -27,7 +27,6 @@ from torch import Tensor
 
 from kernels.groups.pattern import Groups, balanced
 from kernels.groups.select import sort_key
-from kernels.launch import cdiv, launch
 from kernels.operators import operator, register_fake
 
 
@@ -128,12 +127,11 @@ def _add_rows(
 
 def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
     place = sums.new_empty(sums.shape, dtype=torch.int32)
-    rows, width = sums.numel() // window, 1 << (window - 1).bit_length()
+    rows, width = sums.numel() // window, triton.next_power_of_2(window)
     at_once = max(1, 1024 // width)  # windows of a program, so that it has at least 1024 groups
-    launch(
-        _keep_largest, (cdiv(rows, at_once),),
+    _keep_largest[(triton.cdiv(rows, at_once),)](
         sums.contiguous(), place, rows, sums.shape[1] // window, window, kept,
-        ROWS=at_once, GROUPS=width, options={"num_warps": 16 if width > 1024 else 4},
+        ROWS=at_once, GROUPS=width, num_warps=16 if width > 1024 else 4,
     )  # fmt: skip
     return place
 
@@ -141,21 +139,9 @@ def _launch_largest(sums: Tensor, kept: int, window: int) -> Tensor:
 def _launch_copy(weight: Tensor, place: Tensor, kept: int, bounds: Tensor | None = None) -> Tensor:
     (blocks, hidden_dim), width = place.shape, weight.shape[1]
     out = weight.new_empty(blocks, kept, width)
-    grid = cdiv(hidden_dim, 32), cdiv(width, 128), parts_of(bounds)
-    launch(
-        _copy_rows,
-        grid,
-        weight,
-        place,
-        bounds,
-        out,
-        blocks,
-        hidden_dim,
-        kept,
-        width,
-        *weight.stride(),
-        NEURONS=32,
-        WIDTH=128,
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), parts_of(bounds)
+    _copy_rows[grid](
+        weight, place, bounds, out, blocks, hidden_dim, kept, width, *weight.stride(), NEURONS=32, WIDTH=128
     )
     return out
 
@@ -164,9 +150,9 @@ def _launch_add(parts: Tensor, place: Tensor, transposed: bool, bounds: Tensor |
     (blocks, kept, width), hidden_dim = parts.shape, place.shape[1]
     rows = hidden_dim * parts_of(bounds)
     out = parts.new_empty((width, rows) if transposed else (rows, width))
-    grid = cdiv(hidden_dim, 32), cdiv(width, 128), parts_of(bounds)
+    grid = triton.cdiv(hidden_dim, 32), triton.cdiv(width, 128), parts_of(bounds)
     strides = (out.T if transposed else out).stride()
-    launch(_add_rows, grid, parts, place, bounds, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
+    _add_rows[grid](parts, place, bounds, out, blocks, hidden_dim, kept, width, *strides, NEURONS=32, WIDTH=128)
     return out
 
 

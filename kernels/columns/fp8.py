@@ -27,7 +27,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.columns import add_rows, parts_of
 from kernels.float8 import E4M3
-from kernels.launch import cdiv, launch
 from kernels.operators import operator, register_fake
 
 ROWS, WIDTH = 64, 128  # tile of the kernels that cast and copy
@@ -155,14 +154,13 @@ def _launch_products(
     which: Tensor | None = None,
 ) -> Tensor:
     (blocks, m, k), n = a.shape, b.shape[1]
-    grid = (blocks * cdiv(m, TILE_M) * cdiv(n, TILE_N),)
+    grid = (blocks * triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
     # The kernel needs a pointer for every argument; one that the epilogue does not use may point anywhere.
     others = (out if each is None else each for each in (peak, order))
-    launch(
-        _products, grid,
+    _products[grid](
         TensorDescriptor.from_tensor(a, [1, TILE_M, TILE_K]), TensorDescriptor.from_tensor(b, [1, TILE_N, TILE_K]),
         out, scale_a, scale_b, *others, which, 0 if order is None else order.shape[0], m, n, k,
-        END=end, TILE_M=TILE_M, TILE_N=TILE_N, TILE_K=TILE_K, options={"num_stages": 4, "num_warps": 8},
+        END=end, TILE_M=TILE_M, TILE_N=TILE_N, TILE_K=TILE_K, num_stages=4, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -170,33 +168,33 @@ def _launch_products(
 def _launch_cast(x: Tensor, order: Tensor, inverse: Tensor, v: int) -> tuple[Tensor, Tensor]:
     (tokens, width), blocks = x.shape, inverse.shape[0]
     out, out_t = x.new_empty(blocks, v, width, dtype=E4M3), x.new_empty(blocks, width, v, dtype=E4M3)
-    grid = blocks * cdiv(v, ROWS), cdiv(width, WIDTH)
-    launch(_cast, grid, x, order, inverse, out, out_t, tokens, v, width, ROWS=ROWS, WIDTH=WIDTH)
+    grid = blocks * triton.cdiv(v, ROWS), triton.cdiv(width, WIDTH)
+    _cast[grid](x, order, inverse, out, out_t, tokens, v, width, ROWS=ROWS, WIDTH=WIDTH)
     return out, out_t
 
 
 def _launch_kept(y: Tensor, inverse: Tensor, h: Tensor | None, scale_h: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks, v, kept = y.shape
     out, out_t = y.new_empty(y.shape, dtype=E4M3), y.new_empty(blocks, kept, v, dtype=E4M3)
-    grid = blocks * cdiv(v, ROWS), cdiv(kept, WIDTH)
+    grid = blocks * triton.cdiv(v, ROWS), triton.cdiv(kept, WIDTH)
     others = (y, inverse, inverse) if h is None else (h, inverse, scale_h)
-    launch(_cast_kept, grid, y, *others, out, out_t, v, kept, GRADIENT=h is not None, ROWS=ROWS, WIDTH=WIDTH)
+    _cast_kept[grid](y, *others, out, out_t, v, kept, GRADIENT=h is not None, ROWS=ROWS, WIDTH=WIDTH)
     return out, out_t
 
 
 def _launch_quantise(weight: Tensor, inverse: Tensor) -> Tensor:
     out = weight.new_empty(weight.shape, dtype=E4M3)
-    grid = cdiv(weight.shape[0], ROWS), cdiv(weight.shape[1], WIDTH)
+    grid = triton.cdiv(weight.shape[0], ROWS), triton.cdiv(weight.shape[1], WIDTH)
     rows = weight.shape[0] // inverse.numel()
-    launch(_quantise, grid, weight, inverse, out, *weight.shape, *weight.stride(), rows, ROWS=ROWS, WIDTH=WIDTH)
+    _quantise[grid](weight, inverse, out, *weight.shape, *weight.stride(), rows, ROWS=ROWS, WIDTH=WIDTH)
     return out
 
 
 def _launch_copy(weight: Tensor, kept: Tensor, transposed: bool) -> Tensor:
     (blocks, count), width = kept.shape, weight.shape[1]
     out = weight.new_empty((blocks, width, count) if transposed else (blocks, count, width))
-    grid = blocks * cdiv(count, ROWS), cdiv(width, WIDTH)
-    launch(_copy, grid, weight, kept, out, count, width, ROWS=ROWS, WIDTH=WIDTH, TRANSPOSED=transposed)
+    grid = blocks * triton.cdiv(count, ROWS), triton.cdiv(width, WIDTH)
+    _copy[grid](weight, kept, out, count, width, ROWS=ROWS, WIDTH=WIDTH, TRANSPOSED=transposed)
     return out
 
 
