@@ -27,10 +27,19 @@ docs/training and tests/test_estimate.py:
     7b-slice, columns_eighth   25.5 GiB of tensors   estimated 25.4
     7b-slice, a dense step     236 ms                estimated 277 at the default --mfu 0.5, 17% more; 235 at 0.59
 
+and on two, by GPU, of the layers of 7b 24:
+
+    FSDP2, 1b, dense           27.0 GiB of tensors   estimated 27.5
+    FSDP2, 1b, columns_eighth  17.2 GiB of tensors   estimated 17.7
+    FSDP2, 7b, dense           71.2 GiB of tensors   estimated 72.8
+    FSDP2, 7b, ..._eighth_fp8  49.8 GiB of tensors   estimated 52.6
+    tensor, 1b, dense          28.9 GiB of tensors   estimated 23.8, 18% less
+    tensor, 1b, columns_eighth 19.1 GiB of tensors   estimated 13.9, 27% less: what is missing is not known
+
 Not included: fragmentation of the allocator, NCCL's buffers and CUDA's context (about 1 GiB together), temporary memory
 of kernels, and the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3 GiB
-at 1b) but no gradients. torchao's float8 is estimated like bf16, an eager model like a compiled one. Other patterns,
-FSDP and checkpointing follow the same rules and have not been compared with measurements.
+at 1b) but no gradients. torchao's float8 is estimated like bf16 (of 24 layers 72.8 GiB, measured 56.6), an eager model
+like a compiled one. Other patterns and checkpointing follow the same rules; no measurement has been compared with them.
 
 **Time.** FLOPs divided by GPUs x peak x MFU. For a sparse step these are the FLOPs that the family executes, at the
 *same* MFU, and in fp8 at twice the peak. This is a lower bound of the time: smaller products run at a lower rate, and

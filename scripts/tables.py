@@ -538,7 +538,8 @@ def depth_table(folder: Path) -> str:
 
     Args:
         folder: has files of scripts/benchmark.py, one for each number of layers and contender, and prediction.json. The
-            steps of `float8_ffn` are, where it was not measured, the dense steps of the first fp8 recipe.
+            steps of `float8_ffn` are, where it was not measured, the dense steps of the first fp8 recipe. A contender
+            to which `doubt` was added by hand, why its time is no step time, is shown and not compared with.
     """
     predicted = json.loads((folder / PREDICTION).read_text())["ms"]
     results = _measurements(folder)
@@ -549,16 +550,19 @@ def depth_table(folder: Path) -> str:
     for own in steps.values():
         if FLOAT8 not in own and (recipe := next((name for name in FP8_RECIPES if name in own), None)):
             own[FLOAT8] = own[recipe][0], "dense"
-    rows = []
+    rows, notes = [], []
     for layers in sorted(steps):
         own, before = steps[layers], predicted[str(layers)]
         times = {name: next(iter(result["contenders"].values()))["ms"][mode] for name, (result, mode) in own.items()}
+        entries = {name: next(iter(result["contenders"].values())) for name, (result, _) in own.items()}
+        doubts = {name: entry["doubt"] for name, entry in entries.items() if "doubt" in entry}
+        notes += [f"`{name}` of {layers} layers: {why}." for name, why in doubts.items()]
         for name in ("dense", FLOAT8, *FP8_RECIPES):
             if name not in own:
                 continue
             result, mode = own[name]
             entry = next(iter(result["contenders"].values()))
-            rivals = {rival: times.get(rival) for rival in ("dense", FLOAT8)}
+            rivals = {rival: None if rival in doubts else times.get(rival) for rival in ("dense", FLOAT8)}
             row = {
                 "layers": str(layers),
                 "contender": f"`{name}`",
@@ -566,7 +570,7 @@ def depth_table(folder: Path) -> str:
             }
             for rival, time in rivals.items():
                 over = f"over `{rival}` (predicted)"
-                beaten = time is not None and name not in ("dense", rival)
+                beaten = time is not None and name not in ("dense", rival, *doubts)
                 row[over] = _beside(time / times[name], before[rival] / before[name], "{:.2f}x") if beaten else "-"
             rate = amount(float(f"{entry['tokens_per_second'][mode]:.3g}"))
             row |= {"tokens/s": rate, "MFU": _mfu(result, entry, mode)}
@@ -578,7 +582,7 @@ def depth_table(folder: Path) -> str:
         f"{'compiled, ' if first['compile'] else ''}activation checkpointing: {first['activation_checkpoint']}. MFU: "
         "dense-equivalent, over the bf16 peak. Memory: of tensors. Medians over means of two to five steps. "
     )
-    return _table(rows, False, lambda _: text + _measured_on(results))
+    return _table(rows, False, lambda _: " ".join([text + _measured_on(results), *notes]))
 
 
 def layouts_table(folder: Path) -> str:
@@ -594,7 +598,7 @@ def layouts_table(folder: Path) -> str:
         ((name, entry),) = result["contenders"].items()
         before = predicted[_layout(result)]
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in ("dense", "sparse"))
-        graphs = ", ".join(f"{count} in step {step}" for step, count in entry["graphs"].items())
+        graphs = ", ".join(f"{count} by step {step}" for step, count in entry["graphs"].items())
         dense = None if name.endswith("_fp8") else before["dense"]  # the prediction is of bf16 steps
         rows.append(
             {

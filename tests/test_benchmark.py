@@ -178,6 +178,13 @@ def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement
     assert "| 12 | `float8_ffn` | 390 (380) | 1.23x (1.21x) | - | 84k | 42% | 20.0 GiB |" in text
     assert "| 12 | `columns_quarter_fp8` | 320 (300) | 1.50x (1.53x) | 1.22x (1.27x) | 102k | 51% | 20.0 GiB |" in text
 
+    doubtful = json.loads((tmp_path / "a.json").read_text())
+    doubtful["contenders"]["dense"]["doubt"] = "memory was short"
+    (tmp_path / "a.json").write_text(json.dumps(doubtful))
+    text = fill(f"<!-- depth: {tmp_path} -->\n<!-- end -->")
+    assert "| 12 | `columns_quarter_fp8` | 320 (300) | 1.22x (1.27x) | 102k | 51% | 20.0 GiB |" in text
+    assert "`dense` of 12 layers: memory was short." in text
+
     for file in tmp_path.glob("*.json"):
         file.unlink()
     times = {"dense": 200, "columns_eighth": 160, "columns_eighth_fp8": 150}
@@ -190,7 +197,7 @@ def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement
         "| FSDP2 2 | `columns_eighth_fp8` | 210 | 150 (150) | 1.40x | 78% / 109% | 20.0 / 20.0 |"
     )
     assert lines[4].startswith("| tensor 2 | `columns_eighth` | 240 (200) | 200 (160) | 1.20x (1.25x) | 68% / 82% |")
-    assert lines[4].endswith("| float32 | 2 in step 1, 1 in step 13 |")
+    assert lines[4].endswith("| float32 | 2 by step 1, 1 by step 13 |")
 
 
 def test_torchtitan_s_lines_are_read():
