@@ -25,12 +25,12 @@ def hang_in_step_6():
 
 def test_a_run_that_hangs_ends_with_its_stacks_and_resumes(tiny, tmp_path):
     words = merge(["--config", "configs/debug.toml", *tiny], ["--checkpoint.interval", "4"])
-    words = merge(words, ["--training.local_batch_size", "2", "--training.hang_timeout_seconds", "6"])
+    words = merge(words, ["--training.local_batch_size", "2", "--training.hang_timeout_seconds", "10"])
     words += ["--job.dump_folder", str(tmp_path / "run")]
     began = time.monotonic()
     hung = fork(*words, processes=2, prepare=hang_in_step_6)
     assert hung.returncode == 1 and time.monotonic() - began < 60, hung.stderr
-    said = "error: step 6 has not ended after training.hang_timeout_seconds = 6 on rank"
+    said = "error: step 6 has not ended after training.hang_timeout_seconds = 10 on rank"
     assert said in hung.stderr and "the same command resumes" in hung.stderr
     assert "in train_step" in hung.stderr, "where the main thread stands"
     resumed = fork(*words, processes=2)
