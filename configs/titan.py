@@ -12,6 +12,7 @@ and call the public names that the classes `*Hooks` give them.
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import resource
 import types
@@ -61,6 +62,10 @@ _compile, torch.compile = torch.compile, lambda function, **_: function  # type:
 if not torch.cuda.is_available():
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda device_type: _CpuModule()  # type: ignore[assignment]
+# At its import torchao warns of extensions that this machine lacks and, through _pytree, of torchao's own code: none of
+# it is a fault that a reader could mend.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 try:
     import torchtitan.tools.utils
 finally:

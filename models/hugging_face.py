@@ -12,7 +12,6 @@ neurons, W1's rows and W2's columns moved together, and no other tensor knows of
 
 import importlib.metadata
 import json
-import logging
 import os
 from dataclasses import asdict
 from types import ModuleType
@@ -204,9 +203,6 @@ def import_transformers() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    # Said when transformers imports torchao, of extensions that this machine lacks and of torchao's own code.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     version = importlib.metadata.version
 
     def answer(distribution_name: str) -> str:

@@ -60,6 +60,7 @@ PAPER_TASKS = (
     *("piqa", "race", "sciq", "record", "openbookqa"),
 )
 CONTEXT_LINES, CHOICES = 4, 4
+GROUP = 32  # weights of a row that share a scale in int4
 LONGEST = 4096  # tokens in a sequence of an export: the positions of a long-context model would not fit into memory
 
 
@@ -73,9 +74,10 @@ class Text:
 
     def __init__(self, files: list[str], tokenizer: Path) -> None:
         self.documents = [_read(file) for file in files]
-        encoder, self.ids = load_tokenizer(str(tokenizer)), []
+        self.encode: Callable[..., list[int]] = load_tokenizer(str(tokenizer)).encode
+        self.ids: list[int] = []
         for document in self.documents:
-            self.ids += encoder.encode(document, add_bos=True, add_eos=True)
+            self.ids += self.encode(document, add_bos=True, add_eos=True)
         self.bytes = int(token_bytes(str(tokenizer))[self.ids[1:]].sum())
         if not self.bytes:
             raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
@@ -262,18 +264,34 @@ def quantize(model: nn.Module, kind: str) -> None:
     """Quantise the weights of the blocks' linear layers in place, through torchao; the head stays as it is.
 
     Args:
-        kind: "int8" (a scale a row) or "float8" (e4m3, a scale a row).
+        kind: "int8" (a scale a row), "int4" (a scale for GROUP weights) or "float8" (e4m3, a scale a row). int4 is
+            kept a weight a byte and multiplied in the model's dtype: its loss is that of packed weights, its speed and
+            memory are not.
 
     Raises:
-        ConfigError: a GPU that has no float8.
+        ConfigError: a GPU that has no float8, or a width that GROUP does not divide.
     """
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
 
     device = next(model.parameters()).device
     if kind == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f"--quantize float8: {torch.cuda.get_device_name(device)} has no float8; use int8")
-    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-    quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+    if kind == "int4":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.in_features % GROUP:
+                raise ConfigError(f"--quantize int4: {GROUP} does not divide the {module.in_features} inputs of {name}")
+    configs = {
+        "int8": Int8WeightOnlyConfig(),
+        "int4": IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP)),  # type: ignore[attr-defined]
+        "float8": Float8WeightOnlyConfig(),
+    }
+    quantize_(model, configs[kind], lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
 
 
 def score_export(model: Any, text: Text, length: int, batch_size: int, kind: str | None) -> dict[str, dict[str, float]]:
@@ -284,7 +302,7 @@ def score_export(model: Any, text: Text, length: int, batch_size: int, kind: str
         text: that is scored.
         length: tokens in a sequence.
         batch_size: sequences in a batch.
-        kind: "int8" or "float8"; None: not quantised.
+        kind: "int8", "int4" or "float8"; None: not quantised.
     """
 
     def logits(ids: Tensor) -> Tensor:
@@ -386,7 +404,9 @@ def _arguments() -> argparse.Namespace:
         help="lm-evaluation-harness's, or local; without --text the paper's",
     )
     parser.add_argument("--limit", type=int, help="items of a task at most")
-    parser.add_argument("--quantize", choices=("int8", "float8"), help="quantise the weights; tasks run on the result")
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4", "float8"), help="quantise the weights; tasks run on the result"
+    )
     parser.add_argument("--pattern", action="store_true", help="score with h cut to the run's pattern as well")
     parser.add_argument(
         "--length",

@@ -186,7 +186,8 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         steps: of the run.
     """
     seq_len = _sequence(args)
-    tokens = 8192 if torch.cuda.is_available() else 2048
+    gpu = torch.cuda.is_available()
+    tokens = 8192 if gpu else 2048  # in a micro-batch
     sources = [{"path": path} for path in data] or [{"type": "stdlib"}]
     parts = [
         f"# Continues the pretraining of {json.dumps(str(folder))}, made by python -m scripts.import_hf.\n"
@@ -222,9 +223,9 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
                 "min_lr_factor": 0.0,
             },
         ),
-        _table("compile", {"enable": torch.cuda.is_available()}),
+        _table("compile", {"enable": gpu}),
         _table("activation_checkpoint", {"mode": "none"}),
-        _table("validation", {"freq": max(1, steps // 10), "sequences": 64}),
+        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else max(8, 8 * tokens // seq_len)}),
         _table("metrics", {"log_freq": 10}),
         _table(
             "checkpoint",

@@ -183,11 +183,11 @@ def test_an_export_runs_no_code(run, text, evaluated, tmp_path, monkeypatch):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("kind, levels", [("int8", 256), ("float8", 254)])
+@pytest.mark.parametrize("kind, levels", [("int8", 256), ("int4", 16 * 512 // 32), ("float8", 254)])
 def test_quantised_weights_cost_little_and_something(run, text, evaluated, kind, levels):
     scores = evaluated(run, "--text", *text, "--quantize", kind)["scores"]
     before, after = scores["exported, float32"]["loss"], scores[f"exported, {kind} weights"]["loss"]
-    assert before != after and after == pytest.approx(before, rel=0.01)
+    assert before != after and after == pytest.approx(before, rel=0.03 if kind == "int4" else 0.01)
 
     class Model(torch.nn.Module):
         def __init__(self):
