@@ -121,11 +121,14 @@ class SparseTrainer(titan.Trainer):
 
     def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
         set_up_process(config)
+        self.handlers: dict[int, Any] = {}  # of signals, before this run's
         new_folder = not Path(config.job.dump_folder).exists()
         self.lock = _lock(config)
         try:
             self._set_up(config, args, spans)
         except BaseException:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
             if new_folder:  # a start that failed leaves no empty folder
                 _remove_if_empty(self.lock)
             raise

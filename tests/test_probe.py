@@ -103,7 +103,9 @@ def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path,
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
 
 
-def test_ctrl_c_keeps_the_models_that_are_measured(train, words, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_models_that_are_measured(train, words, tmp_path, monkeypatch, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program of its own
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     train(tmp_path / "run", *words)
     measure, calls = probe.Probe.measure, []
 
