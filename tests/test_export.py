@@ -29,7 +29,7 @@ from recipes.data import validation_sequences
 from recipes.restore import check_initial_model, find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from recipes.trainer import SparseTrainer
-from scripts import check_vllm, export_hf, generate, import_hf
+from scripts import check_llama_cpp, check_vllm, export_gguf, export_hf, generate, import_hf
 
 HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2", "--checkpoint.interval", "4")
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
@@ -552,3 +552,70 @@ def test_vllm_is_held_against_transformers(tmp_path, monkeypatch, capsys, fault)
     assert "error: vllm is missing: pip install vllm" in capsys.readouterr().err
     assert check_vllm.main([str(tmp_path)]) == 2
     assert "is no export: python -m scripts.export_hf RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.01])
+def test_llama_cpp_is_held_against_transformers(train, trained, script, tmp_path, monkeypatch, capsys, shift):
+    """With a stand-in for llama.cpp's server, which is not installed here: it answers as transformers does, or not."""
+    script(export_hf, trained(train), tmp_path / "hf", "--dtype", "float32")
+    (tmp_path / "model.gguf").touch()
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+
+    class Server:
+        def __init__(self, wanted):
+            assert wanted.model.path == str(tmp_path / "model.gguf")
+
+        def handle_completions(self, request):
+            ids, content = list(request["prompt"]), []
+            for _ in range(request["max_tokens"]):
+                with torch.no_grad():
+                    scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(scores.argmax()))
+                content.append({"id": ids[-1], "logprob": float(scores.max()) + shift})
+            return {"choices": [{"text": "...", "logprobs": {"content": content}}]}
+
+    stand_in = SimpleNamespace(Server=Server, CommonParams=lambda: SimpleNamespace(model=SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "xllamacpp", stand_in)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    words = ["check_llama_cpp", str(tmp_path / "hf"), str(tmp_path / "model.gguf"), "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert check_llama_cpp.main() == int(bool(shift))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["architecture"] == "ArceeForCausalLM" and len(found["rows"]) == len(check_vllm.PROMPTS)
+    assert "llama.cpp serves ArceeForCausalLM" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConfigError, match="xllamacpp is not installed: pip install xllamacpp"):
+        check_llama_cpp.main()
+
+
+def test_the_converter_of_llama_cpp_is_told_how_our_tokenizer_splits(train, trained, script, tmp_path, monkeypatch):
+    """With a stand-in for the converter, which asks for the rule's name as the real one does."""
+    script(export_hf, trained(train), tmp_path / "hf")
+    checkout = tmp_path / "llama.cpp"
+    (checkout / "conversion").mkdir(parents=True)
+    (checkout / "conversion" / "__init__.py").touch()
+    (checkout / "conversion" / "base.py").write_text(
+        "class TextModel:\n"
+        "    def get_vocab_base_pre(self, tokenizer):\n"
+        "        raise NotImplementedError('BPE pre-tokenizer was not recognized')\n"
+    )
+    (checkout / "convert_hf_to_gguf.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom conversion.base import TextModel\n"
+        "def main():\n"
+        "    Path(sys.argv[3]).write_text(TextModel().get_vocab_base_pre(None) + ' ' + sys.argv[5])\n"
+    )
+    monkeypatch.setitem(sys.modules, "sentencepiece", SimpleNamespace())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = (tmp_path / "hf", tmp_path / "model.gguf", "--llama-cpp", checkout)
+    script(export_gguf, *words)
+    assert (tmp_path / "model.gguf").read_text() == "gpt-2 f32"
+    with pytest.raises(ConfigError, match="exists: name another file"):
+        script(export_gguf, *words)
+    (tmp_path / "model.gguf").unlink()
+    edited = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    edited["pre_tokenizer"]["use_regex"] = False
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(edited))
+    with pytest.raises(ConfigError, match=r"converter refuses it \(BPE pre-tokenizer was not recognized"):
+        script(export_gguf, *words)
+    with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf\.py"):
+        script(export_gguf, *words[:2], "--llama-cpp", tmp_path)
