@@ -28,7 +28,7 @@ with its data order, optimizer and metrics, and starts once that checkpoint has 
     after = "dense/step-500"              # the run of that name must save this step: checkpoint.interval
 
 A run that is shorter than the runs that continue from it only provides their beginning: it is not a result, is left out
-of the tables, and is run again only if its checkpoint is needed.
+of the tables, keeps all its checkpoints, and is run again only if one is needed.
 
 All runs and their data are checked before the first one starts. A run is a process of train.py with its own folder in
 `outputs/studies/NAME`, which also has its log. Running the command again skips complete runs and resumes interrupted
@@ -195,6 +195,10 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     for run in runs:
         following = [other for other in runs if other.goes_on_from(run)]
         run.only_begins = any(other.config.training.steps > run.config.training.steps for other in following)
+        if run.only_begins:  # runs that are started later, by --only, may continue from any of its checkpoints
+            run.config.checkpoint.keep_latest_k = 0
+            kept = "--checkpoint.keep_latest_k="
+            run.command = [*(word for word in run.command if not word.startswith(kept)), f"{kept}0"]
     if shown is not None and not (isinstance(shown, list) and all(isinstance(name, str) for name in shown)):
         raise ConfigError(f"{file}: plot = {json.dumps(shown, default=str)}: give names of runs, such as {names[:2]}")
     if unknown := set(shown or []) - set(names):
@@ -580,6 +584,12 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 todo.insert(0, run)
     for run in todo:
+        if run.only_begins and is_complete(run, run.outputs):  # it would go on from its end, and save nothing
+            lost = next(other for other in todo if other.goes_on_from(run) and not other.is_ready())
+            raise ConfigError(
+                f"{lost.name} goes on from {lost.after}, which the complete run {run.name} no longer has: move "
+                f"{run.outputs} away to run it anew"
+            )
         before = run.after and run.after.parent.parent
         if before and not run.is_ready() and before not in (other.outputs for other in todo):
             raise ConfigError(

@@ -104,6 +104,24 @@ def test_a_shorter_run_that_others_begin_with_is_no_result(write_study, tmp_path
         assert f", {count} to run," in capsys.readouterr().out
 
 
+def test_runs_that_are_started_later_find_the_checkpoint_that_they_continue_from(write_study, tmp_path):
+    start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
+    start += "checkpoint.interval = 1\ncheckpoint.keep_latest_k = 2\ncheckpoint.last_save_model_only = true\n"
+    rest = "".join(
+        f'[[runs]]\nname = "{name}"\nrecipe = "recipes/dense.toml"\nafter = "start/step-{step}"\n'
+        for name, step in (("late", 4), ("early", 1))
+    )
+    file = write_study(start + rest)
+    words = [str(file), "--out", str(tmp_path / "out")]
+    assert study.main([*words, "--only", "start", "late"]) == 0
+    assert study.main([*words, "--only", "start", "early"]) == 0
+    shutil.rmtree(tmp_path / "out" / "start_s0" / "checkpoint" / "step-1")
+    for run in (tmp_path / "out" / "early_s0", file.parent / "early_s0"):
+        shutil.rmtree(run, ignore_errors=True)
+    with pytest.raises(ConfigError, match=r"early_s0 goes on from .*step-1, which the complete run start_s0 no longer"):
+        study.main([*words, "--only", "start", "early"])
+
+
 def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, capfd):
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
