@@ -1,6 +1,6 @@
-"""From SwiGLU to squared ReLU: weights whose ungated FFN starts close to the gated one, to be trained further.
+"""From SwiGLU to squared ReLU: weights of an ungated FFN that follows the gated one, to be trained further.
 
-A SwiGLU neuron gives silu(g) u with g = w1 x and u = w3 x. Two squared-ReLU neurons give nearly the same:
+A SwiGLU neuron gives silu(g) u with g = w1 x and u = w3 x. Two squared-ReLU neurons follow it where |g| is large:
 
     silu(g) u  ~  s (relu(g + c u)^2 - relu(g - c u)^2) / (4 c)
 
@@ -11,8 +11,9 @@ The right side is s g u, exactly, where g > c |u|, and 0 where g < -c |u|; betwe
 has 2 f' neurons for f' of the SwiGLU, 4 d f' parameters for 3 d f'. A small c comes closest and a large one keeps the
 two neurons of a pair from cancelling each other's large values, which a pattern that drops one of them would lay bare;
 c = 0.25 std(g) / std(u) costs little accuracy. s is the least-squares scale. Both are chosen neuron by neuron, with g
-and u taken as independent Gaussians of the standard deviations that the weights give to a normalised input: no data is
-needed, and a short continuation closes the rest of the gap. To swap the activation and continue is the ReLU-fication of
+and u taken as independent Gaussians of the standard deviations that the weights give to a normalised input, so no data
+is needed. Where gates are small and negative, as in a published model, little is left of the model until it has been
+trained further (docs/use.md has losses). To swap the activation and continue is the ReLU-fication of
 Mirzadeh et al. 2023 (arXiv 2310.04564); theirs keeps the gate.
 """
 
