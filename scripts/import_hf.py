@@ -225,7 +225,7 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         ),
         _table("compile", {"enable": gpu}),
         _table("activation_checkpoint", {"mode": "none"}),
-        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else max(8, 8 * tokens // seq_len)}),
+        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else min(64, max(8, 8 * tokens // seq_len))}),
         _table("metrics", {"log_freq": 10}),
         _table(
             "checkpoint",
