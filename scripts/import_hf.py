@@ -188,6 +188,7 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
     seq_len = _sequence(args)
     gpu = torch.cuda.is_available()
     tokens = 8192 if gpu else 2048  # in a micro-batch
+    validated = min(64, max(8, 8 * tokens // seq_len))  # so that a CPU takes no longer for it than for the steps
     sources = [{"path": path} for path in data] or [{"type": "stdlib"}]
     parts = [
         f"# Continues the pretraining of {json.dumps(str(folder))}, made by python -m scripts.import_hf.\n"
@@ -225,7 +226,7 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         ),
         _table("compile", {"enable": gpu}),
         _table("activation_checkpoint", {"mode": "none"}),
-        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else min(64, max(8, 8 * tokens // seq_len))}),
+        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else validated}),
         _table("metrics", {"log_freq": 10}),
         _table(
             "checkpoint",
