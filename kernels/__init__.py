@@ -15,7 +15,7 @@ has the six matrix products of a squared-ReLU FFN and chooses the family that co
 """
 
 from kernels.causal import Preceding
-from kernels.clustering import activation_clusters, balanced_clusters, permute_rows, route_tokens
+from kernels.clustering import activation_clusters, balanced_clusters, permute_rows, route_tokens, token_clusters
 from kernels.family import Cost, Family, FeedForwardSparsity, Pattern, Shape
 from kernels.feed_forward import MASKED, choose, explain, hidden_activations, prefer, sparse_feed_forward
 from kernels.groups import Groups, group_mask
@@ -48,5 +48,6 @@ __all__ = [
     "soft_threshold_2_4",
     "soft_threshold_scale",
     "sparse_feed_forward",
+    "token_clusters",
     "venom_mask",
 ]

@@ -186,6 +186,26 @@ def activation_clusters(
     return order.view(*weight.shape[:-1]), centroids.view(*weight.shape[:-2], *centroids.shape[1:])
 
 
+def token_clusters(x: Tensor, count: int, iterations: int = 10, seed: int | Sequence[int] = 0) -> Tensor:
+    """Centroids of balanced clusters of tokens under cosine distance: tokens that are alike need the same neurons.
+
+    Args:
+        x: `[T, d]`, floating point: a representative sample of some thousand tokens, of which the last T % count are
+            left out. Fewer than `count` are repeated, so that clusters are equal. Or `[L, T, d]` for L layers.
+        count: C, the number of clusters.
+        iterations, seed: see `balanced_clusters`.
+
+    Returns:
+        `[C, d]` or `[L, C, d]` float32, of unit length; neighbours are similar.
+
+    Raises:
+        ValueError: iterations is below 1.
+    """
+    x = torch.cat([x] * -(-count // x.shape[-2]), -2)
+    size = x.shape[-2] // count
+    return balanced_clusters(x[..., : size * count, :], size, iterations, seed)[1]
+
+
 def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Assign each token to the cluster whose centroid has the largest dot product with it.
 

@@ -48,6 +48,7 @@ from kernels import (
     explain,
     soft_threshold_2_4,
     soft_threshold_scale,
+    token_clusters,
 )
 from kernels.experts import ExpertByExpert, explain_experts
 from kernels.feed_forward import recipe_patterns
@@ -66,6 +67,7 @@ PREPARED_BY = (
     "router.enable",
     "router.cluster_size",
     "router.cluster_by",
+    "router.token_clusters",
     "router.spread",
 )
 STATE_VERSION = 2
@@ -114,13 +116,14 @@ def _read_table(text: str) -> dict[str, Any]:
                 f"the checkpoint's sparse state is of a later release (its version is above {STATE_VERSION}): "
                 "resume it with that release"
             )
-        return table
+        return {"router.token_clusters": 0} | table
     start, dense_layers, sections = text.split(" ", 2)
     values: dict[str, Any] = {"schedule.dense_layers": int(dense_layers)}
     for name, arguments in re.findall(r"(\w+)\((.*?)\)", sections):
         call = ast.parse(f"{name}({arguments})", mode="eval").body
         assert isinstance(call, ast.Call)
         values |= {f"{name.lower()}.{each.arg}": ast.literal_eval(each.value) for each in call.keywords}
+    values["router.token_clusters"] = 0
     return {"start": int(start)} | {key: values[key] for key in PREPARED_BY}
 
 
@@ -136,13 +139,21 @@ def _apart(clusters: int) -> Tensor:
 
 def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSparsity:
     """The sparsity of an FFN of `hidden_dim` neurons in the recipe's sparse phases."""
+    router = config.router
     return FeedForwardSparsity(
         pattern=activation_pattern(config.activations),
         weight_products=tuple(config.weights.products) if config.weights.pattern == "2:4" else (),
         cut_along_tokens=config.activations.cut_along_tokens,
-        clusters=hidden_dim // config.router.cluster_size if config.router.enable else 0,
+        clusters=(router.token_clusters or hidden_dim // router.cluster_size) if router.enable else 0,
         fp8=config.precision.ffn == "fp8",
     )
+
+
+def _orders_neurons(config: JobConfig) -> bool:
+    """Whether the order of the neurons matters: to windows or groups of neighbours, or to a router by neurons."""
+    activations = config.activations
+    single = activations.pattern == "groups" and activations.g == 1 and not activations.window
+    return not (config.router.token_clusters and single)
 
 
 def computes_in(config: JobConfig, shards: bool) -> str:
@@ -398,8 +409,13 @@ class Sparsity(Stateful):
 
     @torch.no_grad()
     def _prepare(self, step: int, first: bool, forward: Callable[[], Any] | None) -> None:
-        if self.config.router.enable:
-            self._cluster(step, self._inputs(forward) if self.config.router.cluster_by == "activations" else [])
+        router = self.config.router
+        if router.enable:
+            inputs = self._inputs(forward) if router.token_clusters or router.cluster_by == "activations" else []
+            if _orders_neurons(self.config):
+                self._cluster(step, inputs if router.cluster_by == "activations" else [])
+            if router.token_clusters:
+                self._cluster_tokens(step, inputs)
         for feed_forward in self.feed_forwards:
             if isinstance(feed_forward, Experts) or feed_forward.always_dense:
                 continue
@@ -489,14 +505,17 @@ class Sparsity(Stateful):
             parts = self.shards * feed_forward.parts
             neurons = math.prod(feed_forward.matrices[0][0].shape[:-1]) // parts
             device, orders = feed_forward.centroids.device, []
-            for part, centroids in enumerate(feed_forward.centroids.chunk(parts)):
+            of_parts = [] if self.config.router.token_clusters else feed_forward.centroids.chunk(parts)
+            for part in range(parts):
                 order = torch.empty(neurons, dtype=torch.int64, device=device)
-                order, own = found.get((index, part), (order, centroids))
+                source, (order, own) = (turn * parts + part) % ranks, found.get((index, part), (order, None))
                 if ranks > 1:
-                    source = (turn * parts + part) % ranks
                     dist.broadcast(order, group=self.peers, group_src=source)
-                    dist.broadcast(own, group=self.peers, group_src=source)
-                centroids.copy_(own)
+                if of_parts:
+                    if own is not None:
+                        of_parts[part].copy_(own)
+                    if ranks > 1:
+                        dist.broadcast(of_parts[part], group=self.peers, group_src=source)
                 orders.append(order + part * neurons)
             order = torch.cat(orders)
             for weight, dim in feed_forward.matrices:
@@ -518,8 +537,7 @@ class Sparsity(Stateful):
             For each part the order of its neurons, int64 `[f / parts]`, and its centroids `[clusters, d]`.
         """
         size = self.config.router.cluster_size
-        seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009
-        seeds = [(seed + self.layers[index]) % 2**31 for index, _ in weights]
+        seeds = [self._seed(step, index) for index, _ in weights]
         weight = torch.stack(list(weights.values()))
         if inputs:
             of_experts = inputs[0].ndim == 3
@@ -531,6 +549,28 @@ class Sparsity(Stateful):
             apart = _apart(centroids.shape[1]).to(orders.device)
             orders = orders.unflatten(1, (-1, size))[:, apart].mT.flatten(1)
         return zip(orders, centroids, strict=True)
+
+    def _cluster_tokens(self, step: int, inputs: Sequence[Tensor]) -> None:
+        """Cluster the tokens of all layers that become sparse; the ranks take the layers in turn.
+
+        Args:
+            step: seeds the clustering.
+            inputs: of each layer, `[T, d]` or by expert `[E, T, d]`.
+        """
+        ranks, rank = self._ranks()
+        layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
+        for turn, (index, feed_forward) in enumerate(layers):
+            if turn % ranks == rank:
+                count, seed = self.config.router.token_clusters, self._seed(step, index)
+                x, parts = inputs[index], feed_forward.parts
+                found = token_clusters(x, count, seed=[seed] * parts if x.ndim == 3 else seed)
+                feed_forward.centroids.copy_(found.flatten(0, -2))
+            if ranks > 1:
+                dist.broadcast(feed_forward.centroids, group=self.peers, group_src=turn % ranks)
+
+    def _seed(self, step: int, index: int) -> int:
+        seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009
+        return (seed + self.layers[index]) % 2**31
 
     def _moments(self, weight: Tensor) -> list[Tensor]:
         """The optimizer's tensors that have an entry for each entry of a weight."""
@@ -565,7 +605,7 @@ class Sparsity(Stateful):
         """
         self._by_position = bool(table) and not table.startswith("{")
         found = _read_table(table)
-        keys = ("router.enable", "router.cluster_size")
+        keys = ("router.enable", "router.cluster_size", "router.token_clusters")
         return bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from kernels import (
     route_tokens,
     soft_threshold_2_4,
     soft_threshold_scale,
+    token_clusters,
     venom_mask,
 )
 from kernels.clustering import _balanced_assignment
@@ -771,6 +772,29 @@ def test_layers_clustered_together_are_clustered_each_by_itself(size):
         for (orders, centroids), (order, centroid) in zip(together, alone, strict=True):
             assert torch.equal(orders[layer], order)
             assert_close(centroids[layer], centroid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_alike_are_clustered(dtype):
+    for seed in range(5):
+        rand = torch.Generator().manual_seed(seed)
+        topics = torch.nn.functional.normalize(torch.randn(4, 16, generator=rand), dim=1)
+        topic = torch.arange(4).repeat(30)[torch.randperm(120, generator=rand)]
+        x = (topics[topic] * (1 + torch.rand(120, 1, generator=rand)) + 0.1 * torch.randn(120, 16, generator=rand)).to(
+            dtype
+        )
+        # Three are left out, so that every cluster has as many.
+        left_out = torch.cat([x, -3 * x[:3]])
+        centroids = token_clusters(left_out, 4, seed=seed)
+        cluster, _ = route_tokens(x, centroids)
+        assert len({(int(a), int(b)) for a, b in zip(topic, cluster, strict=True)}) == 4 == len(set(cluster.tolist()))
+        assert centroids.dtype == torch.float32
+        assert_close(centroids.norm(dim=1), torch.ones(4))
+    layers = torch.randn(2, 24, 8, generator=rand)
+    together = token_clusters(layers, 6, seed=[3, 8])
+    assert_close(together, torch.stack([token_clusters(layers[0], 6, seed=3), token_clusters(layers[1], 6, seed=8)]))
+    few = token_clusters(layers[0, :2], 5)
+    assert few.shape == (5, 8) and torch.isfinite(few).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

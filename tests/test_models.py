@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from configs.loader import load_config
-from kernels import FeedForwardSparsity, Groups, Shape, Venom, activation_clusters
+from kernels import FeedForwardSparsity, Groups, Shape, Venom, activation_clusters, token_clusters
 from models.attention import rotate
 from models.llama import FLAVORS, Llama, llama_args
 from recipes.check import check_config
@@ -262,3 +262,32 @@ def test_a_sparse_phase_clusters_neurons_by_the_activations_of_its_first_tokens(
             assert not ffn._forward_pre_hooks
         with sparsity.dense():
             torch.testing.assert_close(model(tokens), expected)
+
+
+@pytest.mark.parametrize("recipe", ["columns_quarter", "groups_quarter"])
+def test_a_sparse_phase_clusters_the_tokens_of_its_first_step(recipe):
+    """Groups of neurons need an order of the neurons beside it; single neurons stay where they are."""
+    torch.manual_seed(0)
+    keys = ("--router.token_clusters", "8", "--activations.v", "32")
+    config, _ = load_config(["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *keys])
+    args, spans = check_config(config)
+    args.vocab_size, tokens = 64, torch.randint(64, (2, 48))
+    model, read = Llama(args), []
+    with torch.no_grad():
+        model.init_weights()
+        ffns = [ffn for ffn in model.feed_forwards().values() if not ffn.always_dense]
+        old = [ffn.w1.weight.clone() for ffn in ffns]
+        sparsity = Sparsity(config, model.feed_forwards(), [], spans)
+        hooks = [ffn.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, 1))) for ffn in ffns]
+        sparsity.enter(spans[1].start + 1, lambda: model(tokens))
+        for hook in hooks:
+            hook.remove()
+        for index, (ffn, x, weight) in enumerate(zip(ffns, read, old, strict=True)):
+            seed = (spans[1].start + 1) * 1_009 + args.dense_layers + index
+            assert torch.equal(ffn.centroids, token_clusters(x, 8, seed=seed))
+            order, _ = activation_clusters(x, weight, config.router.cluster_size, seed=seed)
+            expected = weight if recipe == "columns_quarter" else weight[order]
+            assert torch.equal(ffn.w1.weight, expected)
+        model(tokens)
+    config.router.token_clusters = 16
+    assert sparsity.prepares(spans[1].start + 2)

@@ -134,6 +134,22 @@ def test_two_ranks_train_venom_and_2_4_weights_resume_and_export(tiny, inside_ha
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.parametrize("recipe", ["columns_quarter", "groups_quarter"])
+def test_two_shards_of_neurons_sort_tokens_by_the_same_clusters(tiny, inside_halves, tmp_path, recipe):
+    words = (*SHARDABLE, *ALONE, "--training.global_batch_size", "1", "--router.token_clusters", "4")
+    words += ("--activations.window", "128", "--router.cluster_by", "weights", "--router.cluster_size", "32")
+    words += ("--activations.g", "32") if recipe == "groups_quarter" else ()
+    folder = tmp_path / "two"
+    two = run(tiny, folder, recipe, *words, *TENSOR, processes=2)
+
+    def one_goes_on(copy: Path, step: int) -> dict[int, dict]:
+        return inside_halves(copy, *words, recipe=recipe, stop_after=step)
+
+    one = one_goes_on(tmp_path / "one", 1)
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=ROUNDING)
+    assert_steps_of_one(folder, one_goes_on, (2, 5))
+
+
 def test_compiled_ranks_take_the_steps_of_an_eager_process(tiny, inside_halves, tmp_path):
     words = merge(list(SHARDABLE), ["--training.steps", "3", "--validation.enable", "false"])
     words = merge(words, ["--schedule.phases", '[{mode = "sparse", end = 2}, {mode = "dense", end = 1.0}]'])

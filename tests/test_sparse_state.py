@@ -63,6 +63,7 @@ def test_what_a_phase_was_prepared_for_is_a_table_of_values():
         "router.enable": True,
         "router.cluster_size": 64,
         "router.cluster_by": "activations",
+        "router.token_clusters": 0,
         "router.spread": True,
     }
     config.activations.keep = 0.5  # no key that preparation depends on
