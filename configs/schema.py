@@ -203,6 +203,13 @@ class Precision:
     ["quantize.linear.float8"].
     """
 
+    qat: Literal["none", "int4", "int8"] = "none"
+    """
+    Quantisation-aware training in the last phase, which has to be dense: the weights of the blocks' linear layers are
+    rounded in the forward pass as `scripts.evaluate --quantize` rounds those of an export, int4 with a scale for 32
+    weights, int8 with a scale a row. For models that are served so.
+    """
+
 
 @dataclass
 class Job(titan_config.Job):

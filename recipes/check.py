@@ -21,6 +21,7 @@ from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.checkpoint import MANIFEST
 from recipes.pipeline import check_pipeline, micro_batch_size
+from recipes.qat import check_qat
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity
 
@@ -80,6 +81,8 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
             f'precision.ffn = "fp8" is for sparse phases, but {config.recipe} has none: use "model", or for dense '
             f'phases model.converters = ["{CONVERTERS[0]}"]'
         )
+    if config.precision.qat != "none":
+        check_qat(config, args)
     _check_parallelism(config, args, world)
     _check_batch(config, world)
     _check_rest(config)

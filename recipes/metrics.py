@@ -16,6 +16,7 @@ Columns (a row has those that apply):
     mfu_executed  the same with the FLOPs that the backend executed, recomputation for checkpointing not counted
     val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model
     val_loss_sparse, val_bpb_sparse   with the pattern, in a sparse phase
+    val_loss_quantised, val_bpb_quantised   with rounded weights, in the last phase with precision.qat
     nonzero_share, energy_kept, router_balance, flip_rate   and each by layer, `layers/0/nonzero_share`
     expert_balance, expert_load_max   of a mixture of experts, in dense inference (`models.experts.expert_balance`);
                                       in the training step train_expert_balance, train_expert_load_max
@@ -248,8 +249,10 @@ class Metrics(MetricsProcessor):
         if "mfu" in row:
             parts.append(f"mfu {row['mfu']:.0f}%")
         if "val_loss" in row:
-            sparse = f" ({row['val_loss_sparse']:.4f} sparse)" if "val_loss_sparse" in row else ""
-            parts.append(f"{color.yellow}val {row['val_loss']:.4f}{sparse} {row['val_bpb']:.3f} bpb{color.reset}")
+            other = f" ({row['val_loss_sparse']:.4f} sparse)" if "val_loss_sparse" in row else ""
+            if "val_loss_quantised" in row:
+                other = f" ({row['val_loss_quantised']:.4f} {self.job_config.precision.qat})"
+            parts.append(f"{color.yellow}val {row['val_loss']:.4f}{other} {row['val_bpb']:.3f} bpb{color.reset}")
         if row["graphs_compiled"]:
             parts.append(f"{row['graphs_compiled']} graphs compiled")
         parts.append(f"{duration(self.time_left.after(row['step']))} left")

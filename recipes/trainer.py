@@ -46,6 +46,7 @@ from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
 from recipes.pipeline import Inference, build_loss, build_pipeline, micro_batch_size, stage_peers
+from recipes.qat import prepare_qat, set_fake_quantization
 from recipes.restore import check_initial_model, copy_tokenizer
 from recipes.resume import check_resume
 from recipes.schedule import Span, span_at
@@ -137,6 +138,7 @@ class SparseTrainer(titan.Trainer):
         self.interrupted = False
         self.received: set[int] = set()
         self.skips = False  # whether the step at hand left its batch out
+        self.quantises = False  # whether forward passes round weights, by precision.qat
         for line in load_corpus(config).summary():
             logger.info(line)
         config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
@@ -297,6 +299,19 @@ class SparseTrainer(titan.Trainer):
         if changed:
             does = "begins" if span_at(self.sparsity.spans, self.step).start == self.step - 1 else "goes on"  # resumed
             logger.info(f"step {self.step}: {self.sparsity.phase} phase {does} (switched in {seconds:.1f} s)")
+        if self.job_config.precision.qat != "none":
+            self._enter_qat()
+
+    def _enter_qat(self) -> None:
+        """Round weights from the first step of the last phase on."""
+        wanted, kind = self.step > self.sparsity.spans[-1].start, self.job_config.precision.qat
+        if wanted and not self.quantises:
+            set_fake_quantization(self.model_parts, True)
+            logger.info(
+                f"step {self.step}: weights of the blocks' linear layers are rounded to {kind} in the forward pass "
+                "(precision.qat)"
+            )
+        self.quantises = wanted
 
     def _train_validate_log(self, batches) -> None:
         """One training step; where a row is due, also its validation and the health of its sparsity."""
@@ -439,8 +454,13 @@ class SparseTrainer(titan.Trainer):
         return expert_balance(load)
 
     def _validate(self) -> dict[str, float]:
-        """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits."""
+        """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits.
+
+        Where weights are rounded, by precision.qat, first with the weights as they are, and then rounded.
+        """
         self.watchdog.beat()
+        if self.quantises:
+            set_fake_quantization(self.model_parts, False)
         with self.sparsity.dense():
             self.validator.warm_up(self.model_parts)
             self.sparsity.reset_health()
@@ -452,7 +472,12 @@ class SparseTrainer(titan.Trainer):
             self.sparsity.reset_health()
             score = self.validator.validate(self.model_parts, self.step, sparse=True)
             row |= {"val_loss_sparse": score.loss, "val_bpb_sparse": score.bits_per_byte}
-        return row | self.sparsity.health()
+        row |= self.sparsity.health()
+        if self.quantises:
+            set_fake_quantization(self.model_parts, True)
+            score = self.validator.validate(self.model_parts, self.step)
+            row |= {"val_loss_quantised": score.loss, "val_bpb_quantised": score.bits_per_byte}
+        return row
 
     def _interrupt(self, number: int, frame) -> None:
         """Note a signal: the run saves and ends after this step. A second Ctrl-C ends it at once.
@@ -636,6 +661,8 @@ def set_up_process(config: JobConfig) -> None:
 
 
 def _parallelize(model: Llama, parallel_dims, job_config) -> nn.Module:
+    if job_config.precision.qat != "none":
+        prepare_qat(model, job_config.precision.qat)
     parallelize = titan.parallelize_moe if model.model_args.num_experts else titan.parallelize_llama
     try:
         model = parallelize(model, parallel_dims, job_config)

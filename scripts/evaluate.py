@@ -49,6 +49,7 @@ from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
 from recipes.pipeline import micro_batch_size
 from recipes.progress import Progress
+from recipes.qat import GROUP
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.options import TERMS
@@ -60,7 +61,6 @@ PAPER_TASKS = (
     *("piqa", "race", "sciq", "record", "openbookqa"),
 )
 CONTEXT_LINES, CHOICES = 4, 4
-GROUP = 32  # weights of a row that share a scale in int4
 LONGEST = 4096  # tokens in a sequence of an export: the positions of a long-context model would not fit into memory
 
 

@@ -22,6 +22,7 @@ from configs.errors import ConfigError
 VALIDATIONS = {
     "val_loss": ("o", "-", "validation, dense"),
     "val_loss_sparse": ("D", "--", "validation, with the pattern"),
+    "val_loss_quantised": ("s", ":", "validation, rounded weights"),
 }
 
 # What a run logs of its sparse FFNs, in all and by layer (layers/N/...), with a picture's words for it.
