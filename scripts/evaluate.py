@@ -4,6 +4,7 @@
     python -m scripts.evaluate outputs/debug --text README.md                 loss, perplexity and bits per byte
     python -m scripts.evaluate outputs/debug --text README.md --tasks local   items made of the text, no network
     python -m scripts.evaluate outputs/debug --text README.md --quantize int8 the loss before and after
+    python -m scripts.evaluate outputs/debug-hf --text README.md --gguf outputs/debug.gguf    and in llama.cpp
     python -m scripts.evaluate outputs/debug --text README.md --pattern       the loss with h cut to the run's pattern
 
 Tasks are lm-evaluation-harness's. The text is what the trainer would make of it: documents begun and ended by their
@@ -52,6 +53,7 @@ from recipes.progress import Progress
 from recipes.qat import GROUP
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
+from scripts.export_gguf import import_llama_cpp
 from scripts.options import TERMS
 from scripts.trained import choose_device, find_model, load_model, refuse_experts
 
@@ -61,6 +63,7 @@ PAPER_TASKS = (
     *("piqa", "race", "sciq", "record", "openbookqa"),
 )
 CONTEXT_LINES, CHOICES = 4, 4
+GGUF_TYPES = {"0": "f32", "1": "f16", "2": "q4_0", "7": "q8_0", "32": "bf16"}  # by llama.cpp's general.file_type
 LONGEST = 4096  # tokens in a sequence of an export: the positions of a long-context model would not fit into memory
 
 
@@ -316,6 +319,39 @@ def score_export(model: Any, text: Text, length: int, batch_size: int, kind: str
     return scores
 
 
+def score_gguf(files: list[Path], text: Text, length: int) -> dict[str, dict[str, float]]:
+    """The scores of GGUF files on a text, by llama.cpp on the CPU, through the package llama-cpp-python.
+
+    Args:
+        files: as scripts.export_gguf writes them, of the model whose tokenizer the text was encoded by.
+        text: that is scored.
+        length: tokens in a sequence.
+
+    Raises:
+        ConfigError: the package is not installed, or llama.cpp refuses a file.
+    """
+    llama_cpp = import_llama_cpp("--gguf")
+    scores = {}
+    for file in files:
+        try:
+            model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+        except ValueError as error:
+            raise ConfigError(f"--gguf {file} cannot be loaded by llama.cpp ({first_line(error)})") from None
+        name = f"llama.cpp, {GGUF_TYPES.get(model.metadata['general.file_type'], file.name)}"
+
+        def logits(ids: Tensor, model: Any = model) -> Tensor:
+            rows = []
+            for row in ids.tolist():
+                model.reset()
+                model.eval(row)
+                rows.append(torch.tensor(model.scores[: len(row)]))
+            return torch.stack(rows)
+
+        scores[name] = text.score(logits, length, 1, name) | {"file_bytes": file.stat().st_size}
+        model.close()
+    return scores
+
+
 def score_patterns(
     checkpoint: Checkpoint, text: Text, device: torch.device, dtype: str | None, patterns: bool = True
 ) -> dict[str, dict[str, float]]:
@@ -407,6 +443,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quantize", choices=("int8", "int4", "float8"), help="quantise the weights; tasks run on the result"
     )
+    parser.add_argument(
+        "--gguf",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="score these files of scripts.export_gguf in llama.cpp as well, which llama-cpp-python brings",
+    )
     parser.add_argument("--pattern", action="store_true", help="score with h cut to the run's pattern as well")
     parser.add_argument(
         "--length",
@@ -422,7 +465,12 @@ def _arguments() -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least 1")
     if options.length and options.pattern:
         raise ConfigError("--length: a pattern sees sequences of the run's training.seq_len: leave out one of the two")
-    needing = [f"--{name}" for name in ("quantize", "pattern", "length") if getattr(options, name)]
+    if options.gguf and options.pattern:
+        raise ConfigError("--gguf: a GGUF file has no pattern: leave out one of --gguf and --pattern")
+    for file in options.gguf or ():
+        if not file.is_file():
+            raise ConfigError(f"--gguf {file} is no file: write it with scripts.export_gguf")
+    needing = [f"--{name}" for name in ("quantize", "gguf", "pattern", "length") if getattr(options, name)]
     if not options.text and (needing or "local" in (options.tasks or ())):
         raise ConfigError(f"{(needing or ['--tasks local'])[0]} needs a text: give --text FILE ...")
     if not options.text and not options.tasks:
@@ -438,7 +486,7 @@ def main() -> None:
     tasks: dict[str, dict[str, float]] = {}
     packages = ["torch", "torchao"]
     experts = isinstance(source, Checkpoint) and bool(source.args.num_experts)  # a model that transformers lacks
-    if isinstance(source, Checkpoint) and (options.quantize or options.tasks):
+    if isinstance(source, Checkpoint) and (options.quantize or options.gguf or options.tasks):
         refuse_experts(source)
     if experts and options.length:
         raise ConfigError(
@@ -458,6 +506,9 @@ def main() -> None:
                 else min(LONGEST, model.config.max_position_embeddings)
             )
             scores |= score_export(model, text, length, options.batch_size, options.quantize)
+            if options.gguf:
+                packages += ["llama_cpp_python"]
+                scores |= score_gguf(options.gguf, text, length)
     if text is not None:
         print(f"{len(text.ids):,} tokens, {text.bytes:,} bytes, {options.checkpoint} on {device}\n{_table(scores)}")
     stopped: BaseException | None = None

@@ -8,12 +8,17 @@
 tokenizer that was trained for one model. llama.cpp has to know only one thing about such a tokenizer: the rule that
 splits a text into words before any pair is merged. The byte-level BPE of recipes/tokenizer.py splits as GPT-2 does, and
 this script says so to the converter. A tokenizer of another kind is left to the converter, which may refuse it.
+
+q4_0, which the converter does not write, is made of its f32 by llama.cpp itself: `pip install llama-cpp-python`, which
+compiles it.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,13 +94,39 @@ def convert(export: Path, out: Path, checkout: Path, outtype: str) -> None:
         sys.argv = arguments
 
 
+def import_llama_cpp(option: str) -> ModuleType:
+    """The package llama-cpp-python.
+
+    Raises:
+        ConfigError: it is not installed; `option` needs it.
+    """
+    try:
+        import llama_cpp
+    except ImportError:
+        raise ConfigError(f"{option} needs llama.cpp as a package: pip install llama-cpp-python") from None
+    return llama_cpp
+
+
+def quantise(source: Path, out: Path) -> None:
+    """Write a GGUF file of f32 as one of q4_0.
+
+    Raises:
+        ConfigError: llama-cpp-python is not installed, or llama.cpp refuses the file.
+    """
+    llama_cpp = import_llama_cpp("--outtype q4_0")
+    wanted = llama_cpp.llama_model_quantize_default_params()
+    wanted.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(wanted)):
+        raise ConfigError(f"{source} cannot be quantised: its lines above say why")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", required=True, help="a checkout of llama.cpp")
     parser.add_argument(
-        "--outtype", choices=("f32", "f16", "bf16", "q8_0"), default="f32", help="of the matrices; default: f32"
+        "--outtype", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), default="f32", help="of the matrices; default: f32"
     )
     options = parser.parse_args()
     if not (options.export / "config.json").is_file():
@@ -103,7 +134,14 @@ def main() -> None:
     if options.out.exists():
         raise ConfigError(f"{options.out} exists: name another file, or remove it")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    convert(options.export, options.out, options.llama_cpp, options.outtype)
+    if options.outtype == "q4_0":
+        import_llama_cpp("--outtype q4_0")  # before the conversion
+        with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
+            whole = Path(folder) / "f32.gguf"
+            convert(options.export, whole, options.llama_cpp, "f32")
+            quantise(whole, options.out)
+    else:
+        convert(options.export, options.out, options.llama_cpp, options.outtype)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -3,6 +3,7 @@
 The tiny job's models have grouped-query attention, four query heads on two key-value heads.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from recipes.data import validation_sequences
 from recipes.restore import check_initial_model, find_checkpoint
 from recipes.tokenizer import load_tokenizer
 from recipes.trainer import SparseTrainer
-from scripts import check_llama_cpp, check_vllm, export_gguf, export_hf, generate, import_hf
+from scripts import check_llama_cpp, check_vllm, evaluate, export_gguf, export_hf, generate, import_hf
 
 HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2", "--checkpoint.interval", "4")
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
@@ -619,3 +620,67 @@ def test_the_converter_of_llama_cpp_is_told_how_our_tokenizer_splits(train, trai
         script(export_gguf, *words)
     with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf\.py"):
         script(export_gguf, *words[:2], "--llama-cpp", tmp_path)
+
+
+def test_gguf_files_are_scored_and_quantised_by_llama_cpp(train, trained, script, tmp_path, monkeypatch, capsys):
+    """With a stand-in for llama-cpp-python, which is not installed here: its f32 is transformers' model."""
+    script(export_hf, trained(train), tmp_path / "hf", "--dtype", "float32")
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+
+    class Stand:
+        def __init__(self, path, n_ctx, n_batch, logits_all, verbose):
+            assert n_ctx == n_batch == 16 and logits_all and not verbose
+            if "bad" in path:
+                raise ValueError("Failed to load model from file")
+            self.metadata = {"general.file_type": Path(path).read_text()}
+
+        def reset(self):
+            self.scores = None
+
+        def eval(self, ids):
+            assert self.scores is None and len(ids) <= 16
+            with torch.no_grad():
+                self.scores = model(torch.tensor([ids])).logits[0].numpy()
+
+        def close(self):
+            pass
+
+    def quantise(source, out, parameters):
+        assert parameters._obj.ftype == 2 and Path(source.decode()).read_text() == "0"
+        Path(out.decode()).write_text("2")
+        return 0
+
+    class Parameters(ctypes.Structure):
+        _fields_ = (("ftype", ctypes.c_int),)
+
+    stand_in = SimpleNamespace(
+        Llama=Stand,
+        llama_model_quantize=quantise,
+        llama_model_quantize_default_params=Parameters,
+        LLAMA_FTYPE_MOSTLY_Q4_0=2,
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", stand_in)
+    monkeypatch.setattr(export_gguf, "convert", lambda export, out, checkout, kind: out.write_text("0"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    whole, small, bad = (tmp_path / f"{name}.gguf" for name in ("whole", "small", "bad"))
+    script(export_gguf, tmp_path / "hf", whole, "--llama-cpp", tmp_path)
+    script(export_gguf, tmp_path / "hf", small, "--llama-cpp", tmp_path, "--outtype", "q4_0")
+    (tmp_path / "text").write_text("def main(): return 1\n" * 3)
+    words = (tmp_path / "hf", "--text", tmp_path / "text", "--length", "16", "--gguf")
+    script(evaluate, *words, whole, small)
+    (row,) = map(json.loads, (tmp_path / "hf" / "evaluations.jsonl").read_text().splitlines())
+    first, *others = row["scores"].values()
+    assert list(row["scores"])[1:] == ["llama.cpp, f32", "llama.cpp, q4_0"] and "llama_cpp_python" in row["versions"]
+    assert all(other["loss"] == pytest.approx(first["loss"], rel=1e-5) for other in others)
+    bad.touch()
+    with pytest.raises(ConfigError, match=r"bad.gguf cannot be loaded by llama.cpp \(Failed to load"):
+        script(evaluate, *words, bad)
+    with pytest.raises(ConfigError, match=r"gone is no file: write it with scripts.export_gguf"):
+        script(evaluate, *words, "gone")
+    with pytest.raises(ConfigError, match="a GGUF file has no pattern"):
+        script(evaluate, tmp_path / "hf", *words[1:3], "--gguf", whole, "--pattern")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ConfigError, match=r"--gguf needs llama.cpp as a package: pip install llama-cpp-python"):
+        script(evaluate, *words, whole)
+    with pytest.raises(ConfigError, match=r"--outtype q4_0 needs llama.cpp as a package"):
+        script(export_gguf, tmp_path / "hf", tmp_path / "third", "--llama-cpp", tmp_path, "--outtype", "q4_0")

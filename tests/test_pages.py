@@ -1,0 +1,198 @@
+"""Commands and keys on the pages: README's are run, those of all pages are accepted by what they call.
+
+docs/own_data.md is run by tests/test_study.py.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fork, merge
+
+from configs import schema
+from configs.loader import load_config
+from recipes.check import check_keys
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "kernels" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+NEEDS = re.compile(r"#.*\bneeds ")
+# The file of metrics, a key that is said to be gone, and one of newer torchtitans.
+OTHERS = {"metrics.jsonl", "activations.budget", "training.disable_cuda_graphs"}
+STAND_INS = ("python", "torchrun", "tensorboard", "ruff", "mypy", "pytest")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def perform(call: list[str], tiny: list[str]) -> None:
+    """Run a command of the README in this process or, if it trains, as a tiny job in a forked one."""
+    match call:
+        case ["python", "-m", "pip", *_] | ["python", "-c", _]:
+            pass  # tests/test_setup.py
+        case ["ruff" | "mypy" | "pytest", *_]:
+            assert shutil.which(call[0], path=Path(sys.executable).parent)  # the checks that this test is one of
+        case ["tensorboard", "--logdir", folder]:
+            from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+            events = EventMultiplexer().AddRunsFromDirectory(folder).Reload()
+            assert any("loss" in tag for run in events.Runs().values() for tag in run["scalars"])
+        case ["python", "-m", module, *words] if module.startswith("scripts."):
+            run_script(module, words)
+        case ["python", "train.py", *words] | ["torchrun", "--nproc_per_node=1", "train.py", *words]:
+            if not {"--check", "--help"} & set(words):
+                pairs = zip(tiny[::2], tiny[1::2], strict=True)
+                words = words + [word for pair in pairs if pair[0] not in words for word in pair]
+            result = fork(*words, processes=int(call[0] == "torchrun"))
+            assert result.returncode == 0, result.stdout + result.stderr
+        case _:
+            raise AssertionError(f"{shlex.join(call)}: run it here, or say on its line what it needs")
+
+
+def run_script(module: str, words: list[str]) -> None:
+    """Call the main function of a script with a command line."""
+    main = getattr(importlib.import_module(module), "estimate" if module == "scripts.estimate" else "main")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *words])
+        status = main(words) if inspect.signature(main).parameters else main()
+    assert not isinstance(status, int) or status == 0
+
+
+def test_the_commands_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
+    """Every command of the README, but for those whose line says what they need.
+
+    bash runs the blocks in a checkout of the shell scripts, where stand-ins write down each call of a program. These
+    calls are then made here, with this test's folder in the place of outputs/, and training is a tiny job.
+    """
+    venv.create(tmp_path / ".venv")
+    (tmp_path / "scripts").mkdir()
+    for path in [*ROOT.glob("scripts/*.sh"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    for name in STAND_INS:
+        file = tmp_path / ".venv" / "bin" / name
+        file.unlink(missing_ok=True)
+        write = f"open('{tmp_path}/calls', 'a').write(json.dumps(['{name}', *sys.argv[1:]]) + '\\n')"
+        file.write_text(f"#!{sys.executable} -IS\nimport json, sys\n{write}\n")
+        file.chmod(0o755)
+    blocks = BASH.findall((ROOT / "README.md").read_text())
+    script = "".join(line for line in "".join(blocks).splitlines(keepends=True) if not NEEDS.search(line))
+    kept = {name: value for name, value in os.environ.items() if name not in ("TORCH", "PYTHON")}
+    path = f"{tmp_path / '.venv' / 'bin'}:{os.environ['PATH']}"
+    ran = subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=kept | {"PATH": path}, capture_output=True)
+    assert ran.returncode == 0, ran
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    monkeypatch.chdir(ROOT)
+    tiny = merge(tiny, ["--metrics.enable_tensorboard", "true"])
+    outputs = tmp_path / "outputs"
+    for call in calls:
+        call = [re.sub("^outputs/", f"{outputs}/", word) for word in call]
+        if "train.py" in call and "--job.dump_folder" not in call:
+            call += ["--job.dump_folder", str(outputs / "debug")]
+        perform(call, tiny)
+    for made in ("debug/plot.png", "groups/run.json", "debug-hf/model.safetensors", "imported/continue.toml"):
+        assert (outputs / made).is_file(), made
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_files_of_the_readme(tmp_path):
+    """The excerpts of a configuration and of a recipe are accepted as they stand."""
+    excerpt, recipe = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "job.toml").write_text(excerpt)
+    (tmp_path / "mine.toml").write_text(recipe)
+    config, _ = load_config(["--config", str(tmp_path / "job.toml"), "--recipe", str(tmp_path / "mine.toml")])
+    config.data.sources[0].path = str(ROOT / "docs")
+    args, _ = check_keys(config, 1)
+    assert args.n_layers == 16 and args.sparsity.fp8
+
+
+class AcceptedError(Exception):
+    """A script's parser has read its command line."""
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The simple commands of a page's bash blocks, but for those of an earlier commit."""
+    found = []
+    for block in BASH.findall(page.read_text()):
+        if re.match("# At commit", block):
+            continue
+        text = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", block, flags=re.DOTALL).replace("\\\n", " ")
+        for line in text.splitlines():
+            words: list[str] = []
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            for word in [*lexer, ";"]:
+                if set(word) <= set("();<>|&"):
+                    found += [words] if words else []
+                    words = []
+                else:
+                    words.append(word)
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BASH.search(page.read_text())], ids=name_of)
+def test_commands_of_the_pages_are_accepted(page, monkeypatch):
+    """What they call is there, and has the options and keys that they give."""
+    for method in ("parse_args", "parse_known_args"):
+        parse = getattr(argparse.ArgumentParser, method)
+
+        def accept(self, args=None, namespace=None, parse=parse):
+            raise AcceptedError(parse(self, args, namespace))
+
+        monkeypatch.setattr(argparse.ArgumentParser, method, accept)
+    monkeypatch.chdir(ROOT)
+    made = set(re.findall(r"> (\S+)", page.read_text()))  # by the page's own commands
+    for words in commands(page):
+        text = shlex.join(words)
+        if {"...", "NAME"} & set(words) or made & set(words):
+            continue
+        for word in words:
+            if re.match(r"(configs|recipes|scripts|docs|tests|kernels|models)/[\w./]+$", word):
+                assert (ROOT / word).exists() or "--out" in words, f"{text}: no {word}"
+        modules = [word for word in words if re.match(r"scripts[./]\w+(\.py)?$", word)]
+        if "train.py" in words:
+            given = words[words.index("train.py") + 1 :]
+            if "--help" not in given and not any(word.startswith("outputs/") for word in given[:2]):
+                load_config(given)
+        elif modules and words[0] == "python":
+            given = words[words.index(modules[0]) + 1 :]
+            with pytest.raises(AcceptedError) as accepted:
+                run_script(modules[0].removesuffix(".py").replace("/", "."), given)
+            read = accepted.value.args[0]
+            keys = [word for word in read[1] if not word.startswith("$")] if isinstance(read, tuple) else []
+            if keys:
+                load_config(keys)
+
+
+def keys_of(cls: type, prefix: str = "") -> set[str]:
+    """The names of a configuration's keys and sections, such as "training.steps"."""
+    names = set()
+    for field in dataclasses.fields(cls):
+        names.add(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            names |= keys_of(field.type, f"{prefix}{field.name}.")
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_keys_on_the_pages_are_there(page):
+    """What stands in backticks and begins with a section's name is a key of that section."""
+    keys = keys_of(schema.JobConfig) | OTHERS
+    sections = {key for key in keys if "." not in key} - {"recipe"}
+    named = set(re.findall(r"`(?:--)?([a-z_]+\.[a-z_0-9.]+)(?: = [^`]*)?`", page.read_text()))
+    assert [name for name in sorted(named) if name.split(".")[0] in sections and name not in keys] == []
