@@ -16,9 +16,11 @@ from torchao.optim import AdamW8bit
 
 import configs.titan as titan
 
+SMALL = 4096  # numbers
+
 
 class Bf16AdamW(AdamW8bit):
-    """torchao's AdamW with moments in bf16; those of a parameter of fewer than 4096 numbers are float32.
+    """torchao's AdamW with moments in bf16. A parameter of fewer than SMALL numbers has moments of its own dtype.
 
     Args:
         compiles: whether the step is compiled; otherwise it runs operator by operator.
@@ -28,9 +30,10 @@ class Bf16AdamW(AdamW8bit):
         super().__init__(*arguments, **keywords)
         self._compiles = compiles
 
-    @staticmethod
-    def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
-        return torch.zeros_like(p, dtype=torch.bfloat16)
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        # torchao decides by the size of the rank's shard. Shards differ in size, and a moment needs one dtype on all
+        # ranks: the switch to a sparse phase gathers it.
+        return torch.zeros_like(p, dtype=p.dtype if p.numel() < SMALL else torch.bfloat16)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # A learning rate is a number, as schedulers and checkpoints have it, and a tensor in a step alone: compiled

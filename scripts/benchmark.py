@@ -384,14 +384,18 @@ def combined(turns: list[dict[str, Any]], sparse_share: float) -> dict[str, Any]
         sparse_share: share of the recipe's steps that are sparse.
 
     Returns:
-        failed; and if it is "": ms and tokens_per_second by mode (medians), rounds (all windows, ms), sparse_share, and
-        the last round's memory, parts, switch, graphs and losses.
+        failed: why the times do not count, or ""; and if it is "": ms and tokens_per_second by mode (medians), rounds
+        (all windows, ms), sparse_share, and the last round's memory, parts, switch, graphs and losses.
     """
     failed = "; ".join(dict.fromkeys(turn["failed"] for turn in turns if turn["failed"]))
     if failed:
         return {"failed": failed}
     last = turns[-1]
-    windows = {mode: [1e3 * s for turn in turns for s in turn["seconds"][mode]] for mode in last["seconds"]}
+    modes = ("dense", "sparse") if sparse_share else ("dense",)
+    windows = {mode: [1e3 * s for turn in turns for s in turn["seconds"].get(mode, ())] for mode in modes}
+    if empty := [mode for mode in modes if not windows[mode]]:
+        graphs = ", ".join(f"{count} by step {step}" for step, count in last["graphs"].items())
+        return {"failed": f"graphs were compiled in all windows of {empty[0]} steps ({graphs}): use a larger --brief"}
     ms = {mode: statistics.median(times) for mode, times in windows.items()}
     entry: dict[str, Any] = {
         "failed": "",

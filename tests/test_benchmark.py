@@ -125,6 +125,11 @@ def test_only_undisturbed_steps_count():
     assert beside["sparse"]["whole"] == pytest.approx(300 / 260)
     assert entry["tokens_per_second"]["sparse"] == pytest.approx(1000 / 0.21)
     assert benchmark.combined([turn, turn | {"failed": "no"}], 0.5) == {"failed": "no"}
+    compiling = turn | {"seconds": {"dense": [0.3]}, "graphs": {15: 3, 20: 1}}  # in every window of sparse steps
+    assert benchmark.combined([turn, compiling], 0.5)["ms"] == pytest.approx({"dense": 300, "sparse": 210})
+    assert benchmark.combined([compiling], 0)["ms"] == {"dense": 300}
+    why = "graphs were compiled in all windows of sparse steps (3 by step 15, 1 by step 20): use a larger --brief"
+    assert benchmark.combined([compiling], 0.5) == {"failed": why}
 
 
 def test_a_brief_run_measures_two_windows_of_each_mode():

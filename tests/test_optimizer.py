@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from conftest import fork, losses, merge, rows
-from test_train import DENSE
 
 from configs.errors import ConfigError
 from configs.loader import load_config
@@ -60,8 +59,10 @@ def test_runs_follow_those_with_float32_moments_and_resume_exactly(train, tmp_pa
 
 
 def test_shards_keep_bf16_moments_and_resume(tiny, train, tmp_path):
-    words = ("--training.local_batch_size", "2", "--training.global_batch_size", "4", *BF16, *DENSE)
-    one = train(tmp_path / "one", *BF16, *DENSE, recipe="dense")
+    """Also where one rank's shard is smaller: 144 and 143 of the rows that the switch to a sparse phase reorders."""
+    uneven = ("--model.hidden_dim", "287", "--router.cluster_size", "41", "--activations.keep", "0.25", *BF16)
+    one = train(tmp_path / "one", *uneven, recipe="columns_quarter")
+    words = ["--training.local_batch_size", "2", "--training.global_batch_size", "4", *uneven]
     words = merge(tiny, [*words, "--job.dump_folder", str(tmp_path / "two")])
     for resumes in (False, True):
         if resumes:
@@ -69,9 +70,11 @@ def test_shards_keep_bf16_moments_and_resume(tiny, train, tmp_path):
             for step in range(7, 13):
                 shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
             (tmp_path / "two" / "checkpoint" / "latest").write_text("step-6")
-        result = fork("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
+        result = fork("--config", "configs/debug.toml", "--recipe", "recipes/columns_quarter.toml", *words, processes=2)
         assert result.returncode == 0, result.stdout + result.stderr
-    assert losses(rows(tmp_path / "two")) == whole == pytest.approx(losses(one), rel=1e-3)
+    assert losses(rows(tmp_path / "two")) == whole
+    # Up to the switch: a block has tokens of one micro-batch, which is smaller on two ranks.
+    assert [whole[step] for step in (1, 2, 3)] == pytest.approx([one[step]["loss"] for step in (1, 2, 3)], rel=1e-3)
 
 
 @pytest.mark.parametrize(
