@@ -379,7 +379,7 @@ def restored(values: dict[str, Any], source: str) -> JobConfig:
 
 
 def _describe(cls: type, prefix: str = "") -> list[str]:
-    """A line a key: its name, default and the first sentence of what the schema says of it."""
+    """Two lines a key: its name, default and other choices, and the first sentence of what the schema says of it."""
     lines = []
     text = {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(cls).params}
     defaults = cls()
@@ -395,5 +395,7 @@ def _describe(cls: type, prefix: str = "") -> list[str]:
                 "[...]" if isinstance(default, list) and default and dataclasses.is_dataclass(default[0]) else default
             )
             sentence = " ".join(text.get(name, "").split()).split(". ")[0].rstrip(".")
-            lines.append(f"  --{key} {_show(shown)}\n        {sentence or _name_of(hint)}")
+            others = [_show(each) for each in typing.get_args(hint) if each != default]
+            choices = f" (or {', '.join(others)})" if typing.get_origin(hint) is typing.Literal and others else ""
+            lines.append(f"  --{key} {_show(shown)}{choices}\n        {sentence or _name_of(hint)}")
     return lines

@@ -110,6 +110,19 @@ def test_the_commands_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_the_study_of_one_s_own_data_can_be_made_small_as_the_page_says(tmp_path):
+    text = (ROOT / "docs" / "own_data.md").read_text()
+    (study,) = re.findall(r"<<'EOF'\n(.*?)EOF\n", text, re.DOTALL)
+    (advice,) = re.findall(r"On a CPU first change four lines of\s+the study: (.*?)\.\n", text, re.DOTALL)
+    lines = re.findall("`(.*?)`", advice)
+    assert len(lines) == 4
+    for line in lines:
+        study, changed = re.subn(rf"^{line.split(' = ')[0]} = .*$", line, study, flags=re.MULTILINE)
+        assert changed == 1, line
+    (tmp_path / "study.toml").write_text(study.replace("outputs/mine", str(ROOT / "docs")))
+    run_script("scripts.study", [str(tmp_path), "--list"])
+
+
 def test_the_files_of_the_readme(tmp_path):
     """The excerpts of a configuration and of a recipe are accepted as they stand."""
     excerpt, recipe = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
