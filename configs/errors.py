@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -78,17 +79,29 @@ def show_error(
 ) -> None:
     """A program's `sys.excepthook`: Ctrl-C is one line and exit status 130, without a traceback.
 
+    A program whose output nobody reads any more, as with `| head`, ends without a word, with the status of SIGPIPE.
+
     Args:
         kind, error, trace: of an exception that nothing caught. The message of a KeyboardInterrupt says what was done
             so far and how to go on.
         speaks: whether this process writes the line, of all that get the Ctrl-C.
     """
+    if issubclass(kind, BrokenPipeError) and _output_has_no_reader():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        raise SystemExit(128 + signal.SIGPIPE)
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
     if speaks:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr, flush=True)
     raise SystemExit(128 + signal.SIGINT)
+
+
+def _output_has_no_reader() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone
+    return bool(poll.poll(0))
 
 
 def exit_with(error: ConfigError) -> None:

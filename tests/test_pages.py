@@ -110,6 +110,14 @@ def test_the_commands_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_a_program_ends_quietly_where_its_output_is_cut_off():
+    """As `python -m scripts.estimate ... | head` cuts it."""
+    program = "import scripts\nfor _ in range(100_000): print('many lines')"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("many lines\n141\n", "")
+
+
 def test_the_study_of_one_s_own_data_can_be_made_small_as_the_page_says(tmp_path):
     text = (ROOT / "docs" / "own_data.md").read_text()
     (study,) = re.findall(r"<<'EOF'\n(.*?)EOF\n", text, re.DOTALL)
