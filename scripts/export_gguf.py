@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -45,11 +46,11 @@ def splits_as_gpt2(folder: Path) -> bool:
     )
 
 
-def load_converter(checkout: Path) -> ModuleType:
-    """llama.cpp's converter as a module.
+def load_converter(checkout: Path) -> tuple[ModuleType, Any]:
+    """llama.cpp's converter as a module, and its class `TextModel`.
 
     Raises:
-        ConfigError: it is not there, or a package that it needs is not installed.
+        ConfigError: it is not there or of an older release, or a package that it needs is not installed.
     """
     file = checkout / CONVERTER
     if not file.is_file():
@@ -63,34 +64,37 @@ def load_converter(checkout: Path) -> ModuleType:
         import sentencepiece  # noqa: F401, the converter imports it late, and fails
 
         spec.loader.exec_module(module)
+        from conversion.base import TextModel  # type: ignore[import-not-found]
     except ImportError as error:
+        if str(error.name).startswith("conversion"):
+            raise ConfigError(f"--llama-cpp {checkout} is too old, without {error.name}: update it") from None
         raise ConfigError(f"{file} needs the package {error.name}: pip install {error.name}") from None
-    return module
+    return module, TextModel
 
 
 def convert(export: Path, out: Path, checkout: Path, outtype: str) -> None:
     """Run the converter on an export.
 
     Raises:
-        ConfigError: the converter cannot be loaded or refuses the export.
+        ConfigError: the converter cannot be loaded or refuses the export, or a file cannot be read or written.
     """
-    module = load_converter(checkout)
-    from conversion.base import TextModel  # type: ignore[import-not-found]
-
-    known = TextModel.get_vocab_base_pre
+    module, text_model = load_converter(checkout)
+    known = text_model.get_vocab_base_pre
 
     def name_of_rule(self: Any, tokenizer: Any) -> str:
         return "gpt-2" if splits_as_gpt2(export) else known(self, tokenizer)
 
     arguments = sys.argv
     sys.argv = [CONVERTER, str(export), "--outfile", str(out), "--outtype", outtype]
-    TextModel.get_vocab_base_pre = name_of_rule
+    text_model.get_vocab_base_pre = name_of_rule
     try:
         module.main()
+    except OSError as error:
+        raise ConfigError(f"{export} cannot be converted ({error}): free space, or repair that file") from error
     except (NotImplementedError, SystemExit, ValueError) as error:
         raise ConfigError(f"{export}: llama.cpp's converter refuses it ({first_line(error)})") from error
     finally:
-        TextModel.get_vocab_base_pre = known
+        text_model.get_vocab_base_pre = known
         sys.argv = arguments
 
 
@@ -136,12 +140,15 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.outtype == "q4_0":
         import_llama_cpp("--outtype q4_0")  # before the conversion
-        with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:  # a conversion that fails leaves no part of it
+        made = Path(folder) / "made.gguf"
+        if options.outtype == "q4_0":
             whole = Path(folder) / "f32.gguf"
             convert(options.export, whole, options.llama_cpp, "f32")
-            quantise(whole, options.out)
-    else:
-        convert(options.export, options.out, options.llama_cpp, options.outtype)
+            quantise(whole, made)
+        else:
+            convert(options.export, made, options.llama_cpp, options.outtype)
+        os.replace(made, options.out)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -600,7 +600,8 @@ def test_the_converter_of_llama_cpp_is_told_how_our_tokenizer_splits(train, trai
         "    def get_vocab_base_pre(self, tokenizer):\n"
         "        raise NotImplementedError('BPE pre-tokenizer was not recognized')\n"
     )
-    (checkout / "convert_hf_to_gguf.py").write_text(
+    converter = checkout / "convert_hf_to_gguf.py"
+    converter.write_text(
         "import sys\nfrom pathlib import Path\nfrom conversion.base import TextModel\n"
         "def main():\n"
         "    Path(sys.argv[3]).write_text(TextModel().get_vocab_base_pre(None) + ' ' + sys.argv[5])\n"
@@ -617,6 +618,20 @@ def test_the_converter_of_llama_cpp_is_told_how_our_tokenizer_splits(train, trai
     edited["pre_tokenizer"]["use_regex"] = False
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(edited))
     with pytest.raises(ConfigError, match=r"converter refuses it \(BPE pre-tokenizer was not recognized"):
+        script(export_gguf, *words)
+    converter.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "def main():\n"
+        "    Path(sys.argv[3]).write_text('half')\n"
+        "    raise OSError(28, 'No space left on device')\n"
+    )
+    with pytest.raises(ConfigError, match=r"hf cannot be converted \(.*No space left on device"):
+        script(export_gguf, *words)
+    assert {each.name for each in tmp_path.iterdir()} <= {"hf", "llama.cpp", "outputs"}  # and no part of a file
+    shutil.rmtree(checkout / "conversion")
+    for name in ("conversion", "conversion.base"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"llama\.cpp is too old, without conversion: update it"):
         script(export_gguf, *words)
     with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf\.py"):
         script(export_gguf, *words[:2], "--llama-cpp", tmp_path)
