@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shlex
 import textwrap
 from collections import Counter
@@ -459,7 +458,7 @@ def training_table(file: Path) -> str:
     text = (
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens per step and GPU, "
         f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
-        f"Times are medians over means of {_window(result)} steps. Whole run: speed-up of the recipe's mix of dense "
+        f"Times are medians over means of {_window([result])} steps. Whole run: speed-up of the recipe's mix of dense "
         f"and sparse steps at these times over dense steps only. {peak} "
         f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
         f"commit {_commit(result)}, `{result['command']}`."
@@ -469,10 +468,9 @@ def training_table(file: Path) -> str:
     return _table(rows, False, lambda _: text)
 
 
-def _window(result: dict[str, Any]) -> str:
-    """Steps of a window of scripts/benchmark.py."""
-    given = re.search(r"--brief[ =](\d+)", result["command"])
-    return given[1] if given else "five"
+def _window(results: Sequence[dict[str, Any]]) -> str:
+    """Steps in a window of scripts/benchmark.py, which older files do not name."""
+    return " or ".join(dict.fromkeys(str(result.get("window", "five")) for result in results))
 
 
 def parts_table(file: Path) -> str:
@@ -498,20 +496,21 @@ def parts_table(file: Path) -> str:
     return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
 
 
-def _measurements(folder: Path) -> list[dict[str, Any]]:
-    """The files of scripts/benchmark.py in a folder, one contender each, that have been measured."""
+def _measurements(folder: Path) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """The files of scripts/benchmark.py in a folder that were timed: (file, name of its one contender, its entry)."""
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != PREDICTION]
-    return [result for result in results if not next(iter(result["contenders"].values()))["failed"]]
+    measured = [(result, *each) for result in results for each in result["contenders"].items()]
+    return [each for each in measured if not each[2]["failed"]]
 
 
-def _measured_on(results: list[dict[str, Any]]) -> str:
+def _measured_on(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(dict.fromkeys(map(_commit, results)))
     dates = ", ".join(dict.fromkeys(result["date"][:10] for result in results))
     return (
-        f"{first['hardware']['gpus']} x {first['hardware']['device']}, {versions}, {dates}, commit {commits}; "
-        f"each file has its command, such as `{first['command']}`."
+        f"Medians over means of {_window(results)} steps. {first['hardware']['gpus']} x {first['hardware']['device']}, "
+        f"{versions}, {dates}, commit {commits}; each file has its command, such as `{first['command']}`."
     )
 
 
@@ -542,36 +541,36 @@ def depth_table(folder: Path) -> str:
             to which `doubt` was added by hand, why its time is no step time, is shown and not compared with.
     """
     predicted = json.loads((folder / PREDICTION).read_text())["ms"]
-    results = _measurements(folder)
-    steps: dict[int, dict[str, tuple[dict[str, Any], str]]] = {}  # by layers and contender: its file and mode
-    for result in results:
-        (name,) = result["contenders"]
-        steps.setdefault(result["layers"], {})[name] = result, "sparse" if name in FP8_RECIPES else "dense"
+    # By layers and contender: a file, its contender's entry, and the mode of the steps.
+    steps: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {}
+    for result, name, entry in _measurements(folder):
+        mode = "sparse" if name in FP8_RECIPES else "dense"
+        steps.setdefault(result["layers"], {})[name] = result, entry, mode
+    results = [result for own in steps.values() for result, _, _ in own.values()]
     for own in steps.values():
         if FLOAT8 not in own and (recipe := next((name for name in FP8_RECIPES if name in own), None)):
-            own[FLOAT8] = own[recipe][0], "dense"
+            own[FLOAT8] = (*own[recipe][:2], "dense")
     rows, notes = [], []
     for layers in sorted(steps):
         own, before = steps[layers], predicted[str(layers)]
-        times = {name: next(iter(result["contenders"].values()))["ms"][mode] for name, (result, mode) in own.items()}
-        entries = {name: next(iter(result["contenders"].values())) for name, (result, _) in own.items()}
-        doubts = {name: entry["doubt"] for name, entry in entries.items() if "doubt" in entry}
+        times = {name: entry["ms"][mode] for name, (_, entry, mode) in own.items()}
+        doubts = {name: entry["doubt"] for name, (_, entry, _) in own.items() if "doubt" in entry}
         notes += [f"`{name}` of {layers} layers: {why}." for name, why in doubts.items()]
         for name in ("dense", FLOAT8, *FP8_RECIPES):
             if name not in own:
                 continue
-            result, mode = own[name]
-            entry = next(iter(result["contenders"].values()))
-            rivals = {rival: None if rival in doubts else times.get(rival) for rival in ("dense", FLOAT8)}
+            result, entry, mode = own[name]
             row = {
                 "layers": str(layers),
                 "contender": f"`{name}`",
                 "step, ms (predicted)": _beside(times[name], before[name], "{:.0f}"),
             }
-            for rival, time in rivals.items():
+            for rival in ("dense", FLOAT8):
                 over = f"over `{rival}` (predicted)"
-                beaten = time is not None and name not in ("dense", rival, *doubts)
-                row[over] = _beside(time / times[name], before[rival] / before[name], "{:.2f}x") if beaten else "-"
+                compared = rival in times and rival not in doubts and name not in ("dense", rival, *doubts)
+                row[over] = "-"
+                if compared:
+                    row[over] = _beside(times[rival] / times[name], before[rival] / before[name], "{:.2f}x")
             rate = amount(float(f"{entry['tokens_per_second'][mode]:.3g}"))
             row |= {"tokens/s": rate, "MFU": _mfu(result, entry, mode)}
             row["memory of a GPU"] = f"{entry['active_gib'][mode]:.1f} GiB"
@@ -580,7 +579,7 @@ def depth_table(folder: Path) -> str:
     text = (
         f"{first['model']}, FSDP2, {first['batch']} sequences of {first['sequence']} tokens per step and GPU, "
         f"{'compiled, ' if first['compile'] else ''}activation checkpointing: {first['activation_checkpoint']}. MFU: "
-        "dense-equivalent, over the bf16 peak. Memory: of tensors. Medians over means of two to five steps. "
+        "dense-equivalent, over the bf16 peak. Memory: of tensors. "
     )
     return _table(rows, False, lambda _: " ".join([text + _measured_on(results), *notes]))
 
@@ -592,10 +591,9 @@ def layouts_table(folder: Path) -> str:
         folder: has files of scripts/benchmark.py, one for each layout and recipe, and prediction.json.
     """
     predicted = json.loads((folder / PREDICTION).read_text())["ms"]
-    results = _measurements(folder)
-    rows = []
-    for result in sorted(results, key=lambda each: [*predicted].index(_layout(each))):
-        ((name, entry),) = result["contenders"].items()
+    measured = sorted(_measurements(folder), key=lambda each: [*predicted].index(_layout(each[0])))
+    results, rows = [result for result, _, _ in measured], []
+    for result, name, entry in measured:
         before = predicted[_layout(result)]
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in ("dense", "sparse"))
         graphs = ", ".join(f"{count} by step {step}" for step, count in entry["graphs"].items())
@@ -617,7 +615,7 @@ def layouts_table(folder: Path) -> str:
     text = (
         f"{first['model']}, {first['batch'] * first['hardware']['gpus']} sequences of {first['sequence']} tokens in a "
         f"step of all GPUs, compiled, activation checkpointing: {first['activation_checkpoint']}. Speed-up: over the "
-        "run's own dense steps. Memory: of tensors, of the fullest GPU. Medians over means of four steps. "
+        "run's own dense steps. Memory: of tensors, of the fullest GPU. "
     )
     return _table(rows, False, lambda _: text + _measured_on(results))
 
@@ -638,15 +636,11 @@ def switches_table(folder: Path) -> str:
     Args:
         folder: has files of scripts/benchmark.py, one contender each.
     """
-    results = _measurements(folder)
+    measured = _measurements(folder)
+    results = [result for result, _, _ in measured]
     rows: list[tuple[tuple, dict[str, str]]] = []
-    without = {
-        (result["model"], *result["contenders"]): next(iter(result["contenders"].values()))["ms"]
-        for result in results
-        if not _switches(result)
-    }
-    for result in results:
-        ((name, entry),) = result["contenders"].items()
+    without = {(result["model"], name): entry["ms"] for result, name, entry in measured if not _switches(result)}
+    for result, name, entry in measured:
         keys, before = _switches(result), without.get((result["model"], name), {})
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in entry["ms"])
         row = {
@@ -667,7 +661,6 @@ def switches_table(folder: Path) -> str:
         f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, compiled, activation "
         f"checkpointing: {first['activation_checkpoint']}; in brackets the change to the step without keys. "
         "tokens/s: of sparse steps where there are some. Memory: of tensors. "
-        f"Medians over means of {_window(first)} steps. "
     )
     return _table(
         [row for _, row in sorted(rows, key=lambda pair: pair[0])], False, lambda _: text + _measured_on(results)

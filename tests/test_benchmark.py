@@ -176,12 +176,13 @@ def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement
 
     predicted = {"dense": 460, "float8_ffn": 380, "columns_quarter_fp8": 300, "columns_eighth_fp8": 280}
     (tmp_path / "prediction.json").write_text(json.dumps({"ms": {"12": predicted}}))
-    write("a.json", "dense", {"dense": 480.0}, layers=12)
+    write("a.json", "dense", {"dense": 480.0}, layers=12, window=3)
     write("b.json", "columns_quarter_fp8", {"dense": 390.0, "sparse": 320.0}, layers=12)
     text = fill(f"<!-- depth: {tmp_path} -->\n<!-- end -->")
     assert "| 12 | `dense` | 480 (460) | - | - | 68.3k | 34% | 20.0 GiB |" in text
     assert "| 12 | `float8_ffn` | 390 (380) | 1.23x (1.21x) | - | 84k | 42% | 20.0 GiB |" in text
     assert "| 12 | `columns_quarter_fp8` | 320 (300) | 1.50x (1.53x) | 1.22x (1.27x) | 102k | 51% | 20.0 GiB |" in text
+    assert "Medians over means of 3 or five steps." in text  # older files do not name their window
 
     doubtful = json.loads((tmp_path / "a.json").read_text())
     doubtful["contenders"]["dense"]["doubt"] = "memory was short"
