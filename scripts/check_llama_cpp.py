@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from configs.errors import ConfigError, exit_with
-from scripts.check_vllm import PROMPTS, TOKENS, TOLERANCE, compare
+from scripts.check_vllm import PROMPTS, TOKENS, TOLERANCE, compare, worst
 from scripts.options import add_out
 from scripts.trained import load_model
 
@@ -74,9 +74,9 @@ def main() -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(about, indent=1) + "\n")
-    worst = max(max(row["difference"], row["below_best"]) for row in rows)
-    print(f"llama.cpp serves {about['architecture']}: {worst:.1e} nats from transformers at most")
-    return int(not worst < TOLERANCE)
+    apart = worst(rows)
+    print(f"llama.cpp serves {about['architecture']}: {apart:.1e} nats from transformers at most")
+    return int(not apart < TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The tiny job's models have grouped-query attention, four query heads on two key-
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -555,7 +556,7 @@ def test_vllm_is_held_against_transformers(tmp_path, monkeypatch, capsys, fault)
     assert "is no export: python -m scripts.export_hf RUN" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.01])
+@pytest.mark.parametrize("shift", [0.0, 0.01, math.nan])
 def test_llama_cpp_is_held_against_transformers(train, trained, script, tmp_path, monkeypatch, capsys, shift):
     """With a stand-in for llama.cpp's server, which is not installed here: it answers as transformers does, or not."""
     script(export_hf, trained(train), tmp_path / "hf", "--dtype", "float32")
@@ -563,16 +564,19 @@ def test_llama_cpp_is_held_against_transformers(train, trained, script, tmp_path
     model = import_transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
 
     class Server:
+        asked = 0
+
         def __init__(self, wanted):
             assert wanted.model.path == str(tmp_path / "model.gguf")
 
         def handle_completions(self, request):
-            ids, content = list(request["prompt"]), []
+            ids, content, self.asked = list(request["prompt"]), [], self.asked + 1
+            wrong = shift if self.asked == len(check_vllm.PROMPTS) else 0.0  # in the last answer
             for _ in range(request["max_tokens"]):
                 with torch.no_grad():
                     scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
                 ids.append(int(scores.argmax()))
-                content.append({"id": ids[-1], "logprob": float(scores.max()) + shift})
+                content.append({"id": ids[-1], "logprob": float(scores.max()) + wrong})
             return {"choices": [{"text": "...", "logprobs": {"content": content}}]}
 
     stand_in = SimpleNamespace(Server=Server, CommonParams=lambda: SimpleNamespace(model=SimpleNamespace()))
