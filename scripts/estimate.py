@@ -14,6 +14,10 @@ training.bf16_residual is set, and every matrix has a copy in bf16; with FSDP bo
 the next are gathered. In a sparse phase h is stored as the family stores it: compact for column groups and Venom,
 packed for 2:4, otherwise dense; y1 is not stored.
 
+Tensor parallelism shards the activations, between blocks along the sequence. What the ranks gather before attention,
+the FFN and the head, the backward pass reads whole. Where the logits are sharded over the vocabulary, the loss keeps a
+float32 number for each of them, whether or not it is compiled.
+
 Measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled, one GPU), see
 docs/training and tests/test_estimate.py:
 
@@ -33,8 +37,8 @@ and on two, by GPU, of the layers of 7b 24:
     FSDP2, 1b, columns_eighth  17.2 GiB of tensors   estimated 17.7
     FSDP2, 7b, dense           71.2 GiB of tensors   estimated 72.8
     FSDP2, 7b, ..._eighth_fp8  49.8 GiB of tensors   estimated 52.6
-    tensor, 1b, dense          28.9 GiB of tensors   estimated 23.8, 18% less
-    tensor, 1b, columns_eighth 19.1 GiB of tensors   estimated 13.9, 27% less: what is missing is not known
+    tensor, 1b, dense          28.9 GiB of tensors   estimated 28.9
+    tensor, 1b, columns_eighth 19.1 GiB of tensors   estimated 19.0
 
 Not included: fragmentation of the allocator, NCCL's buffers and CUDA's context (about 1 GiB together), temporary memory
 of kernels, and the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3 GiB
@@ -211,6 +215,8 @@ def _memory_of(
         # Sorted by expert on the way in, and to be weighed by the router's scores on the way out.
         attention += rows * d * 2 * width
         attention += 2 * width * tokens * hidden if args.shared_expert else 0
+    # `attention` has both norms' outputs; what other ranks have of them is gathered for wq, wk, wv and for W1.
+    gathered_inputs = 2 * tokens * width * d * (1 - 1 / on.tensor)
     copies = 0 if fsdp or width == on.state else width * count
     by_operator = mode == "selective" and config.activation_checkpoint.selective_ac_option == "op"
     every = 1.0
@@ -230,8 +236,10 @@ def _memory_of(
             cost = family.cost(args.sparsity, shape)
         own = args.num_experts // experts if args.num_experts else 1  # FFNs of a rank
         ffn = width * hidden * (rows * cost.kept_h + own * d * cost.kept_weights)
-        work = rows * (width * hidden * 2 * cost.gradients + on.stream * d)
+        work = rows * width * hidden * 2 * cost.gradients
         work += width * d * hidden * cost.copied_rows  # or as many rows of a gradient
+        # The gradient of x; between ranks of tensor parallelism that of y, gathered, and this rank's part of that of x.
+        whole = rows * d * (on.stream if on.tensor == 1 else 2 * width)
         recomputed = tokens * on.stream * d
         if by_operator:
             # Every second product of two dimensions, and attention. A sparse FFN's first one is the router's scores.
@@ -246,7 +254,12 @@ def _memory_of(
                 recomputed += tokens * width * hidden * cost.chosen_by
         block = attention + ffn + copies
         kept = (1 - every) * attention + every * min(recomputed, block)
-        return kept / on.tensor, (1 - every) * ffn / on.tensor, (work + (block if every else 0.0)) / on.tensor
+        working = work + (block if every else 0.0)
+        return (
+            kept / on.tensor + (1 - every) * gathered_inputs,
+            (1 - every) * ffn / on.tensor,
+            working / on.tensor + whole + (gathered_inputs if every else 0.0),
+        )
 
     dense_layers = sum(number < args.dense_layers for number in part.layers) if family else 0
     first, last = of_a_layer(None if dense_layers else family), of_a_layer(family)
@@ -260,9 +273,11 @@ def _memory_of(
     if chunk:  # the chunk's logits and gradient, and the head's gradient in float32
         rows_at_once = min(chunk, tokens)
         logits = rows_at_once * args.vocab_size * (2 * width + (0 if loss_compiled else 3 * 4)) + 4 * head
-    else:
-        logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4) / on.tensor
-    logits += tokens * d * (on.stream + width) / on.tensor
+    elif on.tensor > 1 and not config.parallelism.disable_loss_parallel:
+        logits = tokens * args.vocab_size * (width + 4) / on.tensor
+    else:  # whole on every rank of tensor parallelism
+        logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4)
+    logits += tokens * d * (on.stream / on.tensor + width)
     logits *= part.in_flight if part.heads else 0
     reduced = 1  # after how many micro-batches
     if fsdp and on.pipeline > 1:

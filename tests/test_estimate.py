@@ -11,13 +11,17 @@ import torch
 from conftest import ROOT, family_named
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.errors import ConfigError
 from configs.loader import load_config
-from configs.titan import titan_config
+from configs.titan import ParallelDims, build_cross_entropy_loss, titan_config
 from models.llama import Llama
 from recipes.check import check_keys
 from recipes.pipeline import stages
+from recipes.trainer import _parallelize
 from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory, parts_of
 
 SLICE = ("--config", "configs/7b_slice.toml")
@@ -57,6 +61,12 @@ def test_memory_is_that_of_an_h100():
     words = (*SLICE, "--recipe", "recipes/columns_eighth.toml", *ALONE, "--schedule.dense_layers", "0")
     tensors = measured("7b_slice_peers")["columns_eighth"]["active_gib"]["sparse"]
     assert parts(*words, backend="columns")["peak"] == pytest.approx(tensors, rel=0.01)
+    tensor = ("--parallelism.tensor_parallel_degree", "2", "--training.dtype", "bfloat16")
+    words = ("--config", "configs/1b.toml", *ALONE, *tensor, "--training.local_batch_size", "8")
+    run = json.loads((ROOT / "docs" / "training" / "layouts" / "tensor_columns_eighth.json").read_bytes())
+    for mode, backend in (("dense", None), ("sparse", "columns")):
+        tensors = run["contenders"]["columns_eighth"]["active_gib"][mode]
+        assert parts(*words, gpus=2, backend=backend)["peak"] == pytest.approx(tensors, rel=0.01)
     held = measured("7b_slice")["dense"]["peak_gib"]["dense"]
     assert parts(*SLICE, *ALONE)["peak"] / held - 1 == pytest.approx(-0.04, abs=0.005)  # as the docstring says
 
@@ -146,6 +156,70 @@ def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
     kept = sum(size for name, size in estimated.items() if name.startswith(("activations", "matrices"))) - head
     # Beside them: angles of RoPE and the generator's state, the same for any batch; a sparse FFN recasts one matrix.
     assert sum(saved.values()) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.fixture
+def first_of_two():
+    """This process is rank 0 of two whose collectives communicate nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_rank_of_tensor_parallelism_keeps_what_it_gathered_and_float32_of_the_logits(first_of_two, backend):
+    """The saved tensors of a compiled block, of the head and of the compiled loss, counted."""
+    words = ["--config", "configs/debug.toml", *QUARTER, "--model.n_layers", "1", "--tokenizer.vocab_size", "640"]
+    words += ["--training.seq_len", "128", "--training.local_batch_size", "12", "--training.global_batch_size", "-1"]
+    words += ["--training.dtype", "bfloat16", "--parallelism.tensor_parallel_degree", "2"]
+    words += ["--compile.enable", "true", "--compile.backend", "aot_eager_decomp_partition"]
+    config, _ = load_config(words)
+    args, _ = check_keys(config, 2)
+    args.vocab_size = 640
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = Llama(args).bfloat16()
+    degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "pp", "ep", "etp"), 1)
+    model = _parallelize(model, ParallelDims(**degrees, tp=2, world_size=2), config)
+    with torch.no_grad():
+        model.to_empty(device="cpu").init_weights()
+    for ffn in model.feed_forwards().values():
+        ffn.sparse = backend is not None
+    own = {parameter.to_local().untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {"blocks": {}, "head": {}, "loss": {}}
+
+    def counting(where):
+        def pack(tensor):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[where][storage.data_ptr()] = storage
+            return tensor
+
+        return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    x = torch.randn(12, 64, args.dim, dtype=torch.bfloat16, requires_grad=True)  # half of each sequence
+    with loss_parallel():
+        with counting("blocks"):
+            x = model.layers["0"](x, model.freqs_cis, None)
+        x = model.norm(x)
+        with counting("head"):
+            logits = model.output(x)
+        with counting("loss"):
+            build_cross_entropy_loss(config)(logits, torch.zeros(12, 128, dtype=torch.int64))
+    kept = {where: sum(storage.nbytes() for storage in storages.values()) for where, storages in saved.items()}
+    tokens, d, logits_here = 12 * 128, args.dim, 12 * 128 * 640 // 2
+    family = None if backend is None else family_named(backend, args.sparsity)
+    estimated = memory(config, model, layout(config, 2), "none", family)
+    activations = sum(size for name, size in estimated.items() if name.startswith("activations"))
+    assert kept["blocks"] == pytest.approx(activations, rel=0.02)  # beside them: angles of RoPE, norms, an order
+    assert kept["head"] == 2 * tokens * d  # of all ranks
+    # Beside them the norm's input, of this rank, and the gradient of the logits.
+    assert estimated["logits and loss"] == pytest.approx(
+        kept["loss"] + kept["head"] + 2 * tokens * d // 2 + 2 * logits_here, rel=0.01
+    )
+    whole = parts(*words, "--parallelism.disable_loss_parallel", "true", gpus=2)["logits and loss"] * GIB
+    assert whole == 2 * 2 * 2 * logits_here + 2 * tokens * d * 3 // 2  # bf16 numbers and gradients, of all ranks
 
 
 def test_a_sparse_step_keeps_h_as_its_backend_does():
