@@ -183,8 +183,10 @@ class Evidence:
             law.share(at.tokens, penalty)
             for law, penalty in zip(self.drawn_laws, self.drawn_penalties[recipe][:, cell], strict=True)
         ]
-        low, high = np.quantile(drawn, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-        return self.law.share(at.tokens, mean(at.values)), float(low), float(high)
+        with np.errstate(invalid="ignore"):  # NaN between two infinite draws
+            bounds = np.quantile(drawn, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+        low, high = np.where(np.isnan(bounds), math.inf, bounds).tolist()
+        return self.law.share(at.tokens, mean(at.values)), low, high
 
     def largest(self, recipe: str) -> int:
         """The place of the recipe's cell with most tokens."""

@@ -119,6 +119,14 @@ def test_two_budgets_and_one_seed_take_an_exponent_and_deviations(evidence):
     assert "not fitted: 0.32, and 0.32 to 0.32 in intervals" in table and "0.01 (over dense) nats" in table
 
 
+def test_an_interval_of_a_recipe_that_dense_runs_never_reach_is_infinite():
+    tokens, lower = 1e9, -1.1 * TRUE.scale_d / 1e9**TRUE.b
+    recipes = {"better": [Cell(12e6, tokens, (lower,))]}
+    drawn = {"better": np.array([[0.0]] + [[lower]] * 9)}
+    shares = law.Evidence([], recipes, TRUE, [TRUE] * 10, drawn).shares("better", 0)
+    assert shares[0] == shares[2] == math.inf and shares[1] > 1
+
+
 def test_intervals_hold_what_is_true():
     """Of 30 sets of runs, the 90% interval of effective tokens holds the true share in 27, give or take."""
     true, random, inside = Law(2.6, 0.0, 1.0, 2.6e5, 0.69), np.random.default_rng(0), 0
