@@ -39,13 +39,14 @@ ALIGNED = 8  # rows of a group that torch._grouped_mm multiplies: 16 bytes of bf
 
 
 class Layout(NamedTuple):
-    """Where the rows of x stand in blocks of v rows of one expert each.
+    """The positions of the rows of x in blocks of v rows, each block of one expert.
 
     Attributes:
-        rows: `[B v]` int64, which row of x stands there; -1: none, the row is zero.
-        places: `[N]` int64, where each row of x stands; -1: nowhere.
-        expert: `[B]` int64, of each block; -1: one past those that the experts need.
-        counts: `[E]` int64, rows of each expert's blocks, those past the needed being the last's; their sum is B v.
+        rows: `[B v]` int64, the row of x at each position; -1: none, the position holds zeros.
+        places: `[N]` int64, the position of each row of x; -1: it belongs to no expert and has none.
+        expert: `[B]` int64, the expert of each block; -1: no expert needs the block.
+        counts: `[E]` int64, positions in each expert's blocks. Blocks that no expert needs count as the last expert's,
+            so the sum is B v.
     """
 
     rows: Tensor
@@ -63,10 +64,10 @@ def lay_out(counts: Tensor, order: Tensor | None, rows: int, v: int, fewest: int
             they are.
         rows: N.
         v: rows in a block.
-        fewest: blocks of an expert at least, of zeros where it has no rows; 0 or 1.
+        fewest: the least number of blocks of an expert, 0 or 1. The block of an expert without rows holds zeros.
 
     Returns:
-        a layout of B = N / v + E blocks, which are enough for any counts.
+        A layout of B = floor(N / v) + E blocks, which are enough for any counts.
     """
     blocks = rows // v + len(counts)
     device = counts.device
@@ -216,7 +217,10 @@ def route_within_experts(x: Tensor, centroids: Tensor, counts: Tensor) -> tuple[
 
 
 class _SixProducts(torch.autograd.Function):
-    """Products (1) to (6) of `kernels.feed_forward` for blocks `[B, v, d]`, each of one expert."""
+    """Products (1) to (6) of `kernels.feed_forward` for blocks x `[B, v, d]`, each of one expert; y `[B, v, d]`.
+
+    `expert` and `counts` are those of a `Layout`.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, expert: Tensor, counts: Tensor, pattern: Groups) -> Tensor:
@@ -243,7 +247,10 @@ class _SixProducts(torch.autograd.Function):
 
 
 class _SixProductsFp8(torch.autograd.Function):
-    """The same in fp8, as `kernels.columns.ffn_fp8` computes the blocks of one FFN; y `[B v, d]`."""
+    """`_SixProducts` in fp8, as `kernels.columns.ffn_fp8` computes the blocks of one FFN; y `[B v, d]`.
+
+    Each block of tokens and each weight of an expert has a scale of its own.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, expert: Tensor, counts: Tensor, pattern: Groups) -> Tensor:
@@ -433,7 +440,7 @@ def choose_experts(
 def explain_experts(
     sparsity: FeedForwardSparsity, shape: Shape, device: torch.device, dtype: torch.dtype, here: bool = True
 ) -> tuple[ExpertFamily, str]:
-    """`choose_experts`, with what computes the products in words, for logs."""
+    """The family that `choose_experts` returns, and a description of it with the reason for it, for logs."""
     family, refusal = choose_experts(sparsity, shape, device, dtype, here)
     said = family.describe(sparsity, device, here)
     return family, f"{said}; {refusal}" if refusal else said

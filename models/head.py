@@ -8,7 +8,8 @@ the backward pass starts from, so its gradient is known as soon as the loss is. 
     dx = G W,          dW += G^T x
 
 all in the forward pass; G takes the place of the logits. The backward pass multiplies dx and dW by the gradient of the
-loss. PyTorch 2.13 has the same in `torch.nn.functional.linear_cross_entropy`; this project also runs on 2.11.
+loss. `torch.nn.functional.linear_cross_entropy` does the same from PyTorch 2.13 on, but returns the sum in the dtype of
+x and W: in bf16, as under FSDP2, that rounds the loss of a batch to eight bits. Here the loss is float32.
 """
 
 from collections.abc import Callable
