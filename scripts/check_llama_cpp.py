@@ -10,10 +10,8 @@ by more than check_vllm.TOLERANCE.
 
 import argparse
 import importlib.metadata
-import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from configs.errors import ConfigError, exit_with
-from scripts.check_vllm import PROMPTS, TOKENS, TOLERANCE, compare, worst
+from scripts.check_vllm import PROMPTS, TOKENS, compare, report
 from scripts.options import add_out
 from scripts.trained import load_model
 
@@ -60,23 +58,13 @@ def main() -> int:
     wanted = xllamacpp.CommonParams()
     wanted.model.path, wanted.n_ctx, wanted.n_gpu_layers = str(options.gguf), 256, 0
     outputs = answers(xllamacpp.Server(wanted), {prompt: tokenizer(prompt).input_ids for prompt in PROMPTS})
-    rows = compare(outputs, model)
-    for row in rows:
-        print(f"{row['prompt']!r}: {row['tokens']} tokens, {row['difference']:.1e} nats apart: {row['text'][:60]!r}")
     about = {
         "command": shlex.join(["python", "-m", "scripts.check_llama_cpp", *sys.argv[1:]]),
         "architecture": type(model).__name__,
         "hardware": "CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("xllamacpp", "transformers", "torch")},
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
     }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(about, indent=1) + "\n")
-    apart = worst(rows)
-    print(f"llama.cpp serves {about['architecture']}: {apart:.1e} nats from transformers at most")
-    return int(not apart < TOLERANCE)
+    return report(compare(outputs, model), "llama.cpp", about, options.out)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,27 @@ def compare(outputs: list[Any], model: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def worst(rows: list[dict[str, Any]]) -> float:
-    """The largest number of nats in rows of `compare`; NaN if one of them is NaN, which max() may pass over."""
+def report(rows: list[dict[str, Any]], engine: str, about: dict[str, Any], out: Path | None) -> int:
+    """Print what `compare` found, and write it as JSON.
+
+    Args:
+        rows: of `compare`.
+        engine: the name of what served the export.
+        about: what else the file says, with the model's "architecture".
+        out: the file; None: none is written.
+
+    Returns:
+        The exit status: 1 if a number of the rows is TOLERANCE or more, or NaN.
+    """
+    for row in rows:
+        print(f"{row['prompt']!r}: {row['tokens']} tokens, {row['difference']:.1e} nats apart: {row['text'][:60]!r}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(about | {"date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1) + "\n")
     found = [row[name] for row in rows for name in ("difference", "below_best")]
-    return math.nan if any(map(math.isnan, found)) else max(found)
+    worst = math.nan if any(map(math.isnan, found)) else max(found)  # max() may pass over NaN
+    print(f"{engine} serves {about['architecture']}: {worst:.1e} nats from transformers at most")
+    return int(not worst < TOLERANCE)
 
 
 def main(arguments: list[str]) -> int:
@@ -98,25 +115,15 @@ def main(arguments: list[str]) -> int:
             f"error: {options.export} does not hold the model's weights ({wrong[0]}): export it anew", file=sys.stderr
         )
         return 2
-    rows = compare(outputs, model)
-    for row in rows:
-        print(f"{row['prompt']!r}: {row['tokens']} tokens, {row['difference']:.1e} nats apart: {row['text'][:60]!r}")
     packages = {"vllm": vllm, "transformers": transformers, "torch": torch}
     about = {
         "command": shlex.join(["python", "scripts/check_vllm.py", *arguments]),
         "architecture": type(model).__name__,
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {name: package.__version__ for name, package in packages.items()},
-        "date": time.strftime("%Y-%m-%d"),
         "dtype": "float32",
-        "rows": rows,
     }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(about, indent=1) + "\n")
-    apart = worst(rows)
-    print(f"vLLM {vllm.__version__} serves {about['architecture']}: {apart:.1e} nats from transformers at most")
-    return int(not apart < TOLERANCE)
+    return report(compare(outputs, model), f"vLLM {vllm.__version__}", about, options.out)
 
 
 if __name__ == "__main__":
