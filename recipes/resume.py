@@ -88,6 +88,8 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
         _compare(key, new.num_workers, old.num_workers, file, remedy)
     if not config.checkpoint.change_recipe:
         remedy = f"{REMEDY}, or go on with another recipe by --checkpoint.change_recipe"
+        if config.recipe != before.recipe:
+            remedy = f"its recipe is {before.recipe}, this one {config.recipe}; {remedy}"
         for section in RECIPE_SECTIONS:
             new, kept = asdict(getattr(config, section)), asdict(getattr(before, section))
             for name, value in new.items():

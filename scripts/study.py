@@ -75,6 +75,7 @@ from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_group
 from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
 
+TIME = r"^\d\d:\d\d:\d\d "  # that lines of a run's log begin with
 PROGRESS_SECONDS = 30.0
 # Removed from the environment of the runs: each is a single process, even if torchrun or SLURM started the study.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -432,11 +433,12 @@ def _last_lines(run: StudyRun, count: int) -> list[str]:
 
 
 def _progress(run: StudyRun) -> str:
-    """A run's progress: the last step and loss that it logged."""
+    """A run's progress: the last step and loss that it logged; before the first step the last line of its log."""
     try:
         line = read_lines(run.outputs / "metrics.jsonl")[-1]
     except ConfigError:
-        return f"{run.name} before its first step"
+        said = [line for line in _last_lines(run, 1) if line.strip()] if (run.outputs / "log.txt").exists() else []
+        return f"{run.name} before its first step" + "".join(f" ({re.sub(TIME, '', line)})" for line in said)
     loss = f"validation {line['val_loss']:.4f}" if "val_loss" in line else f"loss {line['loss']:.4f}"
     return f"{run.name} step {line['step']}/{run.config.training.steps} {loss}"
 

@@ -92,7 +92,8 @@ def test_a_run_of_a_release_that_counted_bytes_otherwise_goes_on(stopped, train,
 
 def test_a_finished_run_with_another_recipe_is_not_called_complete(train, tmp_path):
     train(tmp_path, "--training.steps", "9")
-    with pytest.raises(ConfigError, match=r"but the run in .* has .*: give the run's own value"):
+    both = "its recipe is recipes/venom_2of16.toml, this one recipes/groups_quarter.toml; give the run's own value"
+    with pytest.raises(ConfigError, match=f"but the run in .* has .*: {both}"):
         train(tmp_path, "--training.steps", "9", recipe="groups_quarter")
 
 

@@ -261,6 +261,7 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
         run.command = [str(run.outputs / "gpu")]
     (tmp_path / "train.py").write_text(
         "import os, sys, time\n"
+        "print('12:34:56 training a BPE', flush=True)\n"
         "open(sys.argv[1], 'w').write(os.environ.get('CUDA_VISIBLE_DEVICES', ''))\n"
         "time.sleep(0.3)\n"
     )
@@ -273,6 +274,7 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
     gpus = [(run.outputs / "gpu").read_text() for run in found]
     assert gpus[:3] == ["4", "6", "4"]
     assert set(gpus) == {"4", "6"}
+    assert study._progress(found[0]) == "r0 before its first step (training a BPE)"
     late = study.Launcher(1, [], time.monotonic())
     late.run(found[:2])
     assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
