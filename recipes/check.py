@@ -560,6 +560,13 @@ def _check_loss_chunks(config: JobConfig) -> None:
             )
 
 
+def _emulates_float8(config: JobConfig) -> bool:
+    """Whether float8 is the only converter, and torchao computes it in float32: slow, on any machine, eager alone."""
+    float8, compiles = config.quantize.linear.float8, config.compile.enable and "model" in config.compile.components
+    alone = config.model.converters == ["quantize.linear.float8"] and float8.recipe_name is None
+    return alone and float8.emulate and not compiles
+
+
 def _check_machine(config: JobConfig) -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -583,8 +590,11 @@ def _check_machine(config: JobConfig) -> None:
             f"--nproc_per_node={local_world} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
             "lower it"
         )
-    if config.model.converters and device_type == "cpu":
-        raise ConfigError(f"model.converters = {config.model.converters} needs a GPU: leave it empty on this machine")
+    if config.model.converters and device_type == "cpu" and not _emulates_float8(config):
+        raise ConfigError(
+            f"model.converters = {json.dumps(config.model.converters)} needs a GPU: leave it empty on this machine, or "
+            "for a test set quantize.linear.float8.emulate = true and compile.enable = false"
+        )
     if config.training.enable_cpu_offload and device_type == "cpu":
         raise ConfigError("training.enable_cpu_offload = true needs a GPU to offload from: set it to false")
     if config.checkpoint.async_mode == "async_with_pinned_mem" and device_type == "cpu":

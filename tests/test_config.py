@@ -211,6 +211,10 @@ BAD = [
         f"{DEBUG} --profiling.enable_profiling --profiling.profile_freq 3",
         ["profiling.profile_freq = 3", "profiler_warmup = 3", "profiler_active = 1", "raise it"],
     ),
+    (
+        f"{DEBUG} --model.converters '[\"quantize.linear.float8\"]' --quantize.linear.float8.emulate --compile.enable",
+        ['model.converters = ["quantize.linear.float8"] needs a GPU', "emulate = true and compile.enable = false"],
+    ),
     (f"{DEBUG} --profiling.enable_memory_snapshot", ["profiling.enable_memory_snapshot", "needs a GPU"]),
     (f"{DEBUG} --checkpoint.load_step -2", ["checkpoint.load_step = -2", "at least -1"]),
     (f"{DEBUG} --metrics.save_tb_folder ../..", ['save_tb_folder = "../.."', "inside job.dump_folder", '"tb"']),

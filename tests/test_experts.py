@@ -606,6 +606,10 @@ BAD = [
         "MOE --recipe dense --parallelism.pipeline_parallel_degree 2",
         ["pipeline_parallel_degree = 2 is not supported for experts"],
     ),
+    (
+        "MOE --recipe dense --parallelism.context_parallel_degree 2",
+        ["context_parallel_degree = 2 is not supported for experts"],
+    ),
     ("MOE --recipe dense --parallelism.expert_parallel_degree 2", ["expert_parallel_degree = 2 does not divide the 1"]),
     ("--parallelism.expert_parallel_degree 2", ["expert_parallel_degree = 2", "has no experts"]),
     ("--parallelism.expert_tensor_parallel_degree 2", ["expert_tensor_parallel_degree = 2 is not supported"]),

@@ -5,15 +5,28 @@ The one process computes what the ranks do: the same micro-batches and, in spars
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fork, merge
+from conftest import ROOT, fork, losses, merge, rows
 from test_context import ring_on_a_cpu, shares, whole
-from test_parallel import ALONE, FP8, FP8_ROUNDING, ROUNDING, SHARDABLE, assert_steps_of_one, in_halves
+from test_parallel import (
+    ALONE,
+    FP8,
+    FP8_ROUNDING,
+    ROUNDING,
+    SHARDABLE,
+    assert_steps_of_one,
+    go_on_after,
+    in_halves,
+)
 from torch import Tensor
 
 from models.feed_forward import FeedForward
+from recipes.restore import find_checkpoint
+from scripts.chaos import _read
+from scripts.trained import export_weights
 
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 CLUSTERS = ("--router.cluster_size", "32")
@@ -24,6 +37,7 @@ RECIPES = {
     "groups_quarter": ("--activations.g", "32", *CLUSTERS),
     "venom_2of16": CLUSTERS,  # with 2:4 weights
     "activations_2of4": ("--activations.v", "64"),  # not read, so it has to be the default
+    "weights_2of4": ("--activations.v", "64"),
 }
 LAYOUTS = {
     "fsdp": (),
@@ -44,11 +58,19 @@ def as_in(train, monkeypatch):
 
     def choose(layout: str):
         parts = {"tensor": lambda ffn, x: in_halves(ffn, x.flatten(0, -2)).view_as(x), "context": in_shares}
-        if layout in parts:
-            monkeypatch.setattr(FeedForward, "_sparse_forward", parts[layout])
+        monkeypatch.setattr(FeedForward, "_sparse_forward", parts.get(layout, forward))
         return train
 
     return choose
+
+
+def run_in(layout: str, tiny: list[str], folder: Path, recipe: str, words: list[str], processes: int = 4) -> dict:
+    command = merge(merge(tiny, [*words, "--job.dump_folder", str(folder)]), list(LAYOUTS[layout]))
+    prepare = ring_on_a_cpu if layout == "context" else None
+    config = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml")
+    result = fork(*config, *command, processes=processes, prepare=prepare)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return rows(folder)
 
 
 @pytest.mark.slow
@@ -59,15 +81,7 @@ def test_four_ranks_take_the_steps_of_one_process(tiny, as_in, tmp_path, layout,
     words = merge([*SHARDABLE, *ALONE, "--training.global_batch_size", "4"], list(RECIPES[recipe]))
     if layout == "context" and recipe == "columns_quarter_fp8":  # a block has to fit into a share
         words = merge(words, ["--training.seq_len", "1024", "--validation.sequences", "4"])
-    command = merge(tiny, [*words, "--job.dump_folder", str(tmp_path / "four")])
-    command = merge(command, list(LAYOUTS[layout]))
-    prepare = ring_on_a_cpu if layout == "context" else None
-    result = fork(
-        *("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command),
-        processes=4,
-        prepare=prepare,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_in(layout, tiny, tmp_path / "four", recipe, words)
     train = as_in(layout)
     tolerance = FP8_ROUNDING if "fp8" in recipe and layout in ("tensor", "context") else ROUNDING
     assert_steps_of_one(
@@ -75,14 +89,121 @@ def test_four_ranks_take_the_steps_of_one_process(tiny, as_in, tmp_path, layout,
     )
 
 
-def test_the_page_names_tests_that_exist():
-    """Every row of the table of what runs with what that says yes names a test file, and parts of names in it."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize(
+    "layout, recipe",
+    [
+        ("fsdp", "columns_quarter"),
+        *(pytest.param("fsdp", recipe, marks=pytest.mark.slow) for recipe in RECIPES if recipe != "columns_quarter"),
+        *(pytest.param(layout, "columns_quarter", marks=pytest.mark.slow) for layout in ("tensor", "pipeline")),
+        *(pytest.param(layout, "dense", marks=pytest.mark.slow) for layout in ("tensor", "pipeline")),
+    ],
+)
+def test_two_ranks_train_with_dense_phases_in_float8(tiny, as_in, tmp_path, layout, recipe):
+    """torchao's float8, emulated; its scales are of whole weights and micro-batches, also where ranks share them."""
+    words = merge([*SHARDABLE, *ALONE, "--training.global_batch_size", "2"], list(RECIPES[recipe]))
+    float8 = ["--model.converters", '["quantize.linear.float8"]', "--quantize.linear.float8.emulate", "true"]
+    folder = tmp_path / "two"
+    two = run_in(layout, tiny, folder, recipe, merge(words, float8), processes=2)
+    train = as_in(layout)
+
+    def one_goes_on(copy: Path, step: int) -> dict[int, dict]:
+        return train(copy, *words, *float8, recipe=recipe, stop_after=step)
+
+    assert_steps_of_one(folder, one_goes_on, (3, 5), FP8_ROUNDING)
+    bf16 = train(go_on_after(4, folder, tmp_path / "bf16"), *words, recipe=recipe, stop_after=5)
+    assert bf16[5]["loss"] != pytest.approx(two[5]["loss"], rel=10 * ROUNDING)
+
+
+ONE = "one process"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize(
+    "recipe, layout, others, processes",
+    [
+        ("columns_quarter", "tensor", ["context"], 2),
+        *(pytest.param("columns_quarter", each, [*LAYOUTS], 4, marks=pytest.mark.slow) for each in (ONE, *LAYOUTS)),
+        *(
+            pytest.param(recipe, "tensor", ["pipeline"], 4, marks=pytest.mark.slow)
+            for recipe in RECIPES
+            if recipe != "columns_quarter"
+        ),
+    ],
+)
+def test_a_sparse_phase_goes_on_in_other_layouts(tiny, as_in, tmp_path, recipe, layout, others, processes):
+    """From its third step, through the switch to dense steps: steps are those of one process from the same checkpoints.
+
+    In the layout of the run itself the steps are equal to the last bit. The export of every layout is whole.
+    """
+    words = merge([*SHARDABLE, *ALONE, "--training.global_batch_size", "4"], list(RECIPES[recipe]))
+    run = tmp_path / "run"
+    if layout == ONE:
+        as_in(ONE)(run, *words, recipe=recipe)
+    else:
+        run_in(layout, tiny, run, recipe, words, processes)
+    for other in others:
+        folder = go_on_after(3, run, tmp_path / other)
+        found = run_in(other, tiny, folder, recipe, words, processes)
+        if other == layout:
+            assert losses(found) == losses(rows(run))
+            continue
+        train = as_in(other)
+        assert_steps_of_one(
+            folder,
+            lambda copy, step, train=train: train(copy, *words, recipe=recipe, stop_after=step),  # type: ignore[misc]
+            (4, 5),
+        )
+        checkpoint = find_checkpoint(str(folder))
+        exported, saved = export_weights(checkpoint, None), _read(checkpoint.folder)
+        assert len(exported) == 2 * 8 + 3
+        assert torch.equal(exported["model.layers.1.mlp.up_proj.weight"], saved["layers.1.feed_forward.w1.weight"])
+
+
+def assert_named_tests_exist(text: str) -> int:
+    """Of `test_file.py`: `part_of_a_name`, ...; how many of them there are."""
+    named = re.findall(r"((?:`test_\w+\.py`(?:, )?)+)((?::|,) `\w+`(?:, `\w+`)*)?", text)
+    for files, tests in named:
+        for file in re.findall(r"test_\w+\.py", files):
+            text = (ROOT / "tests" / file).read_text()
+            for name in re.findall(r"\w+", tests):
+                assert re.search(rf"def test_\w*{name}", text), f"{file}: {name}"
+    return len(named)
+
+
+def table(page: str, above: str) -> list[list[str]]:
+    """The cells of the table with such a first line, row by row."""
+    lines = page[page.index(above) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
+def test_pages_name_tests_that_exist():
+    """Every row of the tables of what runs with what that says yes names a test file, and parts of names in it."""
     page = (ROOT / "docs" / "cluster.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| ") and "| yes |" in line]
-    assert len(rows) >= 14 and all("`test_" in row for row in rows)
-    named = re.findall(r"`(test_\w+\.py)`((?::|,) `\w+`(?:, `\w+`)*)?", page)
-    assert len(named) > len(rows)
-    for file, tests in named:
-        text = (ROOT / "tests" / file).read_text()
-        for name in re.findall(r"\w+", tests):
-            assert re.search(rf"def test_\w*{name}", text), f"{file}: {name}"
+    rows_with_yes = [row for row in table(page, "| parallelism |") if "yes" in row]
+    assert len(rows_with_yes) >= 14 and all("`test_" in row[-1] for row in rows_with_yes)
+    assert assert_named_tests_exist(page) > len(rows_with_yes)
+
+
+def test_every_yes_of_the_readme_names_a_test_that_shows_it():
+    head, _, *table_rows = table((ROOT / "README.md").read_text(), "| | dense |")
+    families = {
+        "dense": {"dense"},
+        "`columns_*`": {"columns_quarter"},
+        "`groups_*`": {"groups_quarter"},
+        "`venom_*`": {"venom_2of16"},
+        "2:4": {"activations_2of4", "weights_2of4"},
+    }
+    assert head[-6:-1] == [*families]
+    layouts = {"FSDP2, HSDP": {"fsdp", "hsdp"}} | {f"{name} parallelism": {name} for name in LAYOUTS}
+    shown = set()
+    for name, *cells, tests in table_rows:
+        assert assert_named_tests_exist(tests), name
+        if layout := layouts.get(name.removesuffix(", with FSDP2")):
+            # Each family that says yes is one that the test runs in this layout.
+            shown |= layout
+            assert "`four_ranks`" in tests
+            for cell, recipes in zip(cells, families.values(), strict=True):
+                assert cell in ("yes", "yes, fp8 too") and recipes <= RECIPES.keys()
+                assert "fp8" not in cell or {f"{recipe}_fp8" for recipe in recipes} <= RECIPES.keys()
+    assert shown == LAYOUTS.keys()
