@@ -46,6 +46,9 @@ LAYOUTS = {
     "pipeline": ("--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"),
     "context": ("--parallelism.context_parallel_degree", "2"),
 }
+# Parameters are sharded over the ranks of a sequence, as by FSDP2.
+ALL = "tensor, pipeline and context"
+MIXED = {ALL: (*LAYOUTS["tensor"], *LAYOUTS["pipeline"], *LAYOUTS["context"])}
 
 
 @pytest.fixture
@@ -53,11 +56,19 @@ def as_in(train, monkeypatch):
     """`as_in(layout)` trains in this process, with sparse FFNs computed in the parts that its ranks compute."""
     forward = FeedForward._sparse_forward
 
-    def in_shares(ffn: FeedForward, x: Tensor) -> Tensor:
-        return whole([forward(ffn, share) for share in shares(x, 2)])
+    def halves(ffn: FeedForward, x: Tensor) -> Tensor:
+        return in_halves(ffn, x.flatten(0, -2)).view_as(x)
+
+    def in_shares(of_a_share, ffn: FeedForward, x: Tensor) -> Tensor:
+        return whole([of_a_share(ffn, share) for share in shares(x, 2)])
+
+    parts = {
+        "tensor": halves,
+        "context": lambda ffn, x: in_shares(forward, ffn, x),
+        ALL: lambda ffn, x: in_shares(halves, ffn, x),
+    }
 
     def choose(layout: str):
-        parts = {"tensor": lambda ffn, x: in_halves(ffn, x.flatten(0, -2)).view_as(x), "context": in_shares}
         monkeypatch.setattr(FeedForward, "_sparse_forward", parts.get(layout, forward))
         return train
 
@@ -65,8 +76,8 @@ def as_in(train, monkeypatch):
 
 
 def run_in(layout: str, tiny: list[str], folder: Path, recipe: str, words: list[str], processes: int = 4) -> dict:
-    command = merge(merge(tiny, [*words, "--job.dump_folder", str(folder)]), list(LAYOUTS[layout]))
-    prepare = ring_on_a_cpu if layout == "context" else None
+    command = merge(merge(tiny, [*words, "--job.dump_folder", str(folder)]), list((LAYOUTS | MIXED)[layout]))
+    prepare = ring_on_a_cpu if "context" in layout else None
     config = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml")
     result = fork(*config, *command, processes=processes, prepare=prepare)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -86,6 +97,20 @@ def test_four_ranks_take_the_steps_of_one_process(tiny, as_in, tmp_path, layout,
     tolerance = FP8_ROUNDING if "fp8" in recipe and layout in ("tensor", "context") else ROUNDING
     assert_steps_of_one(
         tmp_path / "four", lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (3, 5), tolerance
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize("recipe", ["dense", "columns_quarter", "venom_2of16"])
+def test_eight_ranks_mix_all_parallelisms(tiny, as_in, tmp_path, recipe):
+    """Two by two by two, with activation checkpointing; a step has two micro-batches for each stage."""
+    words = merge([*SHARDABLE, *ALONE, "--training.global_batch_size", "2"], list(RECIPES[recipe]))
+    words += ["--activation_checkpoint.mode", "full"]
+    run_in(ALL, tiny, tmp_path / "eight", recipe, words, processes=8)
+    train = as_in(ALL)
+    assert_steps_of_one(
+        tmp_path / "eight", lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (3, 5)
     )
 
 
