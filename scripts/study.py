@@ -49,6 +49,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 from dataclasses import dataclass
@@ -437,8 +438,9 @@ def _progress(run: StudyRun) -> str:
     try:
         line = read_lines(run.outputs / "metrics.jsonl")[-1]
     except ConfigError:
-        said = [line for line in _last_lines(run, 1) if line.strip()] if (run.outputs / "log.txt").exists() else []
-        return f"{run.name} before its first step" + "".join(f" ({re.sub(TIME, '', line)})" for line in said)
+        said = "".join(_last_lines(run, 1) if (run.outputs / "log.txt").exists() else [])
+        said = textwrap.shorten(re.sub(TIME, "", said), 80, placeholder=" ...")
+        return f"{run.name} before its first step" + (f" ({said})" if said else "")
     loss = f"validation {line['val_loss']:.4f}" if "val_loss" in line else f"loss {line['loss']:.4f}"
     return f"{run.name} step {line['step']}/{run.config.training.steps} {loss}"
 

@@ -274,7 +274,7 @@ def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
     gpus = [(run.outputs / "gpu").read_text() for run in found]
     assert gpus[:3] == ["4", "6", "4"]
     assert set(gpus) == {"4", "6"}
-    assert study._progress(found[0]) == "r0 before its first step (training a BPE)"
+    assert study._progress(found[0]) == "r0_s0 before its first step (training a BPE)"
     late = study.Launcher(1, [], time.monotonic())
     late.run(found[:2])
     assert late.interrupted == found[:2] and not late.failed, "one ended before its first step, one never started"
