@@ -27,8 +27,8 @@ with its data order, optimizer and metrics, and starts once that checkpoint has 
 
     after = "dense/step-500"              # the run of that name must save this step: checkpoint.interval
 
-A run that is shorter than the runs that continue from it only provides their beginning: it is not a result, is left out
-of the tables, keeps all its checkpoints, and is run again only if one is needed.
+A run that others continue from keeps all its checkpoints. If it is shorter than they are, it only provides their
+beginning: it is not a result, is left out of the tables, and is run again only if a checkpoint is needed.
 
 All runs and their data are checked before the first one starts. A run is a process of train.py with its own folder in
 `outputs/studies/NAME`, which also has its log. Running the command again skips complete runs and resumes interrupted
@@ -197,7 +197,7 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     for run in runs:
         following = [other for other in runs if other.goes_on_from(run)]
         run.only_begins = any(other.config.training.steps > run.config.training.steps for other in following)
-        if run.only_begins:  # runs that are started later, by --only, may continue from any of its checkpoints
+        if following:  # they may start when it has ended, and, by --only, later ones from any of its checkpoints
             run.config.checkpoint.keep_latest_k = 0
             kept = "--checkpoint.keep_latest_k="
             run.command = [*(word for word in run.command if not word.startswith(kept)), f"{kept}0"]

@@ -122,6 +122,16 @@ def test_runs_that_are_started_later_find_the_checkpoint_that_they_continue_from
         study.main([*words, "--only", "start", "early"])
 
 
+def test_a_run_that_another_continues_from_keeps_its_checkpoints_whatever_its_length(write_study, tmp_path):
+    """With one run at a time the other starts when this one has saved its last step."""
+    dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ntraining.steps = 8\n'
+    dense += "checkpoint.interval = 2\ncheckpoint.keep_latest_k = 2\n"
+    branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/dense.toml"\ntraining.steps = 8\nafter = "dense/step-2"\n'
+    file = write_study(dense + branch)
+    assert study.main([str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert len(rows(file.parent / "branch_s0")) == len(rows(file.parent / "dense_s0")) == 8
+
+
 def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, capfd):
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
