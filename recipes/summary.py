@@ -44,6 +44,9 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         f"recipe      {config.recipe}: " + ", ".join(f"{span.mode} to step {span.stop}" for span in spans),
         f"sparse FFN  {family.name}: {reason}" if family else f"sparse FFN  none: {reason}",
     ]
+    if config.precision.qat != "none":
+        first = spans[-1].start + 1
+        lines.append(f"QAT         weights of the blocks' linear layers in {config.precision.qat} from step {first}")
     if args.num_experts:
         said, slow = describe_experts(config, args, family)
         lines.append(f"experts     {said}")
@@ -94,6 +97,8 @@ def outcome(config: JobConfig, about: dict[str, Any], row: dict[str, Any], first
             f"validation loss {loss:.4f} nats a token ({row['val_bpb']:.3f} bits a byte): {than} the unigram entropy "
             f"{entropy:.3f}, the loss of a model that knows only how frequent each token is"
         )
+        if "val_loss_quantised" in row:
+            yield f"validation loss with weights rounded to {config.precision.qat}: {row['val_loss_quantised']:.4f}"
     else:
         yield f"training loss {row['loss']:.4f} nats a token; validation.enable = false, so there is no other"
     folder = config.job.dump_folder

@@ -403,9 +403,10 @@ def test_check_prints_the_resolved_configuration():
 def test_check_says_what_would_run_and_names_are_enough(corpus):
     sources = f'[{{type = "text", path = "{corpus}"}}]'
     words = ["--config", "debug", "--recipe", "columns_quarter", "--check", "--data.sources", sources]
-    result = fork(*words, "--training.steps", "20")
+    result = fork(*words, "--training.steps", "20", "--precision.qat", "int4")
     assert result.returncode == 0, result.stderr
     said = result.stdout
+    assert "QAT         weights of the blocks' linear layers in int4 from step 19\n" in said
     assert "recipes/columns_quarter.toml: dense to step 2, sparse to step 18, dense to step 20" in said
     assert f"240 files of {corpus}" in said and said.endswith("This job can run.\n")
     assert "M parameters" in said and "sparse FFN  " in said and len(said.splitlines()) < 12
@@ -452,6 +453,7 @@ def test_a_block_has_room_in_a_micro_batch_of_sparse_phases():
 
 def test_help_lists_every_section():
     result = fork("--help")
+    assert '--precision.qat "none" (or "int4", "int8")\n' in result.stdout
     assert result.returncode == 0
     for key in ("--training.steps", "--activations.keep", "--checkpoint.interval", "--data.sources", "--recipe"):
         assert key in result.stdout

@@ -61,6 +61,7 @@ def test_the_last_phase_rounds_and_resumes_exactly(train, tmp_path, capsys):
     assert last["nonzero_share"] == again["nonzero_share"]
     assert "step 9: weights of the blocks' linear layers are rounded to int4" in said
     assert f"({last['val_loss_quantised']:.4f} int4)" in said
+    assert f"validation loss with weights rounded to int4: {last['val_loss_quantised']:.4f}" in said
     with pytest.raises(ConfigError, match=r'precision.qat = "none", but the run in .* has "int4"'):
         train(tmp_path / "whole", *words[2:], "--training.steps", "14")
 
