@@ -333,7 +333,7 @@ class Launcher:
         self.stopped = False
         self.running: dict[str, tuple[StudyRun, subprocess.Popen, str, float]] = {}
         self.sharing: set[str] = set()  # runs that were started on a GPU with more than one place
-        self.failed: list[StudyRun] = []
+        self.failed: dict[str, str] = {}  # by a run's name, why or what says it
         self.interrupted: list[StudyRun] = []
 
     def run(self, todo: list[StudyRun]) -> None:
@@ -384,8 +384,12 @@ class Launcher:
             process.send_signal(signal.SIGTERM if stepped else signal.SIGKILL)
 
     def _start(self, run: StudyRun) -> None:
-        run.outputs.mkdir(parents=True, exist_ok=True)
-        run.branch()
+        try:
+            run.outputs.mkdir(parents=True, exist_ok=True)
+            run.branch()
+        except (OSError, ConfigError) as error:  # such as a full disk; other runs go on
+            self.failed[run.name] = f"it cannot start: {error}"
+            return
         launch = run.outputs / "launch.json"
         before = json.loads(launch.read_bytes())["runs_per_gpu"] if launch.exists() else 1
         launch.write_text(json.dumps({"runs_per_gpu": max(before, self.runs_per_gpu)}) + "\n")
@@ -422,7 +426,7 @@ class Launcher:
             self.interrupted.append(run)
             say(f"{run.name} is interrupted: {_progress(run)}")
         else:
-            self.failed.append(run)
+            self.failed[run.name] = f"see {run.outputs / 'log.txt'}"
             say(f"{run.name} failed with status {status}, log in {run.outputs / 'log.txt'}:")
             for line in _last_lines(run, 3):
                 print(f"    {line}", flush=True)
@@ -616,8 +620,8 @@ def main(arguments: list[str] | None = None) -> int:
         if launcher.signal == signal.SIGINT:
             raise KeyboardInterrupt(said)
         say(said)
-    for run in launcher.failed:
-        print(f"error: {run.name} failed, see {run.outputs / 'log.txt'}", file=sys.stderr, flush=True)
+    for name, why in launcher.failed.items():
+        print(f"error: {name} failed, {why}", file=sys.stderr, flush=True)
     return int(bool(launcher.failed))
 
 

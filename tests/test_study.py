@@ -1,5 +1,6 @@
 """Studies: refused before anything runs, run, interrupted, resumed, collected, tabled and drawn."""
 
+import errno
 import json
 import os
 import re
@@ -122,14 +123,25 @@ def test_runs_that_are_started_later_find_the_checkpoint_that_they_continue_from
         study.main([*words, "--only", "start", "early"])
 
 
-def test_a_run_that_another_continues_from_keeps_its_checkpoints_whatever_its_length(write_study, tmp_path):
+def test_a_run_that_another_continues_from_keeps_its_checkpoints_whatever_its_length(
+    write_study, tmp_path, monkeypatch, capsys
+):
     """With one run at a time the other starts when this one has saved its last step."""
     dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ntraining.steps = 8\n'
     dense += "checkpoint.interval = 2\ncheckpoint.keep_latest_k = 2\n"
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/dense.toml"\ntraining.steps = 8\nafter = "dense/step-2"\n'
     file = write_study(dense + branch)
-    assert study.main([str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    command = [str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    with monkeypatch.context() as patch:  # a run that cannot begin fails alone
+        patch.setattr(shutil, "copytree", full_disk)
+        assert study.main(command) == 1
+    assert "error: branch_s0 failed, it cannot start: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert study.main(command) == 0
     assert len(rows(file.parent / "branch_s0")) == len(rows(file.parent / "dense_s0")) == 8
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, capfd):
@@ -314,7 +326,7 @@ def test_a_run_that_does_not_fit_beside_others_waits(write_study, tmp_path, monk
     monkeypatch.setattr(study, "ROOT", tmp_path)
     launcher = study.Launcher(4, ["0"], time.monotonic() + 60)
     launcher.run(found)
-    assert [run.name for run in launcher.failed] == ["r4_s0"], "alone it does not fit either"
+    assert [*launcher.failed] == ["r4_s0"], "alone it does not fit either"
     assert all((run.outputs / "ran").exists() for run in found if run.name != "r4_s0")
     assert launcher.free == ["0"], "r4 had to be alone to fail"
     assert "does not fit beside the others on GPU 0: it waits" in capsys.readouterr().out
