@@ -337,9 +337,9 @@ class Training(titan_config.Training):
 
     hang_timeout_seconds: float = _in(1800.0, 0.0, YEAR)
     """
-    How long a step may take, or one of its validations: a run that takes longer hangs. It writes where its threads
-    stand and ends with status 1, and the same command resumes. The first step of a phase compiles, so leave time for
-    that. 0: any time.
+    How long a step may take, or one of its validations, or the saving of its checkpoint: a run that takes longer hangs.
+    It writes where its threads stand and ends with status 1, and the same command resumes. The first step of a phase
+    compiles, so leave time for that. 0: any time.
     """
 
     skip_bad_batches: int = _in(0, 0)

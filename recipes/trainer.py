@@ -222,10 +222,11 @@ class SparseTrainer(titan.Trainer):
                 with self.watchdog.watching(self.step):
                     self._enter_phase(batches)
                     self._train_validate_log(batches)
-                last_step = self.step == config.training.steps
-                if self._saves() or last_step:
-                    self._before_save()
-                self.checkpointer.save(self.step, last_step=last_step)
+                    last_step = self.step == config.training.steps
+                    self.watchdog.beat()
+                    if self._saves() or last_step:
+                        self._before_save()
+                    self.checkpointer.save(self.step, last_step=last_step)
                 for each in (profiler, memory_profiler):
                     if each:
                         each.step()

@@ -40,7 +40,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Watch a step, with its validation, while the context is open."""
+        """Watch a step, with its validations and its checkpoint, while the context is open."""
         self._idle, self._step = 0.0, step
         try:
             yield

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT, fork, merge, rows
 
+from recipes.checkpoint import SafeCheckpointManager
 from recipes.trainer import SparseTrainer
 
 
@@ -23,16 +25,30 @@ def hang_in_step_6():
     SparseTrainer.forward_backward_step = stuck  # type: ignore[method-assign]
 
 
-def test_a_run_that_hangs_ends_with_its_stacks_and_resumes(tiny, tmp_path):
+def hang_in_the_save_of_step_8():
+    save = SafeCheckpointManager.dcp_save
+
+    def stuck(self, state_dict, checkpoint_id, *more, **named):
+        if checkpoint_id.endswith("step-8") and os.environ["RANK"] == "1":
+            time.sleep(600)
+        return save(self, state_dict, checkpoint_id, *more, **named)
+
+    SafeCheckpointManager.dcp_save = stuck  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "step", "stands"), [(hang_in_step_6, 6, "in train_step"), (hang_in_the_save_of_step_8, 8, "in save")]
+)
+def test_a_run_that_hangs_ends_with_its_stacks_and_resumes(tiny, tmp_path, prepare, step, stands):
     words = merge(["--config", "configs/debug.toml", *tiny], ["--checkpoint.interval", "4"])
     words = merge(words, ["--training.local_batch_size", "2", "--training.hang_timeout_seconds", "10"])
     words += ["--job.dump_folder", str(tmp_path / "run")]
     began = time.monotonic()
-    hung = fork(*words, processes=2, prepare=hang_in_step_6)
+    hung = fork(*words, processes=2, prepare=prepare)
     assert hung.returncode == 1 and time.monotonic() - began < 60, hung.stderr
-    said = "error: step 6 has not ended after training.hang_timeout_seconds = 10 on rank"
+    said = f"error: step {step} has not ended after training.hang_timeout_seconds = 10 on rank"
     assert said in hung.stderr and "the same command resumes" in hung.stderr
-    assert "in train_step" in hung.stderr, "where the main thread stands"
+    assert stands in hung.stderr, "where the main thread stands"
     resumed = fork(*words, processes=2)
     assert "resumed after step 4" in resumed.stdout, resumed.stderr
     assert list(rows(tmp_path / "run")) == list(range(1, 13))
