@@ -60,6 +60,7 @@ from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
 from scripts.runs import amount, load_groups, seed_of
 
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
+SMALLEST_SCALE = 1e-6  # nats, of a law's terms at the smallest size and budget
 EXPONENTS = 0.05, 2.0  # bounds of a and b
 
 
@@ -114,7 +115,7 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, 
     """
     sizes, budgets = sorted({cell.parameters for cell in cells}), {cell.tokens for cell in cells}
     if exponent is not None:
-        return _fit_given(cells, means, exponent)
+        return _fit_given(cells, means, exponent, is_draw=near is not None)
     if len(budgets) < 3 or len(sizes) == 2:
         raise ConfigError(
             f"the dense runs have {len(budgets)} budgets and {len(sizes)} sizes: a law needs 3 budgets and more, and "
@@ -137,16 +138,16 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, 
     low, high = EXPONENTS
     fits = []
     for b, a in starts:
-        start, lower, upper = [loss.min() / 2, 1.0, b], [0.0, 1e-6, low], [loss.min(), 50.0, high]
+        start, lower, upper = [loss.min() / 2, 1.0, b], [0.0, SMALLEST_SCALE, low], [loss.min(), 50.0, high]
         if whole:
-            start, lower, upper = [*start, 1.0, a], [*lower, 1e-6, low], [*upper, 50.0, high]
+            start, lower, upper = [*start, 1.0, a], [*lower, SMALLEST_SCALE, low], [*upper, 50.0, high]
         fits.append(least_squares(residuals, start, bounds=(lower, upper)))
     x = min(fits, key=lambda each: each.cost).x
     scale_n, a = (float(x[3] * n0 ** x[4]), float(x[4])) if whole else (0.0, 1.0)
     return Law(float(x[0]), scale_n, a, float(x[1] * d0 ** x[2]), float(x[2]))
 
 
-def _fit_given(cells: Sequence[Cell], means: Sequence[float], b: float) -> Law:
+def _fit_given(cells: Sequence[Cell], means: Sequence[float], b: float, is_draw: bool) -> Law:
     """`fit` for one size with the exponent b given: linear in the two numbers that are left."""
     if len({cell.parameters for cell in cells}) > 1 or len({cell.tokens for cell in cells}) < 2:
         raise ConfigError("a law with a given exponent needs dense runs of one size and of 2 budgets or more")
@@ -154,8 +155,9 @@ def _fit_given(cells: Sequence[Cell], means: Sequence[float], b: float) -> Law:
     weight = np.sqrt([len(cell.values) for cell in cells])
     terms = np.array([[1.0, (cell.tokens / d0) ** -b] for cell in cells])
     constant, scale = np.linalg.lstsq(weight[:, None] * terms, weight * np.array(means), rcond=None)[0]
-    if scale <= 0:
+    if scale < SMALLEST_SCALE and not is_draw:
         raise ConfigError("the dense runs' loss does not fall with the tokens: these runs have no law")
+    scale = max(scale, SMALLEST_SCALE)  # draws may differ by more than the loss falls
     return Law(float(constant), 0.0, 1.0, float(scale * d0**b), b)
 
 
