@@ -25,6 +25,7 @@ from torch import Tensor
 
 from models.feed_forward import FeedForward
 from recipes.restore import find_checkpoint
+from recipes.sparsity import Sparsity
 from scripts.chaos import _read
 from scripts.trained import export_weights
 
@@ -68,7 +69,14 @@ def as_in(train, monkeypatch):
         ALL: lambda ffn, x: in_shares(halves, ffn, x),
     }
 
+    begin = Sparsity.__init__
+
     def choose(layout: str):
+        def init(self: Sparsity, *arguments) -> None:
+            begin(self, *arguments)
+            self.shards = 2 if "tensor" in layout else 1  # neurons are clustered inside them
+
+        monkeypatch.setattr(Sparsity, "__init__", init)
         monkeypatch.setattr(FeedForward, "_sparse_forward", parts.get(layout, forward))
         return train
 
@@ -97,6 +105,23 @@ def test_four_ranks_take_the_steps_of_one_process(tiny, as_in, tmp_path, layout,
     tolerance = FP8_ROUNDING if "fp8" in recipe and layout in ("tensor", "context") else ROUNDING
     assert_steps_of_one(
         tmp_path / "four", lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (3, 5), tolerance
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize("recipe", ["columns_quarter", "groups_quarter", "venom_2of16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_four_ranks_begin_a_sparse_phase_as_one_process(tiny, as_in, tmp_path, layout, recipe):
+    """From a checkpoint of the dense phase before it: the same clusters, order of neurons, scales and first step."""
+    words = merge([*SHARDABLE, *ALONE, "--training.global_batch_size", "4"], list(RECIPES[recipe]))
+    phases = '[{mode = "dense", end = 2}, {mode = "sparse", end = 4}, {mode = "dense", end = 1.0}]'
+    # By activations, which differ by rounding, a neuron could come into another cluster.
+    words = merge(words, ["--schedule.phases", phases, "--router.cluster_by", "weights"])
+    run_in(layout, tiny, tmp_path / "four", recipe, words)
+    train = as_in(layout)
+    assert_steps_of_one(
+        tmp_path / "four", lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (2, 3)
     )
 
 
@@ -227,7 +252,7 @@ def test_every_yes_of_the_readme_names_a_test_that_shows_it():
         if layout := layouts.get(name.removesuffix(", with FSDP2")):
             # Each family that says yes is one that the test runs in this layout.
             shown |= layout
-            assert "`four_ranks`" in tests
+            assert "`four_ranks_take`" in tests
             for cell, recipes in zip(cells, families.values(), strict=True):
                 assert cell in ("yes", "yes, fp8 too") and recipes <= RECIPES.keys()
                 assert "fp8" not in cell or {f"{recipe}_fp8" for recipe in recipes} <= RECIPES.keys()
