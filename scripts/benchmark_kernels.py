@@ -192,7 +192,8 @@ def capture(sparsity: FeedForwardSparsity, weights: Weights, tokens: int) -> Cap
         with torch.no_grad():
             x.normal_()
         graph.replay()
-        error = max(relative_error(*pair) for pair in zip(outputs, step(module, x, dy), strict=True))
+        errors = [relative_error(*pair) for pair in zip(outputs, step(module, x, dy), strict=True)]
+        error = float(torch.tensor(errors).max())  # NaN if one is: Python's max() may pass over it
     torch.cuda.current_stream().wait_stream(stream)
     return Captured(graph, (module, x, dy, outputs), error)
 

@@ -288,7 +288,10 @@ def quantize(model: nn.Module, kind: str) -> None:
     if kind == "int4":
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module.in_features % GROUP:
-                raise ConfigError(f"--quantize int4: {GROUP} does not divide the {module.in_features} inputs of {name}")
+                raise ConfigError(
+                    f"--quantize int4 has a scale for {GROUP} weights, which do not divide the {module.in_features} "
+                    f"inputs of {name}: use int8"
+                )
     configs = {
         "int8": Int8WeightOnlyConfig(),
         "int4": IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP)),  # type: ignore[attr-defined]

@@ -183,6 +183,11 @@ def test_an_export_runs_no_code(run, text, evaluated, tmp_path, monkeypatch):
     assert not mark.exists()
 
 
+def test_int4_is_refused_where_its_groups_do_not_divide_a_width():
+    with pytest.raises(ConfigError, match="for 32 weights, which do not divide the 48 inputs of 0: use int8"):
+        evaluate.quantize(torch.nn.Sequential(torch.nn.Linear(48, 4)), "int4")
+
+
 @pytest.mark.parametrize("kind, levels", [("int8", 256), ("int4", 16 * 512 // 32), ("float8", 254)])
 def test_quantised_weights_cost_little_and_something(run, text, evaluated, kind, levels):
     scores = evaluated(run, "--text", *text, "--quantize", kind)["scores"]
