@@ -627,6 +627,7 @@ SWITCHES = (
     "optimizer.moments",
     "training.global_batch_size",
     "training.sparse_local_batch_size",
+    "router.token_clusters",
 )
 
 
@@ -634,7 +635,8 @@ def switches_table(folder: Path) -> str:
     """Steps of the same models with keys of the rest of a step set or not, as a Markdown table.
 
     Args:
-        folder: has files of scripts/benchmark.py, one contender each.
+        folder: has files of scripts/benchmark.py, one contender each. `changes`, added to a file by hand, says how the
+            code that ran differs from its commit.
     """
     measured = _measurements(folder)
     results = [result for result, _, _ in measured]
@@ -642,11 +644,13 @@ def switches_table(folder: Path) -> str:
     without = {(result["model"], name): entry["ms"] for result, name, entry in measured if not _switches(result)}
     for result, name, entry in measured:
         keys, before = _switches(result), without.get((result["model"], name), {})
+        changes = [result["changes"]] if "changes" in result else []
+        settings = [f"`{key.split('.')[1]} = {value}`" for key, value in keys.items()] + changes
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in entry["ms"])
         row = {
             "model": result["model"],
             "contender": f"`{name}`",
-            "keys": ", ".join(f"`{key.split('.')[1]} = {value}`" for key, value in keys.items()) or "none",
+            "keys": ", ".join(settings) or "none",
         }
         for mode in ("dense", "sparse"):
             time, old = entry["ms"].get(mode), before.get(mode)
@@ -655,11 +659,12 @@ def switches_table(folder: Path) -> str:
             row[f"{mode} step, ms"] = f"{time:.1f}{change}" if time else "-"
         (*_, rate) = entry["tokens_per_second"].values()
         row |= {"tokens/s": amount(float(f"{rate:.3g}")), "memory, GiB, dense / sparse": memory}
-        rows.append(((result["model"], name, len(keys), *map(str, keys.values())), row))
+        rows.append(((result["model"], name, len(keys), *map(str, keys.values()), *changes), row))
     first = results[0]
+    brackets = "; in brackets the change to the step without keys" if without else ""
     text = (
         f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, compiled, activation "
-        f"checkpointing: {first['activation_checkpoint']}; in brackets the change to the step without keys. "
+        f"checkpointing: {first['activation_checkpoint']}{brackets}. "
         "tokens/s: of sparse steps where there are some. Memory: of tensors. "
     )
     return _table(
