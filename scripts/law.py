@@ -30,8 +30,9 @@ The file says which runs count:
 
 Two keys of it replace what the runs cannot tell, and the table says so. With two budgets of one size the exponent b
 cannot be fitted: `"exponent": [0.28, 0.7]` takes the middle of this range for the estimate, and draws from the whole
-range for the intervals. Without a second seed there is no deviation over seeds: `"deviation": {"dense": 0.01,
-"penalty": 0.004}`, in nats, takes those of another study, and normal errors.
+range for the intervals. Runs of a second size then add one number, its constant; B and b are those of both. Without a
+second seed there is no deviation over seeds: `"deviation": {"dense": 0.01, "penalty": 0.004}`, in nats, takes those of
+another study, and normal errors.
 """
 
 import argparse
@@ -108,10 +109,10 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, 
         cells: dense ones.
         means: of each cell, the loss to fit.
         near: a law to start from; None: several starts, of which the best fit is taken.
-        exponent: b, if it is given and not fitted: for runs of one size, of two budgets or more.
+        exponent: b, if it is given and not fitted: for runs of one size or two, one of them of two budgets or more.
 
     Raises:
-        ConfigError: too few budgets, two sizes, or an exponent for several sizes.
+        ConfigError: too few budgets, two sizes without an exponent, or an exponent for more than two.
     """
     sizes, budgets = sorted({cell.parameters for cell in cells}), {cell.tokens for cell in cells}
     if exponent is not None:
@@ -148,17 +149,28 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, 
 
 
 def _fit_given(cells: Sequence[Cell], means: Sequence[float], b: float, is_draw: bool) -> Law:
-    """`fit` for one size with the exponent b given: linear in the two numbers that are left."""
-    if len({cell.parameters for cell in cells}) > 1 or len({cell.tokens for cell in cells}) < 2:
-        raise ConfigError("a law with a given exponent needs dense runs of one size and of 2 budgets or more")
+    """`fit` with the exponent b given: linear in the numbers that are left, a constant for each size and the scale.
+
+    Two constants are E + A / N^a for any a, so a is not fitted.
+    """
+    sizes = sorted({cell.parameters for cell in cells})
+    budgets = max(len({cell.tokens for cell in cells if cell.parameters == size}) for size in sizes)
+    if len(sizes) > 2 or budgets < 2:
+        raise ConfigError(
+            "a law with a given exponent needs dense runs of one size or two, and of 2 budgets or more of one of them"
+        )
     d0 = min(cell.tokens for cell in cells)
     weight = np.sqrt([len(cell.values) for cell in cells])
-    terms = np.array([[1.0, (cell.tokens / d0) ** -b] for cell in cells])
-    constant, scale = np.linalg.lstsq(weight[:, None] * terms, weight * np.array(means), rcond=None)[0]
+    terms = np.array([[*(cell.parameters == size for size in sizes), (cell.tokens / d0) ** -b] for cell in cells])
+    *constants, scale = np.linalg.lstsq(weight[:, None] * terms, weight * np.array(means), rcond=None)[0]
     if scale < SMALLEST_SCALE and not is_draw:
         raise ConfigError("the dense runs' loss does not fall with the tokens: these runs have no law")
     scale = max(scale, SMALLEST_SCALE)  # draws may differ by more than the loss falls
-    return Law(float(constant), 0.0, 1.0, float(scale * d0**b), b)
+    constant, scale_n = constants[-1], 0.0
+    if len(sizes) > 1:
+        scale_n = (constants[0] - constants[1]) / (1 / sizes[0] - 1 / sizes[1])
+        constant = constants[0] - scale_n / sizes[0]
+    return Law(float(constant), float(scale_n), 1.0, float(scale * d0**b), b)
 
 
 @dataclass(frozen=True)
@@ -335,7 +347,7 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
 
 
 def draw(evidence: Evidence) -> Figure:
-    """The law through the dense runs, and the effective tokens of every recipe at its largest budget."""
+    """The law through the dense runs, and the effective tokens of every recipe at each size and budget."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -355,12 +367,16 @@ def draw(evidence: Evidence) -> Figure:
         left.xaxis.set_minor_formatter("")
         left.set_title("The dense law, with its 90% interval")
         left.legend()
-        for place, (recipe, colour) in enumerate(zip(evidence.recipes, PALETTE, strict=False)):
-            share, low, high = evidence.shares(recipe, evidence.largest(recipe))
-            right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
-            right.plot(100 * share, place, "o", color=colour)
+        names: list[str] = []
+        for (recipe, cells), colour in zip(evidence.recipes.items(), PALETTE, strict=False):
+            for index, cell in enumerate(cells):
+                share, low, high = evidence.shares(recipe, index)
+                place, size = len(names), amount(float(f"{cell.parameters:.2g}"))
+                names.append(f"{recipe}\n{size}, {cell.tokens / cell.parameters:.0f} tokens each")
+                right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
+                right.plot(100 * share, place, "o", color=colour)
         right.axvline(100, color=GREY, linewidth=0.8)
-        right.set_yticks(range(len(evidence.recipes)), list(evidence.recipes))
+        right.set_yticks(range(len(names)), names)
         right.invert_yaxis()
         right.set(xlabel="effective tokens, % of the run's tokens")
         right.set_title("What a recipe's loss is worth in dense tokens")

@@ -706,6 +706,7 @@ def headline_table(file: Path) -> str:
                 "recipe": f"[`{recipe}`](recipes/{recipe}.toml)",
                 "its sparse step": "; ".join(steps),
                 "whole run": "; ".join(whole),
+                "scale": f"{amount(float(f'{cell.parameters:.2g}'))}, {cell.tokens / cell.parameters:.0f} each",
                 "loss at equal tokens": f"{100 * penalty / evidence.law.loss(cell.parameters, cell.tokens):+.1f}%",
                 "at equal loss": "; ".join(sooner),
             }
@@ -747,7 +748,11 @@ def law_table(file: Path, pad: bool = False) -> str:
                 for model, speed in speeds(told["recipes"][recipe]).items()
             ] or [row | dict.fromkeys(("speed of", "whole run", "at equal loss"), "-")]
     law = evidence.law
-    size = f" + {law.scale_n:.3g} / N^{law.a:.2f}" if law.scale_n else ""
+    terms = f"{law.constant:.3f}" + (f" + {law.scale_n:.3g} / N^{law.a:.2f}" if law.scale_n else "")
+    if evidence.exponent and law.scale_n:  # two sizes, whose constants say nothing about a third
+        sizes = sorted({cell.parameters for cell in evidence.dense})
+        of_each = (f"{law.constant + law.scale_n / n:.3f} ({amount(float(f'{n:.2g}'))})" for n in sizes)
+        terms = " or ".join(of_each)
     slopes = ", ".join(
         f"{law.slope(tokens):.2f} at {amount(float(f'{tokens:.3g}'))} tokens"
         for tokens in sorted({cell.tokens for cell in evidence.dense})
@@ -758,7 +763,7 @@ def law_table(file: Path, pad: bool = False) -> str:
         for place in [evidence.largest(recipe)]
     )
     text = (
-        f"Dense law: L = {law.constant:.3f}{size} + {law.scale_d:.3g} / D^{law.b:.3f}, "
+        f"Dense law: L = {terms} + {law.scale_d:.3g} / D^{law.b:.3f}, "
         f"of {len(evidence.dense)} budgets and {sum(len(cell.values) for cell in evidence.dense)} runs. Its slope, in "
         f"nats an e-fold of tokens: {slopes}. {_given(evidence)}In parentheses: 90% intervals. Whole run: over bf16 "
         "dense, and over the fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times "

@@ -47,6 +47,18 @@ def test_effective_tokens_are_where_dense_has_the_loss():
     assert grown / 1e-4 == pytest.approx(TRUE.slope(1e9), rel=1e-3)
 
 
+def test_a_second_size_adds_a_constant_to_a_law_with_a_given_exponent():
+    points = [(12e6, 6e7), (12e6, 24e7), (24e6, 48e7)]
+    given = [Cell(n, d, (TRUE.loss(n, d),)) for n, d in points]
+    found = law.fit(given, [cell.values[0] for cell in given], exponent=TRUE.b)
+    for n, d in [*points, (24e6, 1e8)]:
+        assert found.loss(n, d) == pytest.approx(TRUE.loss(n, d), rel=1e-6)
+    assert found.share(48e7, 0.02) == pytest.approx(TRUE.share(48e7, 0.02), rel=1e-6)
+    for few in ([given[0], given[2]], [*given, Cell(48e6, 96e7, (2.5,))]):
+        with pytest.raises(ConfigError, match="one size or two, and of 2 budgets or more of one of them"):
+            law.fit(few, [cell.values[0] for cell in few], exponent=TRUE.b)
+
+
 @pytest.mark.parametrize("sizes, budgets, message", [(1, 2, "2 budgets and 1 sizes"), (2, 3, "6 budgets and 2 sizes")])
 def test_a_law_needs_budgets_and_sizes(sizes, budgets, message):
     few = [Cell(n, ratio * n, (3.0,)) for n in SIZES[:sizes] for ratio in RATIOS[:budgets]]
@@ -89,7 +101,7 @@ def test_a_file_of_evidence(evidence):
     assert cell.values == pytest.approx((0.05, 0.07))  # paired by seed
     share, low, high = read.shares("columns_quarter", 0)
     assert share == pytest.approx(read.law.share(1.2e8, 0.06)) and 0 < low < share < high
-    assert law.draw(read).axes[1].get_yticklabels()[0].get_text() == "columns_quarter"
+    assert law.draw(read).axes[1].get_yticklabels()[0].get_text() == "columns_quarter\n12M, 10 tokens each"
     again = law.read.__wrapped__(evidence, evidence.parent)
     assert again.shares("columns_quarter", 0) == (share, low, high)  # the draws are those of one seed
 
@@ -117,8 +129,15 @@ def test_two_budgets_and_one_seed_take_an_exponent_and_deviations(evidence):
     assert high - low > 0.01
     _, share, low, _ = read([TRUE.b, TRUE.b], 1.0, 0.01)  # in many draws the loss does not fall with the tokens
     assert 0 <= low < 0.01 < share
+    store(evidence.parent / "study", "dense_large", 0, 200_000_000, TRUE.loss(24e6, 2e8), 24_000_000)
+    told["dense"].append({"study": str(evidence.parent / "study"), "run": "dense_large"})
     read([TRUE.b, TRUE.b], 1e-9, 0.01)
+    law.read.cache_clear()
     table = law_table(evidence)
+    constants = " or ".join(
+        f"{TRUE.constant + 60.0 / n**0.3:.3f} ({name})" for n, name in ((12e6, "12M"), (24e6, "24M"))
+    )
+    assert f"Dense law: L = {constants} + 900 / D^0.320" in table
     assert "not fitted: 0.32, and 0.32 to 0.32 in intervals" in table and "0.01 (over dense) nats" in table
 
 

@@ -93,7 +93,7 @@ def test_headline_table(tmp_path, monkeypatch):
     (tmp_path / "evidence.json").write_text(json.dumps(told))
     table = tables.headline_table(tmp_path / "evidence.json")
     # Over the faster of the two float8 steps, which is 1.2x; 1.5x times 2 / 2.2 is 1.36x.
-    assert "| 1B 1.60x, 1.33x | 1B 1.50x, 1.25x | +5.0% | 1B 1.36x, 1.14x |" in table
+    assert "| 1B 1.60x, 1.33x | 1B 1.50x, 1.25x | 12M, 8 each | +5.0% | 1B 1.36x, 1.14x |" in table
 
 
 def entry(**more):
