@@ -40,6 +40,7 @@ from kernels import (
     venom_mask,
 )
 from kernels.clustering import _balanced_assignment
+from kernels.groups.pattern import balanced
 from kernels.venom import token_mask
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -218,6 +219,16 @@ def test_balanced_mask_is_brute_force(v, tokens):
                 h[:, :g] = 0
                 pattern = Groups(v, g, 0.3, balance=balance)
                 assert torch.equal(pattern.mask(h), brute_mask(h, pattern)), (g, groups, balance, kind)
+
+
+def test_a_block_without_others_keeps_its_strongest_neurons_whatever_the_balance():
+    rand = torch.Generator().manual_seed(0)
+    h = torch.rand(6, 40, generator=rand)
+    assert torch.equal(group_mask(h, 8, 1, 0.25, balance=1.0), group_mask(h, 8, 1, 0.25))
+    sums, kind = torch.rand(3, 40, generator=rand), torch.tensor([0, 1, 1])
+    balanced_sums = balanced(sums, 1.0, kind, 2)
+    assert torch.equal(balanced_sums[0], sums[0])  # the only block of its kind
+    assert_close(balanced_sums[1:], sums[1:] / sums[1:].mean(0))
 
 
 def test_balance_lets_a_weak_neuron_have_its_turn():

@@ -50,7 +50,8 @@ def group_mask(
         sums: `[B, f]` float32, B = ceil(T/v): sums that each block chooses by, instead of the sums of h over its own
             tokens.
         sample: the sums are over the tokens 0, sample, 2 sample, ... of a block.
-        balance: a group's sums are divided by their mean over all blocks to this power, in [0, 1].
+        balance: a group's sums are divided by their mean over all blocks, if there are several, to this power, in
+            [0, 1].
         window: neurons in a window, a multiple of g that divides f; 0: all f.
 
     Returns:
@@ -81,6 +82,9 @@ def group_mask(
 def balanced(sums: Tensor, balance: float, kind: Tensor | None = None, kinds: int = 1) -> Tensor:
     """The values that blocks rank groups by: sums `[B, G]`, divided by a power of their mean over blocks.
 
+    Sums of a block that has no other to be balanced with stay as they are. A power below 1 of its own sums would rank
+    them alike, and the power 1 would make all of them equal.
+
     Args:
         sums: `[B, G]`.
         balance: the power.
@@ -88,15 +92,16 @@ def balanced(sums: Tensor, balance: float, kind: Tensor | None = None, kinds: in
             no mean. None: over all B blocks.
         kinds: number of kinds.
     """
-    if not balance:
+    if not balance or (kind is None and sums.shape[0] == 1):
         return sums
     tiny = torch.finfo(sums.dtype).tiny
     if kind is None:
         return sums * sums.mean(0).clamp(min=tiny).pow(-balance)
     of_kind = torch.arange(kinds, device=sums.device)[:, None] == kind  # [kinds, B]
     # A product, since the order in which an indexed addition adds differs from run to run on a GPU.
-    means = of_kind.to(sums.dtype) @ sums / of_kind.sum(1, keepdim=True).clamp(min=1)
-    return sums * means.clamp(min=tiny).pow(-balance)[kind]
+    count = of_kind.sum(1, keepdim=True)
+    means = of_kind.to(sums.dtype) @ sums / count.clamp(min=1)
+    return sums * torch.where(count > 1, means.clamp(min=tiny).pow(-balance), 1.0)[kind]
 
 
 @dataclass(frozen=True)
