@@ -371,8 +371,8 @@ def draw(evidence: Evidence) -> Figure:
         for (recipe, cells), colour in zip(evidence.recipes.items(), PALETTE, strict=False):
             for index, cell in enumerate(cells):
                 share, low, high = evidence.shares(recipe, index)
-                place, size = len(names), amount(float(f"{cell.parameters:.2g}"))
-                names.append(f"{recipe}\n{size}, {cell.tokens / cell.parameters:.0f} tokens each")
+                place, parameters = len(names), amount(float(f"{cell.parameters:.2g}"))
+                names.append(f"{recipe}\n{parameters}, {cell.tokens / cell.parameters:.0f} tokens each")
                 right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
                 right.plot(100 * share, place, "o", color=colour)
         right.axvline(100, color=GREY, linewidth=0.8)
