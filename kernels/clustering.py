@@ -13,6 +13,10 @@ Tokens, every step: a token is assigned to the cluster c with the largest x . ce
 sorted by cluster and, within a cluster, by the cluster with the second largest product. The FFN acts on each token
 independently, so sorting before it and restoring the order after it only changes which tokens share a block.
 
+The clusters that tokens are sorted by can also be clusters of tokens (`token_clusters`): of the inputs of the FFN,
+once, when sparsity starts. Tokens of one cluster are then alike in all that the FFN sees, and a block keeps more of its
+activations (docs/studies/tokens_12m).
+
 Source: arXiv 2602.06183, which clusters rows of W1; the distance, the similarity by activations and the form of the
 router are choices of this project.
 """

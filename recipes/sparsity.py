@@ -4,7 +4,9 @@
 sparse phase, and at every re-clustering, it prepares the FFNs:
 
     router      the rows of W1 are clustered; the neurons, and the optimizer's moments with them, are reordered so that
-                a cluster is a run of neighbouring rows or, with router.spread, every C-th row of C clusters
+                a cluster is a run of neighbouring rows or, with router.spread, every C-th row of C clusters. With
+                router.token_clusters the inputs of the FFNs are clustered, for the order of the tokens, and neurons
+                only if their order matters: not where a block chooses single neurons among all
     2:4         the scales of the soft threshold are fitted, once for the whole phase
 
 Preparation depends only on the weights, the step, the seed and the step's first micro-batches. A run that is killed
@@ -12,7 +14,8 @@ before the switch therefore prepares the same state when it resumes. A run that 
 centroids and, as the order of the weights' rows, the clusters in its checkpoint.
 
 Tensor parallelism: each shard's neurons are clustered separately, so that no neuron moves to another rank. Every rank
-holds the centroids of all shards. The result is that of one process whose pattern chooses within each shard.
+holds the centroids of all shards, or those of the tokens. The result is that of one process whose pattern chooses
+within each shard.
 
 Pipeline parallelism: a rank has the FFNs of its stages. The ranks that have the same stages cluster them, by the tokens
 of the step's first pipeline micro-batch.

@@ -15,6 +15,7 @@ compares every file with its checksum.
 
 import argparse
 import contextlib
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -264,6 +265,12 @@ def _weighted(config: JobConfig) -> list[Source]:
     return [source for source in config.data.sources if source.weight > 0]
 
 
+def _reads(path: str, file: Path) -> bool:
+    """Whether a local source's path, a folder, a file or a pattern, takes in a file."""
+    pattern = os.path.abspath(os.path.expanduser(path))
+    return fnmatch.fnmatch(str(file.resolve()), pattern) or file.resolve().is_relative_to(Path(pattern).resolve())
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.make_tokens", description=__doc__.splitlines()[0], allow_abbrev=False
@@ -298,6 +305,9 @@ def main(arguments: list[str]) -> None:
         if source.type == "hub" and source.validation_split:
             remedy = "leave it empty: a share of the documents is held out by their hashes"
             raise refuse(f"{key}.validation_split", source.validation_split, "tokens have one split", remedy)
+        if source.type != "hub" and source.path and _reads(source.path, options.out / "source-0" / "00000.json"):
+            problem = f"it takes in {options.out}, whose files would be read as documents the next time"
+            raise refuse(f"{key}.path", source.path, problem, "name a folder outside of it to write")
     tokenizer = Path(prepare_tokenizer(config))
     if not (tokenizer / "tokenizer.json").is_file():
         raise refuse("tokenizer.path", str(tokenizer), "it has no tokenizer.json", "save it as such with transformers")

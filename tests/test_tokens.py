@@ -481,6 +481,7 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path, token_sources, command, m
     (tmp_path / "full" / "source-0" / "file").touch()
     made = f'[{{type = "tokens", path = "{token_sources[0].path}"}}]'
     split = '[{type = "hub", path = "org/set", validation_split = "test"}]'
+    own, into = '[{{type = "auto", path = "{}"}}]', "takes in .* name a folder outside of it to write"
     for words, message in (
         (instead(command, "--data.sources", made), "are tokens already"),
         (instead(command, "--data.sources", split), "tokens have one split"),
@@ -488,6 +489,9 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path, token_sources, command, m
         ([str(tmp_path / "full"), *command[1:]], "is not an empty folder"),
         ([str(tmp_path), "--verify"], "holds no source-0"),
         (["", *command[1:]], '"" names no folder'),
+        ([str(tmp_path / "texts"), *instead(command, "--data.sources", own.format(tmp_path / "texts"))[1:]], into),
+        ([str(tmp_path / "texts" / "x"), *instead(command, "--data.sources", own.format(tmp_path))[1:]], into),
+        ([str(tmp_path / "x"), *instead(command, "--data.sources", own.format(tmp_path / "**/*.json*"))[1:]], into),
     ):
         with pytest.raises(ConfigError, match=message):
             make_tokens.main(words)
