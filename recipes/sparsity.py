@@ -119,7 +119,8 @@ def _read_table(text: str) -> dict[str, Any]:
                 f"the checkpoint's sparse state is of a later release (its version is above {STATE_VERSION}): "
                 "resume it with that release"
             )
-        return {"router.token_clusters": 0} | table
+        table = {"router.token_clusters": 0} | table  # which older checkpoints lack
+        return {key: table[key] for key in ("start", *PREPARED_BY)}  # in one order, so that its text is one
     start, dense_layers, sections = text.split(" ", 2)
     values: dict[str, Any] = {"schedule.dense_layers": int(dense_layers)}
     for name, arguments in re.findall(r"(\w+)\((.*?)\)", sections):

@@ -557,7 +557,8 @@ def plot(paths: list[Path], out: Path | None = None, window: int | None = None, 
     if out is None and len(runs) == 1:
         out = runs[0].folder / "plot.png"
     out = out or Path(os.path.commonpath([run.folder.resolve().parent for run in runs])) / "loss.png"
-    out = min(out, Path(os.path.relpath(out)), key=lambda path: len(str(path)))
+    inside = os.path.relpath(out)
+    out = out if inside.startswith("..") else Path(inside)
     with rc_context(STYLE):
         figure = Picture(runs, window, against).draw()
         try:

@@ -66,6 +66,11 @@ def test_what_a_phase_was_prepared_for_is_a_table_of_values():
         "router.token_clusters": 0,
         "router.spread": True,
     }
+    sparsity.load_state_dict(state)
+    assert sparsity.state_dict()["prepared"] == state["prepared"]  # checkpoints of a resumed run are equal to the byte
+    del table["router.token_clusters"]  # a checkpoint from before the key
+    sparsity.load_state_dict(state | {"prepared": json.dumps(table)})
+    assert sparsity.state_dict()["prepared"] == state["prepared"]
     config.activations.keep = 0.5  # no key that preparation depends on
     sparsity.load_state_dict(state)
     assert not sparsity.prepares(spans[1].start + 2)
