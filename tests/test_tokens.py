@@ -308,6 +308,7 @@ def test_a_stream_that_changed_since_an_interruption_is_refused(tmp_path, comman
 @pytest.mark.usefixtures("handlers")
 def test_an_early_interruption_leaves_no_traceback(tmp_path, command, monkeypatch):
     """While modules are imported, before the work, and as the workers start, which a terminal signals as well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background deaf to it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     script = [sys.executable, "-v", "-m", "scripts.make_tokens", *command]
     process = subprocess.Popen(script, cwd=ROOT, **pipes)  # type: ignore[call-overload]
