@@ -162,7 +162,7 @@ class Activations:
 class Router:
     enable: bool = False
     """
-    Cluster the neurons when sparsity starts, and sort the tokens by cluster in every sparse step. Off: a block is
+    Cluster neurons or tokens when sparsity starts, and sort the tokens by cluster in every sparse step. Off: a block is
     neighbours of one text, and a Venom model learns to read later ones from what it keeps.
     """
 

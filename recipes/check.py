@@ -23,7 +23,7 @@ from recipes.checkpoint import MANIFEST
 from recipes.pipeline import check_pipeline, micro_batch_size
 from recipes.qat import check_qat
 from recipes.schedule import Span, resolve_phases
-from recipes.sparsity import activation_pattern, feed_forward_sparsity
+from recipes.sparsity import activation_pattern, feed_forward_sparsity, orders_neurons
 
 CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx")  # torchtitan's that find something in these models
 
@@ -270,8 +270,9 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch ({batch} x training.seq_len{share}) "
             f"are no multiple of {COLUMNS}: change one of those"
         )
+    _check_router(config, tokens)
     if router.enable:
-        if neurons % router.cluster_size:
+        if orders_neurons(config) and neurons % router.cluster_size:
             raise ConfigError(
                 f"router.cluster_size = {router.cluster_size} does not divide model.hidden_dim"
                 f"{of or f' = {neurons}'}: change one of them"
@@ -358,6 +359,34 @@ def _check_activation_keys(activations: Activations) -> None:
             raise ConfigError(
                 f'activations.{field.name} = {json.dumps(value)} is not read by pattern = "{name}", which reads '
                 f"{', '.join(sorted(reads - {'pattern'})) or 'no other key'}: leave it at {json.dumps(field.default)}"
+            )
+
+
+def _check_router(config: JobConfig, tokens: int) -> None:
+    """Refuse clusters of tokens without a router or with too few tokens, and keys of a clustering that is not made.
+
+    Args:
+        config: the job.
+        tokens: of a micro-batch in sparse phases.
+    """
+    router, count = config.router, config.router.token_clusters
+    if not count:
+        return
+    if not router.enable:
+        raise ConfigError(f"router.token_clusters = {count} is not read by router.enable = false: set that to true")
+    if count > tokens:
+        raise ConfigError(
+            f"router.token_clusters = {count} exceeds the {tokens} tokens of a micro-batch in sparse phases: lower it"
+        )
+    if orders_neurons(config):
+        return
+    defaults = type(router)()
+    for name in ("cluster_size", "cluster_by", "spread"):
+        value, default = getattr(router, name), getattr(defaults, name)
+        if value != default:
+            raise ConfigError(
+                f"router.{name} = {json.dumps(value)} is not read by router.token_clusters = {count} where blocks "
+                f"choose single neurons among all, whose order does not matter: leave it at {json.dumps(default)}"
             )
 
 

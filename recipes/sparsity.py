@@ -119,16 +119,15 @@ def _read_table(text: str) -> dict[str, Any]:
                 f"the checkpoint's sparse state is of a later release (its version is above {STATE_VERSION}): "
                 "resume it with that release"
             )
-        table = {"router.token_clusters": 0} | table  # which older checkpoints lack
-        return {key: table[key] for key in ("start", *PREPARED_BY)}  # in one order, so that its text is one
-    start, dense_layers, sections = text.split(" ", 2)
-    values: dict[str, Any] = {"schedule.dense_layers": int(dense_layers)}
-    for name, arguments in re.findall(r"(\w+)\((.*?)\)", sections):
-        call = ast.parse(f"{name}({arguments})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        values |= {f"{name.lower()}.{each.arg}": ast.literal_eval(each.value) for each in call.keywords}
-    values["router.token_clusters"] = 0
-    return {"start": int(start)} | {key: values[key] for key in PREPARED_BY}
+    else:
+        start, dense_layers, sections = text.split(" ", 2)
+        table = {"start": int(start), "schedule.dense_layers": int(dense_layers)}
+        for name, arguments in re.findall(r"(\w+)\((.*?)\)", sections):
+            call = ast.parse(f"{name}({arguments})", mode="eval").body
+            assert isinstance(call, ast.Call)
+            table |= {f"{name.lower()}.{each.arg}": ast.literal_eval(each.value) for each in call.keywords}
+    table = {"router.token_clusters": 0} | table  # which older checkpoints lack
+    return {key: table[key] for key in ("start", *PREPARED_BY)}  # in one order, so that its text is one
 
 
 def _apart(clusters: int) -> Tensor:
@@ -153,7 +152,7 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
     )
 
 
-def _orders_neurons(config: JobConfig) -> bool:
+def orders_neurons(config: JobConfig) -> bool:
     """Whether the order of the neurons matters: to windows or groups of neighbours, or to a router by neurons."""
     activations = config.activations
     single = activations.pattern == "groups" and activations.g == 1 and not activations.window
@@ -416,7 +415,7 @@ class Sparsity(Stateful):
         router = self.config.router
         if router.enable:
             inputs = self._inputs(forward) if router.token_clusters or router.cluster_by == "activations" else []
-            if _orders_neurons(self.config):
+            if orders_neurons(self.config):
                 self._cluster(step, inputs if router.cluster_by == "activations" else [])
             if router.token_clusters:
                 self._cluster_tokens(step, inputs)
@@ -563,16 +562,19 @@ class Sparsity(Stateful):
         """
         ranks, rank = self._ranks()
         layers = [(index, each) for index, each in enumerate(self.feed_forwards) if not each.always_dense]
-        for turn, (index, feed_forward) in enumerate(layers):
-            if turn % ranks == rank:
-                count, seed = self.config.router.token_clusters, self._seed(step, index)
-                x, parts = inputs[index], feed_forward.parts
-                found = token_clusters(x, count, seed=[seed] * parts if x.ndim == 3 else seed)
-                feed_forward.centroids.copy_(found.flatten(0, -2))
-            if ranks > 1:
-                dist.broadcast(feed_forward.centroids, group=self.peers, group_src=turn % ranks)
+        own = layers[rank::ranks]
+        for first in range(0, len(own), TOGETHER):
+            some = own[first : first + TOGETHER]
+            x = torch.cat([inputs[index].reshape(each.parts, -1, inputs[index].shape[-1]) for index, each in some])
+            seeds = [self._seed(step, index) for index, each in some for _ in range(each.parts)]
+            found = token_clusters(x, self.config.router.token_clusters, seed=seeds)
+            for (_, each), centroids in zip(some, found.split([each.parts for _, each in some]), strict=True):
+                each.centroids.copy_(centroids.flatten(0, 1))
+        for turn, (_, each) in enumerate(layers if ranks > 1 else ()):
+            dist.broadcast(each.centroids, group=self.peers, group_src=turn % ranks)
 
     def _seed(self, step: int, index: int) -> int:
+        """The seed of the clustering of a layer, by its place among this rank's layers."""
         seed = (self.config.debug.seed or 0) * 1_000_003 + step * 1_009
         return (seed + self.layers[index]) % 2**31
 

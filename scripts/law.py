@@ -58,7 +58,7 @@ from configs.errors import ConfigError, exit_with
 from configs.repository import ROOT
 from scripts.options import TERMS
 from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
-from scripts.runs import amount, load_groups, seed_of
+from scripts.runs import amount, load_groups, rounded, seed_of
 
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
 SMALLEST_SCALE = 1e-6  # nats, of a law's terms at the smallest size and budget
@@ -359,7 +359,7 @@ def draw(evidence: Evidence) -> Figure:
             low, high = np.quantile(curves, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
             left.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
             fitted = [evidence.law.loss(size, each) for each in tokens]
-            left.plot(tokens, fitted, color=colour, label=f"dense, {amount(float(f'{size:.2g}'))} parameters: law")
+            left.plot(tokens, fitted, color=colour, label=f"dense, {rounded(size, 2)} parameters: law")
             points = [(cell.tokens, loss) for cell in own for loss in cell.values]
             left.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, label="dense runs, one a seed")
         left.set(xscale="log", xlabel="tokens", ylabel="validation loss, nats a token")
@@ -371,7 +371,7 @@ def draw(evidence: Evidence) -> Figure:
         for (recipe, cells), colour in zip(evidence.recipes.items(), PALETTE, strict=False):
             for index, cell in enumerate(cells):
                 share, low, high = evidence.shares(recipe, index)
-                place, parameters = len(names), amount(float(f"{cell.parameters:.2g}"))
+                place, parameters = len(names), rounded(cell.parameters, 2)
                 names.append(f"{recipe}\n{parameters}, {cell.tokens / cell.parameters:.0f} tokens each")
                 right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
                 right.plot(100 * share, place, "o", color=colour)

@@ -286,6 +286,11 @@ def seed_of(about: dict[str, Any]) -> int:
     return about["config"]["debug"]["seed"]
 
 
+def rounded(value: float, digits: int = 3) -> str:
+    """`amount` of a value rounded to so many digits."""
+    return amount(float(f"{value:.{digits}g}"))
+
+
 def amount(value: float, _position: int | None = None) -> str:
     """1500000 as 1.5M, 0.00025 as 2.5e-4."""
     for unit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -16,13 +16,13 @@ from scripts.law import read as read_evidence
 from scripts.plot_kernels import STAGES
 from scripts.runs import (
     Run,
-    amount,
     baseline_losses,
     flops_share,
     is_timed,
     load_groups,
     model_name,
     read_lines,
+    rounded,
     seed_of,
     sparse_share,
 )
@@ -66,7 +66,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
             "FLOPs": _flops(abouts[0]),
             "at switches": _jumps(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
-            "tokens/s": ", ".join(amount(float(f"{mean(rate):.3g}")) if rate else "-" for rate in rates),
+            "tokens/s": ", ".join(rounded(mean(rate)) if rate else "-" for rate in rates),
             "time": _time(mean([float(run.seconds[-1]) for run in timed])) if timed else "-",
             "reached": _reached(groups[name], groups[baseline]) if baseline is not None and name != baseline else "-",
         }
@@ -228,7 +228,7 @@ def batches_table(folder: Path) -> str:
                 "mode": last["phase"],
                 "sequences": str(config["training"]["local_batch_size"]),
                 "fits": "yes" if fits else "no",
-                "tokens/s": amount(float(f"{last['tokens_per_second']:.3g}")) if fits else "-",
+                "tokens/s": rounded(last["tokens_per_second"]) if fits else "-",
                 "memory of tensors": f"{last['peak_active_gib']:.1f} GiB" if fits else "-",
             }
         )
@@ -327,7 +327,7 @@ def evaluations_table(folder: Path) -> str:
                     "over the first": f"{over:+.4f} ({100 * over / first:+.2f}%)" if over else "-",
                     "bits/byte": f"{got['bits_per_byte']:.4f}",
                     "energy kept": _percent(got.get("energy_kept")),
-                    "prompt, tokens/s": amount(float(f"{rate:.3g}")) if rate else "-",
+                    "prompt, tokens/s": rounded(rate) if rate else "-",
                 }
                 if row not in rows:  # two quantisations start with the same model
                     rows.append(row)
@@ -447,7 +447,7 @@ def training_table(file: Path) -> str:
                 "what": entry["what"],
                 "dense step, ms": f"{entry['ms']['dense']:.0f}",
                 "sparse step, ms": f"{entry['ms']['sparse']:.0f}" if mode == "sparse" else "-",
-                "tokens/s": amount(float(f"{entry['tokens_per_second'][mode]:.3g}")),
+                "tokens/s": rounded(entry["tokens_per_second"][mode]),
                 over_dense: f"{entry['speedup']:.2f}x" if mode == "sparse" else "-",
                 "over SwiGLU": f"{over:.2f}x" if over else "-",
                 "whole run": f"{entry['whole']:.2f}x ({share} sparse)" if mode == "sparse" else "-",
@@ -571,7 +571,7 @@ def depth_table(folder: Path) -> str:
                 row[over] = "-"
                 if compared:
                     row[over] = _beside(times[rival] / times[name], before[rival] / before[name], "{:.2f}x")
-            rate = amount(float(f"{entry['tokens_per_second'][mode]:.3g}"))
+            rate = rounded(entry["tokens_per_second"][mode])
             row |= {"tokens/s": rate, "MFU": _mfu(result, entry, mode)}
             row["memory of a GPU"] = f"{entry['active_gib'][mode]:.1f} GiB"
             rows.append(row)
@@ -658,7 +658,7 @@ def switches_table(folder: Path) -> str:
             change = f" ({time - old:+.1f})" if time and old and keys and same_batch else ""
             row[f"{mode} step, ms"] = f"{time:.1f}{change}" if time else "-"
         (*_, rate) = entry["tokens_per_second"].values()
-        row |= {"tokens/s": amount(float(f"{rate:.3g}")), "memory, GiB, dense / sparse": memory}
+        row |= {"tokens/s": rounded(rate), "memory, GiB, dense / sparse": memory}
         rows.append(((result["model"], name, len(keys), *map(str, keys.values()), *changes), row))
     first = results[0]
     brackets = "; in brackets the change to the step without keys" if without else ""
@@ -706,7 +706,7 @@ def headline_table(file: Path) -> str:
                 "recipe": f"[`{recipe}`](recipes/{recipe}.toml)",
                 "its sparse step": "; ".join(steps),
                 "whole run": "; ".join(whole),
-                "scale": f"{amount(float(f'{cell.parameters:.2g}'))}, {cell.tokens / cell.parameters:.0f} each",
+                "scale": f"{rounded(cell.parameters, 2)}, {cell.tokens / cell.parameters:.0f} each",
                 "loss at equal tokens": f"{100 * penalty / evidence.law.loss(cell.parameters, cell.tokens):+.1f}%",
                 "at equal loss": "; ".join(sooner),
             }
@@ -728,7 +728,7 @@ def law_table(file: Path, pad: bool = False) -> str:
             share, low, high = evidence.shares(recipe, place)
             row = {
                 "recipe": recipe if pad else f"`{recipe}`",
-                "parameters": amount(float(f"{cell.parameters:.2g}")),
+                "parameters": rounded(cell.parameters, 2),
                 "tokens each": f"{cell.tokens / cell.parameters:.1f}",
                 "seeds": str(len(cell.values)),
                 "loss over dense": f"{mean(cell.values):+.4f}",
@@ -751,10 +751,10 @@ def law_table(file: Path, pad: bool = False) -> str:
     terms = f"{law.constant:.3f}" + (f" + {law.scale_n:.3g} / N^{law.a:.2f}" if law.scale_n else "")
     if evidence.exponent and law.scale_n:  # two sizes, whose constants say nothing about a third
         sizes = sorted({cell.parameters for cell in evidence.dense})
-        of_each = (f"{law.constant + law.scale_n / n:.3f} ({amount(float(f'{n:.2g}'))})" for n in sizes)
+        of_each = (f"{law.constant + law.scale_n / n:.3f} ({rounded(n, 2)})" for n in sizes)
         terms = " or ".join(of_each)
     slopes = ", ".join(
-        f"{law.slope(tokens):.2f} at {amount(float(f'{tokens:.3g}'))} tokens"
+        f"{law.slope(tokens):.2f} at {rounded(tokens)} tokens"
         for tokens in sorted({cell.tokens for cell in evidence.dense})
     )
     doubled = ", ".join(

@@ -90,6 +90,18 @@ BAD = [
     (f"{DEBUG} --activations.v 4096", ["activations.v = 4096", "2048 tokens", "lower v"]),
     (f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.g 100", ["activations.g = 100", "hidden_dim = 768"]),
     (f"{DEBUG} --router.cluster_size 100", ["router.cluster_size = 100", "hidden_dim = 768"]),
+    (f"{DEBUG} --router.token_clusters 4096", ["router.token_clusters = 4096", "2048 tokens", "lower it"]),
+    (
+        f"{DEBUG} --router.token_clusters 8 --router.enable false --router.spread false",
+        ["router.token_clusters = 8", "router.enable = false", "set that to true"],
+    ),
+    *(
+        (
+            f"{DEBUG} --recipe columns_quarter --activations.v 512 --router.token_clusters 8 --router.{key} {value}",
+            [f"router.{key} = ", value, "router.token_clusters = 8", "leave it at"],
+        )
+        for key, value in (("cluster_size", "32"), ("cluster_by", "weights"), ("spread", "true"))
+    ),
     (f"{DEBUG} --model.hidden_dim 1000", ["activations.m = 16", "hidden_dim = 1000"]),
     (f"{DEBUG} --recipe recipes/weights_2of4.toml --router.enable true", ["router.enable", "set it to false"]),
     (f"{DEBUG} --training.enable_cpu_offload", ["training.enable_cpu_offload", "set it to false"]),

@@ -34,7 +34,7 @@ CLUSTERS = ("--router.cluster_size", "32")
 RECIPES = {
     "dense": DENSE,
     "columns_quarter": CLUSTERS,
-    "columns_quarter_fp8": (*FP8, *CLUSTERS),
+    "columns_quarter_fp8": FP8,
     "groups_quarter": ("--activations.g", "32", *CLUSTERS),
     "venom_2of16": CLUSTERS,  # with 2:4 weights
     "activations_2of4": ("--activations.v", "64"),  # not read, so it has to be the default

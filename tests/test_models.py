@@ -7,6 +7,7 @@ from conftest import ROOT, family_named
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from configs.errors import ConfigError
 from configs.loader import load_config
 from kernels import FeedForwardSparsity, Groups, Shape, Venom, activation_clusters, token_clusters
 from models.attention import rotate
@@ -291,3 +292,10 @@ def test_a_sparse_phase_clusters_the_tokens_of_its_first_step(recipe):
         model(tokens)
     config.router.token_clusters = 16
     assert sparsity.prepares(spans[1].start + 2)
+
+
+def test_clusters_of_tokens_need_no_width_that_clusters_of_neurons_divide():
+    keys = ("--recipe", "columns_quarter", "--activations.v", "512", "--model.hidden_dim", "1000")
+    with pytest.raises(ConfigError, match=r"router.cluster_size = 64 does not divide model.hidden_dim = 1000"):
+        check_config(load_config(["--config", "debug", *keys])[0])
+    check_config(load_config(["--config", "debug", *keys, "--router.token_clusters", "8"])[0])

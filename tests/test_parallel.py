@@ -184,8 +184,10 @@ def test_four_ranks_shard_groups_by_fsdp_and_by_tensor(tiny, inside_halves, tmp_
 @pytest.mark.parametrize("recipe", ["venom_2of16", "columns_quarter", "columns_quarter_fp8"])
 def test_two_shards_take_the_steps_of_one(tiny, train, tmp_path, recipe):
     """FSDP2: a rank's micro-batch is one of two that one process computes after each other."""
-    words = (*SHARDABLE, "--router.cluster_size", "32", "--router.cluster_by", "weights")
-    words += (*(FP8 if recipe.endswith("fp8") else ALONE), "--training.global_batch_size", "2")
+    words = (*SHARDABLE, "--training.global_batch_size", "2")
+    words += (
+        FP8 if recipe.endswith("fp8") else (*ALONE, "--router.cluster_size", "32", "--router.cluster_by", "weights")
+    )
     folder = tmp_path / "two"
     run(tiny, folder, recipe, *words, processes=2)
     assert_steps_of_one(folder, lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (2, 3, 5))
@@ -250,7 +252,7 @@ FP8 = (
 
 
 def test_two_ranks_train_in_fp8_with_a_scale_for_each_shard(tiny, train, tmp_path, monkeypatch):
-    words = (*SHARDABLE, *FP8, "--training.global_batch_size", "1", "--router.cluster_size", "32")
+    words = (*SHARDABLE, *FP8, "--training.global_batch_size", "1")
     folder = tmp_path / "two"
     run(tiny, folder, "columns_quarter_fp8", *words, *TENSOR, processes=2)
     monkeypatch.setattr(FeedForward, "_sparse_forward", lambda ffn, x: in_halves(ffn, x.flatten(0, -2)).view_as(x))

@@ -118,7 +118,7 @@ RECIPES = {
     "venom_2of16": BLOCKS,  # with 2:4 weights: their scales, and how many entries of their masks change
     "groups_quarter": (*BLOCKS, "--activations.g", "32", "--router.cluster_size", "32"),
     "activations_2of4": (),
-    "columns_quarter_fp8": ("--activations.v", "512", "--training.seq_len", "512", "--router.cluster_size", "32"),
+    "columns_quarter_fp8": ("--activations.v", "512", "--training.seq_len", "512"),
 }
 
 
