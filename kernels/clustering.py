@@ -195,18 +195,24 @@ def token_clusters(x: Tensor, count: int, iterations: int = 10, seed: int | Sequ
 
     Args:
         x: `[T, d]`, floating point: a representative sample of some thousand tokens, of which the last T % count are
-            left out. Fewer than `count` are repeated, so that clusters are equal. Or `[L, T, d]` for L layers.
+            left out. Fewer than `count` are repeated, so that clusters are equal. Rows of zeros are not tokens: an
+            expert that got few of them has a sample filled up with zeros. Or `[L, T, d]` for L layers.
         count: C, the number of clusters.
         iterations, seed: see `balanced_clusters`.
 
     Returns:
-        `[C, d]` or `[L, C, d]` float32, of unit length; neighbours are similar.
+        `[C, d]` or `[L, C, d]` float32, of unit length; neighbours are similar. Zeros where x has no token.
 
     Raises:
         ValueError: iterations is below 1.
     """
     x = torch.cat([x] * -(-count // x.shape[-2]), -2)
     size = x.shape[-2] // count
+    # Tokens are repeated in the place of zeros: clusters of zeros would leave all tokens to a few others.
+    is_token = x.any(-1)
+    first = is_token.byte().sort(dim=-1, descending=True, stable=True).indices
+    turn = torch.arange(x.shape[-2], device=x.device) % is_token.sum(-1, keepdim=True).clamp(min=1)
+    x = torch.take_along_dim(x, first.gather(-1, turn)[..., None], -2)
     return balanced_clusters(x[..., : size * count, :], size, iterations, seed)[1]
 
 

@@ -801,6 +801,10 @@ def test_tokens_that_are_alike_are_clustered(dtype):
         assert len({(int(a), int(b)) for a, b in zip(topic, cluster, strict=True)}) == 4 == len(set(cluster.tolist()))
         assert centroids.dtype == torch.float32
         assert_close(centroids.norm(dim=1), torch.ones(4))
+        # The sample of an expert that got few tokens is filled up with zeros, which are no tokens.
+        filled = token_clusters(torch.cat([x[:60], x.new_zeros(900, 16), x[60:]]), 4, seed=seed)
+        assert sorted(route_tokens(x, filled)[0].bincount(minlength=4).tolist()) == [30] * 4
+    assert not token_clusters(torch.zeros(1, 40, 16), 4).any()
     layers = torch.randn(2, 24, 8, generator=rand)
     together = token_clusters(layers, 6, seed=[3, 8])
     assert_close(together, torch.stack([token_clusters(layers[0], 6, seed=3), token_clusters(layers[1], 6, seed=8)]))
