@@ -175,7 +175,7 @@ class Router:
     ("weights", arXiv 2602.06183).
     """
 
-    token_clusters: int = _in(0, 0)
+    token_clusters: int = _in(0, 0, 4096)
     """
     Clusters of tokens: where sparsity starts, the inputs of each FFN are clustered by k-means, and in every sparse step
     a token goes to the cluster with the nearest centroid. 0: a token goes to the cluster of neurons whose rows of W1

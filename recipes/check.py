@@ -270,7 +270,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             f"activations.cut_along_tokens: the {tokens} tokens of a micro-batch ({batch} x training.seq_len{share}) "
             f"are no multiple of {COLUMNS}: change one of those"
         )
-    _check_router(config, tokens)
+    _check_router(config, args, tokens)
     if router.enable:
         if orders_neurons(config) and neurons % router.cluster_size:
             raise ConfigError(
@@ -362,22 +362,29 @@ def _check_activation_keys(activations: Activations) -> None:
             )
 
 
-def _check_router(config: JobConfig, tokens: int) -> None:
+def _check_router(config: JobConfig, args: LlamaArgs, tokens: int) -> None:
     """Refuse clusters of tokens without a router or with too few tokens, and keys of a clustering that is not made.
 
     Args:
         config: the job.
+        args: of its model.
         tokens: of a micro-batch in sparse phases.
     """
     router, count = config.router, config.router.token_clusters
+    # A recipe's cluster_size, cluster_by and spread may stay: `--router.enable false` alone turns its router off.
+    for name in ("token_clusters", "recluster_every") if not router.enable else ():
+        if value := getattr(router, name):
+            raise ConfigError(
+                f"router.{name} = {value} is not read by router.enable = false: set that to true, or router.{name} to 0"
+            )
     if not count:
         return
-    if not router.enable:
-        raise ConfigError(f"router.token_clusters = {count} is not read by router.enable = false: set that to true")
+    of = "of a micro-batch in sparse phases"
+    if args.num_experts:
+        tokens = tokens * args.top_k * config.parallelism.expert_parallel_degree // args.num_experts
+        of = f"that an expert gets {of}, on average"
     if count > tokens:
-        raise ConfigError(
-            f"router.token_clusters = {count} exceeds the {tokens} tokens of a micro-batch in sparse phases: lower it"
-        )
+        raise ConfigError(f"router.token_clusters = {count} exceeds the {tokens} tokens {of}: lower it")
     if orders_neurons(config):
         return
     defaults = type(router)()

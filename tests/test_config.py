@@ -91,9 +91,14 @@ BAD = [
     (f"{DEBUG} --recipe recipes/groups_quarter.toml --activations.g 100", ["activations.g = 100", "hidden_dim = 768"]),
     (f"{DEBUG} --router.cluster_size 100", ["router.cluster_size = 100", "hidden_dim = 768"]),
     (f"{DEBUG} --router.token_clusters 4096", ["router.token_clusters = 4096", "2048 tokens", "lower it"]),
+    (f"{DEBUG} --router.token_clusters 4097", ["router.token_clusters = 4097", "from 0 to 4096"]),
     (
         f"{DEBUG} --router.token_clusters 8 --router.enable false --router.spread false",
-        ["router.token_clusters = 8", "router.enable = false", "set that to true"],
+        ["router.token_clusters = 8", "router.enable = false", "set that to true, or router.token_clusters to 0"],
+    ),
+    (
+        f"{DEBUG} --router.recluster_every 8 --router.enable false",
+        ["router.recluster_every = 8", "router.enable = false", "or router.recluster_every to 0"],
     ),
     *(
         (

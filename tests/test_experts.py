@@ -600,6 +600,7 @@ BAD = [
     ("MOE --recipe recipes/activations_2of4.toml", ['activations.pattern = "2:4"', '"groups"']),
     ("MOE --training.local_batch_size 2 --training.sparse_local_batch_size 4", ["(training.sparse_local_batch_size x"]),
     ("MOE --training.local_batch_size 4", ["activations.v = 1024", "512 on average", "model.num_experts", "lower v"]),
+    ("MOE --router.token_clusters 1025", ["= 1025 exceeds the 1024 tokens that an expert gets", "lower it"]),
     ("MOE --precision.ffn fp8 --activations.keep 0.26", ['precision.ffn = "fp8" needs multiples of 16', "the kept"]),
     ("MOE --parallelism.tensor_parallel_degree 2", ["tensor_parallel_degree = 2 is not supported for experts"]),
     (
