@@ -92,8 +92,8 @@ class Checkpoint:
 
         Args:
             device: device of the model; None: the CPU.
-            tokens: `[B, S]` int64, used to cluster the neurons if the checkpoint has no clusters. If None, the FFNs of
-                such a checkpoint can only run densely.
+            tokens: `[B, S]` int64, used to cluster neurons or tokens if the checkpoint has no clusters. If None, the
+                FFNs of such a checkpoint can only run densely.
 
         Raises:
             ConfigError: the checkpoint does not hold the model that run.json describes.

@@ -79,7 +79,7 @@ MASK_ROWS = 1024  # rows of a matrix in which flips of the 2:4 mask are counted
 SAMPLE = 8192  # tokens whose activations cluster a layer's neurons
 TILE_COLUMNS = 128  # of cuBLAS's products in bf16
 EXPERTS_SAMPLE = 16384  # the same for a layer of experts, each of which sees a part of the tokens
-TOGETHER = 16  # layers that are clustered at once; their h takes 5.3 GiB for the 1b model
+TOGETHER = 16  # layers that are clustered at once; their h, for clusters of neurons, takes 5.3 GiB for the 1b model
 
 
 def activation_pattern(activations: Activations) -> Pattern | None:
@@ -352,7 +352,7 @@ class Sparsity(Stateful):
         return {"start": span.start} | {key: _value_of(self.config, key) for key in PREPARED_BY}
 
     def prepares(self, step: int) -> bool:
-        """Whether `enter` clusters neurons or fits scales at this step, which takes as long as several steps."""
+        """Whether `enter` clusters or fits scales at this step, which takes as long as several steps."""
         span, every = span_at(self.spans, step), self.config.router.recluster_every
         again = bool(every) and (step - span.start - 1) % every == 0
         return span.mode == "sparse" and (again or self.prepared != self._wanted(span))
@@ -362,13 +362,14 @@ class Sparsity(Stateful):
 
         Args:
             step: number of the step, from 1.
-            forward: runs the model on the step's tokens; called if neurons are clustered by activations.
+            forward: runs the model on the step's tokens; called if the inputs of FFNs are needed, by which neurons
+                or tokens are clustered.
 
         Returns:
             Whether the phase is another than at the last call.
 
         Raises:
-            ValueError: neurons are to be clustered by activations, and there is no `forward`.
+            ValueError: `forward` is needed and None.
         """
         span = span_at(self.spans, step)
         if self.prepares(step):
@@ -441,7 +442,7 @@ class Sparsity(Stateful):
             ValueError: there is no `forward`.
         """
         if forward is None:
-            raise ValueError("neurons are clustered by activations: give the step's forward pass")
+            raise ValueError("neurons or tokens are clustered by the inputs of FFNs: give the step's forward pass")
         ranks, _ = self._ranks()
         calls: Counter[nn.Module] = Counter()
         samples: dict[nn.Module, list[Tensor]] = {feed_forward: [] for feed_forward in self.feed_forwards}
