@@ -7,6 +7,7 @@ reads the job (configs/loader.py), checks what its keys mean together (recipes/c
 run, 3 for a job that does not fit into memory, and 1 for any other failure. torchrun turns all but 0 into 1.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -27,10 +28,13 @@ if not hasattr(kernels, "sparse_feed_forward"):
 from configs.loader import load_config, resolved
 from configs.schema import JobConfig
 from configs.titan import device_type
+from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.data import check_data
+from recipes.schedule import Span
 from recipes.summary import summary
 from recipes.trainer import SparseTrainer
+from recipes.watchdog import Watchdog
 
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """What gloo and NCCL say in a collective with a rank that has ended."""
@@ -43,10 +47,18 @@ def main(args: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(resolved(config), indent=2) if check == "json" else summary(config, model_args, spans))
         return
+    limits = config.training.hang_timeout_seconds, config.training.start_timeout_seconds
+    with contextlib.closing(Watchdog(*limits)) as watchdog:
+        train(config, model_args, spans, watchdog)
+
+
+def train(config: JobConfig, model_args: LlamaArgs, spans: list[Span], watchdog: Watchdog) -> None:
+    """Run a checked job from its start to its end, and turn errors of libraries into messages."""
+    watchdog.watch("the start (looking for the data)", starts=True)
     check_data(config)
     trainer = None
     try:
-        trainer = SparseTrainer(config, model_args, spans)
+        trainer = SparseTrainer(config, model_args, spans, watchdog)
         trainer.train()
     except Exception as error:
         if lacks_memory(error):
@@ -64,6 +76,7 @@ def main(args: list[str]) -> None:
     finally:
         if trainer is not None:
             trainer.close()
+    watchdog.watch("the end (disconnecting the ranks)")
     dist.destroy_process_group()
 
 

@@ -338,8 +338,15 @@ class Training(titan_config.Training):
     hang_timeout_seconds: float = _in(1800.0, 0.0, YEAR)
     """
     How long a step may take, or one of its validations, or the saving of its checkpoint: a run that takes longer hangs.
-    It writes where its threads stand and ends with status 1, and the same command resumes. The first step of a phase
-    compiles, so leave time for that. 0: any time.
+    It says which of them it was and where its threads stand, and ends with status 1; the same command resumes. A save
+    writes 12 bytes a parameter, so leave time for that on a slow file system. 0: any time.
+    """
+
+    start_timeout_seconds: float = _in(7200.0, 0.0, YEAR)
+    """
+    The same for each part of the start: reading the data, preparing the tokenizer, connecting the ranks and building
+    the model, loading a checkpoint, reading the first batch. It is also the limit of steps that compile: the first one
+    of a run or of a resume, and those in which a sparse phase prepares its pattern. 0: any time.
     """
 
     skip_bad_batches: int = _in(0, 0)

@@ -112,6 +112,7 @@ class SparseTrainer(titan.Trainer):
         config: a checked configuration.
         args: the model's arguments; the vocabulary is filled in from the tokenizer.
         spans: the run's phases in steps.
+        watchdog: ends the process if a part of the run hangs.
     """
 
     job_config: JobConfig
@@ -120,8 +121,9 @@ class SparseTrainer(titan.Trainer):
     dataloader: Loader
     gradient_accumulation_steps: int
 
-    def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span]) -> None:
+    def __init__(self, config: JobConfig, args: LlamaArgs, spans: list[Span], watchdog: Watchdog) -> None:
         set_up_process(config)
+        self.watchdog = watchdog
         self.handlers: dict[int, Any] = {}  # of signals, before this run's
         new_folder = not Path(config.job.dump_folder).exists()
         self.lock = _lock(config)
@@ -139,12 +141,15 @@ class SparseTrainer(titan.Trainer):
         self.received: set[int] = set()
         self.skips = False  # whether the step at hand left its batch out
         self.quantises = False  # whether forward passes round weights, by precision.qat
+        self.watchdog.watch("the start (reading the data)", starts=True)
         for line in load_corpus(config).summary():
             logger.info(line)
+        self.watchdog.watch("the start (preparing the tokenizer)", starts=True)
         config.model.hf_assets_path = prepare_tokenizer(config)  # until it is trained, a signal ends the run at once
         self.handlers = {number: signal.signal(number, self._interrupt) for number in STOPPING}
         args.vocab_size = len(token_bytes(config.model.hf_assets_path))
         check_initial_model(config, args)
+        self.watchdog.watch("the start (connecting the ranks, building the model)", starts=True)
         titan.use_train_spec(config.model.name, train_spec(config, args), SafeCheckpointManager)
         super().__init__(config)
         self._micro_batches = self.gradient_accumulation_steps
@@ -176,6 +181,7 @@ class SparseTrainer(titan.Trainer):
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
         config = self.job_config
+        self.watchdog.watch("the start (loading a checkpoint)", starts=True)
         if self.checkpointer.has_begun():
             check_resume(config, self.model_args, corpus_facts(config))
         self.checkpointer.load(step=config.checkpoint.load_step)
@@ -186,6 +192,7 @@ class SparseTrainer(titan.Trainer):
             logger.info(f"{config.job.dump_folder} is complete, {self.step} steps: raise training.steps to go on")
             return
         # The first batch is taken before anything is written: a loader that refuses its state leaves the run as it was.
+        self.watchdog.watch("the start (reading the first batch)", starts=True)
         batches = _Batches(self.batch_generator(self.dataloader))
         batches.peek()
         with fail_together(self.signals):
@@ -209,9 +216,7 @@ class SparseTrainer(titan.Trainer):
         if self.step:
             logger.info(f"resumed after step {self.step}")
         profile = {"global_step": self.step, "base_folder": config.job.dump_folder}
-        self.watchdog = Watchdog(config.training.hang_timeout_seconds)
         with (
-            contextlib.closing(self.watchdog),
             titan.maybe_enable_profiling(config.profiling, **profile) as profiler,
             titan.maybe_enable_memory_snapshot(config.profiling, **profile) as memory_profiler,
         ):
@@ -219,14 +224,14 @@ class SparseTrainer(titan.Trainer):
             while self.step < config.training.steps and not self._any_rank_interrupted():
                 self.step += 1
                 self.gc_handler.run(self.step)
-                with self.watchdog.watching(self.step):
-                    self._enter_phase(batches)
-                    self._train_validate_log(batches)
-                    last_step = self.step == config.training.steps
-                    self.watchdog.beat()
-                    if self._saves() or last_step:
-                        self._before_save()
-                    self.checkpointer.save(self.step, last_step=last_step)
+                self.watchdog.watch(f"step {self.step}", self.step == first or self.sparsity.prepares(self.step))
+                self._enter_phase(batches)
+                self._train_validate_log(batches)
+                last_step = self.step == config.training.steps
+                if self._saves() or last_step:
+                    self.watchdog.watch(f"the save of step {self.step}")
+                    self._before_save()
+                self.checkpointer.save(self.step, last_step=last_step)
                 for each in (profiler, memory_profiler):
                     if each:
                         each.step()
@@ -240,6 +245,7 @@ class SparseTrainer(titan.Trainer):
         else:
             logger.info(f"stopped by a signal after step {self.step}")
             if self.step >= first:  # else nothing is new, and the first batch has been taken from the loader
+                self.watchdog.watch(f"the save of step {self.step}")
                 self._before_save()
                 self.checkpointer.save_now(self.step)
                 if self.checkpointer.enable and not self.checkpointer.load_only:
@@ -263,6 +269,7 @@ class SparseTrainer(titan.Trainer):
             scheduler._last_lr = rates  # what is logged
 
     def close(self) -> None:
+        self.watchdog.watch("the end (ending data processes, waiting for a save)")
         self.dataloader.close()
         try:
             super().close()
@@ -459,7 +466,7 @@ class SparseTrainer(titan.Trainer):
 
         Where weights are rounded, by precision.qat, first with the weights as they are, and then rounded.
         """
-        self.watchdog.beat()
+        self.watchdog.watch(f"the validation of step {self.step}")
         if self.quantises:
             set_fake_quantization(self.model_parts, False)
         with self.sparsity.dense():
@@ -467,17 +474,19 @@ class SparseTrainer(titan.Trainer):
             self.sparsity.reset_health()
             self._forget_load()
             score = self.validator.validate(self.model_parts, self.step)
-        self.watchdog.beat()
         row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte} | self._expert_balance()
         if self.sparsity.phase == "sparse":
+            self.watchdog.watch(f"the validation of step {self.step} with the pattern")
             self.sparsity.reset_health()
             score = self.validator.validate(self.model_parts, self.step, sparse=True)
             row |= {"val_loss_sparse": score.loss, "val_bpb_sparse": score.bits_per_byte}
         row |= self.sparsity.health()
         if self.quantises:
+            self.watchdog.watch(f"the validation of step {self.step} with rounded weights")
             set_fake_quantization(self.model_parts, True)
             score = self.validator.validate(self.model_parts, self.step)
             row |= {"val_loss_quantised": score.loss, "val_bpb_quantised": score.bits_per_byte}
+        self.watchdog.watch(f"step {self.step}")
         return row
 
     def _interrupt(self, number: int, frame) -> None:

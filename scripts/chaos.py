@@ -237,6 +237,7 @@ def make_job(folder: Path) -> Job:
         "comm.init_timeout_seconds": "30",
         "comm.train_timeout_seconds": "30",
         "training.hang_timeout_seconds": "20",
+        "training.start_timeout_seconds": "20",
     }
     return Job(folder, [word for key, value in keys.items() for word in (f"--{key}", value)])
 

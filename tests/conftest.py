@@ -31,6 +31,7 @@ from configs.repository import ROOT
 from recipes.check import check_config
 from recipes.data import check_data
 from recipes.trainer import SparseTrainer
+from recipes.watchdog import Watchdog
 from scripts.chaos import make_corpus, tiny_job
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -107,7 +108,8 @@ def train(tiny):
         config, _ = load_config(merge(merge(command, saves), [*words, "--job.dump_folder", str(folder)]))
         args, spans = check_config(config)
         check_data(config)
-        trainer = SparseTrainer(config, args, spans)
+        watchdog = Watchdog(0, 0)
+        trainer = SparseTrainer(config, args, spans, watchdog)
         if stop_after is not None:
             original = trainer._enter_phase
 
@@ -123,6 +125,7 @@ def train(tiny):
             pass
         finally:
             trainer.close()
+            watchdog.close()
             dist.destroy_process_group()
         return rows(folder)
 
