@@ -143,7 +143,7 @@ def find_checkpoint(path: str) -> Checkpoint:
         ConfigError: the checkpoint or its run's run.json is missing or damaged.
     """
     given = Path(path)
-    if not given.is_dir():
+    if not os.path.isdir(given):  # also of a name that is too long
         raise ConfigError(f"{path}: no such folder; name a run's folder or a checkpoint in it, such as step-100")
     given = given.resolve()
     run = next((folder for folder in (given, *given.parents[:2]) if (folder / "run.json").is_file()), None)

@@ -86,7 +86,7 @@ from recipes.sparsity import (
 )
 from recipes.tokenizer import expected_vocabulary
 from scripts.benchmark_kernels import CONTENDERS
-from scripts.options import TERMS
+from scripts.options import TERMS, Parser
 
 GIB = 2**30
 MODES = "none", "selective", "full"
@@ -328,7 +328,7 @@ def estimate(arguments: list[str]) -> str:
     Raises:
         ConfigError: a job that could not run, on any machine.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.estimate",
         description=__doc__,
         epilog=TERMS,

@@ -29,8 +29,10 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import random
 import shlex
+import stat
 import statistics
 import sys
 import tempfile
@@ -54,7 +56,7 @@ from recipes.qat import GROUP
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
 from scripts.export_gguf import import_llama_cpp
-from scripts.options import TERMS
+from scripts.options import TERMS, Parser, check_bounds
 from scripts.trained import choose_device, find_model, load_model, refuse_experts
 
 # arXiv 2602.06183's list, in lm-evaluation-harness's names.
@@ -119,6 +121,8 @@ class Text:
 
 def _read(file: str) -> str:
     try:
+        if stat.S_ISCHR(os.stat(file).st_mode):  # some, such as /dev/zero, have no end
+            raise ConfigError(f"--text {file} is a device: name a text file in UTF-8")
         return read_text(file)
     except (UnreadableError, *DAMAGES) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -433,7 +437,7 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TERMS)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=TERMS)
     parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="score these text files")
     parser.add_argument(
@@ -464,14 +468,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     options = parser.parse_args()
     for name in ("limit", "length", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least 1")
+        check_bounds(options, name, 1)
     if options.length and options.pattern:
         raise ConfigError("--length: a pattern sees sequences of the run's training.seq_len: leave out one of the two")
     if options.gguf and options.pattern:
         raise ConfigError("--gguf: a GGUF file has no pattern: leave out one of --gguf and --pattern")
     for file in options.gguf or ():
-        if not file.is_file():
+        if not os.path.isfile(file):  # also of a name that is too long
             raise ConfigError(f"--gguf {file} is no file: write it with scripts.export_gguf")
     needing = [f"--{name}" for name in ("quantize", "gguf", "pattern", "length") if getattr(options, name)]
     if not options.text and (needing or "local" in (options.tasks or ())):

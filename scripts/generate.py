@@ -19,7 +19,10 @@ from configs.errors import ConfigError, exit_with
 from models.hugging_face import import_transformers
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer
+from scripts.options import LARGEST, Parser, check_bounds
 from scripts.trained import choose_device, find_model, load_model
+
+COLDEST = 1e-3  # logits over a lower temperature, but for 0, may overflow
 
 
 @torch.no_grad()
@@ -77,12 +80,17 @@ def _continue_experts(checkpoint: Checkpoint, options: argparse.Namespace) -> No
     print(tokenizer.decode([index for index in ids.tolist() if index not in special]))
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a word of the command line is; bytes that are not arrive as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _empty_prompt() -> ConfigError:
     return ConfigError('--prompt "" is empty, and the tokenizer names no token to begin with: give a text')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100)
@@ -92,9 +100,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the run computed in")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     options = parser.parse_args()
-    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if (value := getattr(options, name)) < low:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of bounds: at least {low}")
+    for name, low, high in (
+        ("max_new_tokens", 1, LARGEST),
+        ("temperature", 0, 1000),
+        ("top_k", 0, LARGEST),
+        ("seed", 0, 2**63 - 1),
+    ):
+        check_bounds(options, name, low, high)
+    if 0 < options.temperature < COLDEST:
+        raise ConfigError(f"--temperature {options.temperature} is out of bounds: give 0, or {COLDEST} to 1000")
+    if not _is_utf8(options.prompt):
+        raise ConfigError(f"--prompt {options.prompt!a} is no text in UTF-8: write it in UTF-8")
     source = find_model(options.checkpoint)
     if isinstance(source, Checkpoint) and source.args.num_experts:
         _continue_experts(source, options)

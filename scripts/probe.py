@@ -39,7 +39,6 @@ documents, not on the tokenizer. Chance is 25%. Measured with dense inference.
 **Health.** The sparsity health of recipes/metrics.py, for each layer.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -71,7 +70,7 @@ from recipes.mixture import load_corpus
 from recipes.progress import Progress
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
-from scripts.options import TERMS, add_out
+from scripts.options import TERMS, Parser, add_out, check_bounds
 from scripts.pictures import DPI, GREY, STYLE, run_colours, save
 from scripts.tables import probes_table
 
@@ -318,7 +317,7 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.probe",
         description="Information leakage from later tokens (leak), calibration, cloze accuracy and sparsity health.",
         epilog=TERMS,
@@ -338,8 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dense", action="store_true", help="measure dense inference only, as after the last phase")
     options = parser.parse_args(arguments)
     for name in ("items", "sequences"):
-        if (number := getattr(options, name)) is not None and number < 1:
-            raise ConfigError(f"--{name} {number}: give 1 or more")
+        check_bounds(options, name, 1)
     items = options.items or (CPU_ITEMS if device_type == "cpu" else ITEMS)
     out = options.out
     shown: dict[str, dict[str, Any]] = {}

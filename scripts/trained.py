@@ -1,6 +1,7 @@
 """A trained model as transformers has it: from a checkpoint in memory, as the files of a folder, or from an export."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from recipes.tokenizer import load_tokenizer
 
 def find_model(path: str) -> Checkpoint | Path:
     """What a path names: a Hugging Face folder, or a checkpoint as `find_checkpoint` says."""
-    return Path(path) if (Path(path) / "config.json").is_file() else find_checkpoint(path)
+    return Path(path) if os.path.isfile(os.path.join(path, "config.json")) else find_checkpoint(path)
 
 
 def load_model(source: Checkpoint | Path, dtype: str | None, device: torch.device) -> tuple[Any, Any]:

@@ -472,10 +472,22 @@ def test_generation_from_a_checkpoint_and_from_its_export(train, trained, script
     assert greedy.rstrip("\n") == tokenizer.decode(ids).rstrip("\n")
     for words, message in (
         (("--temperature", "-1"), "--temperature -1"),
+        (("--temperature", "nan"), "--temperature nan is out of bounds: give 0 to 1000"),
+        (("--temperature", "1e-40"), "--temperature 1e-40 is out of bounds: give 0, or 0.001"),
+        (("--seed", str(2**64)), f"--seed {2**64} is out of bounds"),
         (("--device", "nothing"), "--device nothing"),
     ):
         with pytest.raises(ConfigError, match=message):
             text(run, *words)
+    with pytest.raises(ConfigError, match=r"--prompt 'a.udcff' is no text in UTF-8"):
+        script(generate, run, "--prompt", "a\udcff")
+    for words, message in (
+        ((run, "--seed=--"), "--seed=--: -- is no value"),
+        (("x" * 5000,), "no such folder"),
+    ):
+        with pytest.raises((ConfigError, SystemExit)) as refused:
+            text(*words)
+        assert message in f"{refused.value}{capsys.readouterr().err}"
 
 
 def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):

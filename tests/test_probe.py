@@ -103,6 +103,26 @@ def test_the_command_writes_a_file_a_table_and_a_picture(train, words, tmp_path,
     assert picture.shape[0] > 900 and picture[..., :3].std() > 0.02
 
 
+def test_values_that_cannot_be_used_are_refused_before_a_model_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--items=--"], "--items=--: -- is no value"),
+        (["--out", str(tmp_path / "file")], "is no folder: give another path"),
+        (["--out", str(tmp_path / "file" / "in")], f"{tmp_path}/file is no folder"),
+        (["--out", "x" * 5000], "File name too long"),
+        (["--out", ""], "is no folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            probe.main(["no run", *words])
+        assert message in capsys.readouterr().err
+    for words, message in (
+        (["run", "--items", "0"], "--items 0 is out of bounds: give 1 to 2147483647"),
+        (["x" * 5000], "no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            probe.main(words)
+
+
 def test_ctrl_c_keeps_the_models_that_are_measured(train, words, tmp_path, monkeypatch, request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program of its own
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
