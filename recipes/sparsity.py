@@ -610,10 +610,11 @@ class Sparsity(Stateful):
         Raises:
             ConfigError: the state has a later version.
         """
-        self._by_position = bool(table) and not table.startswith("{")
         found = _read_table(table)
         keys = ("router.enable", "router.cluster_size", "router.token_clusters")
-        return bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
+        fits = bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
+        self._by_position = fits and not table.startswith("{")
+        return fits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.

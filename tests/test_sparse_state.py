@@ -76,6 +76,11 @@ def test_what_a_phase_was_prepared_for_is_a_table_of_values():
     assert not sparsity.prepares(spans[1].start + 2)
     config.router.spread = False
     assert sparsity.prepares(spans[1].start + 2)
+    # A checkpoint of the first version that does not fit is not loaded, and the next one is of this version.
+    router = "Router(enable=True, cluster_size={}, cluster_by='activations', spread=True)"
+    for size, fits in ((64, True), (32, False)):
+        assert sparsity.expect(f"40 0 Weights(pattern='2:4') {router.format(size)}") == fits
+        assert ("0.centroids" in sparsity.state_dict()) == fits
     with pytest.raises(ConfigError, match=r"of a later release .*resume it with that release"):
         sparsity.load_state_dict(state | {"prepared": json.dumps(table | {"version": 3})})
 
