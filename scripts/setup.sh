@@ -19,9 +19,10 @@ if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
     echo "installing into .venv, 1 of 2: $torch (a few minutes the first time)"
     # Not --quiet: pip shows each download and, on a terminal, how long it will take; it unpacks without a word.
     while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do echo "  $((SECONDS / 60))m$((SECONDS % 60))s so far"; done &
-    .venv/bin/python -m pip install --disable-pip-version-check "$torch"
+    # Python compiles a module when it first imports it; pip would compile all that there are, for a minute.
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile "$torch"
     echo "installing into .venv, 2 of 2: torchtitan, torchao, datasets and what tests need"
-    .venv/bin/python -m pip install --disable-pip-version-check --editable ".[dev]"
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile --editable ".[dev]"
     kill $! 2>/dev/null || true
     echo "$sum $torch" >"$installed"
     .venv/bin/python -c 'import torch; print(f"installed: torch {torch.__version__}, on", "a GPU" if torch.cuda.is_available() else "the CPU")'

@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ruff check .
 ruff format --check .
 mypy
-pytest -q -n auto --dist loadfile "$@"
+# Files go to the workers in the order of tests/conftest.py, and not by their numbers of tests.
+pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@"

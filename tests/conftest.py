@@ -1,5 +1,6 @@
 """Shared by the tests: tiny jobs that train in seconds, in this process, forked ones or under torchrun."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -38,16 +39,20 @@ RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 # Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
 PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 PROCESSES.set_forkserver_preload(["train"])
+# These files start first, the longest before the others: at the end one of them would leave the other workers idle.
+LONGEST = ["slurm", "study", "chaos", "train", "parallel", "export", "probe", "experts", "watchdog", "pipeline"]
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_auto_num_workers():
-    """With `-n auto`: a GPU is for one test at a time; else a worker a core, four at most."""
-    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+    """With `-n auto`: a GPU is for one test at a time; else one worker more than cores, as some wait, four at most."""
+    return 1 if torch.cuda.is_available() else min(4, 1 + (os.cpu_count() or 1))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
         if torch.cuda.is_available() and "kernels" in item.keywords:
             item.add_marker(pytest.mark.gpu)
@@ -55,11 +60,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish():
+    """Later collections of garbage leave out what the imports have made: they take milliseconds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_ranks():
-    """A run in this process leaves torchrun's variables behind; one that a test starts would listen at its port."""
-    for name in RANK_NAMES:
-        os.environ.pop(name, None)
+    """End what a run in this process has left behind: torchrun's variables and the threads of its process groups.
+
+    A run that a test starts would listen at the old port. Process groups are in reference cycles, and the four threads
+    of each wake up a hundred times a second until the cycles are collected.
+    """
+    if any([os.environ.pop(name, None) for name in RANK_NAMES]):
+        gc.collect()
 
 
 @pytest.fixture
