@@ -350,9 +350,7 @@ def _check_pattern_name(name: str) -> None:
 def _check_activation_keys(activations: Activations) -> None:
     """Refuse a key that the pattern does not read but that has been set."""
     name, patterns = activations.pattern, recipe_patterns()
-    if name == "none":
-        return
-    reads = {"pattern", *patterns[name].keys, *patterns[name].options}
+    reads = {"pattern"} if name == "none" else {"pattern", *patterns[name].keys, *patterns[name].options}
     for field in dataclasses.fields(activations):
         value = getattr(activations, field.name)
         if field.name not in reads and value != field.default:

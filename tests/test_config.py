@@ -109,6 +109,7 @@ BAD = [
     ),
     (f"{DEBUG} --model.hidden_dim 1000", ["activations.m = 16", "hidden_dim = 1000"]),
     (f"{DEBUG} --recipe recipes/weights_2of4.toml --router.enable true", ["router.enable", "set it to false"]),
+    (f"{DEBUG} --recipe weights_2of4 --activations.keep 0.5", ["keep = 0.5 is not read", '"none"', "leave it at 0.25"]),
     (f"{DEBUG} --training.enable_cpu_offload", ["training.enable_cpu_offload", "set it to false"]),
     (f"{DEBUG} --weights.products '[2]'", ["weights.products", "[2]", "1, 3"]),
     (
