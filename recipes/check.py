@@ -82,7 +82,7 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
             f'phases model.converters = ["{CONVERTERS[0]}"]'
         )
     if config.precision.qat != "none":
-        check_qat(config, args)
+        check_qat(config, args, spans)
     _check_parallelism(config, args, world)
     _check_batch(config, world)
     _check_rest(config)

@@ -10,7 +10,7 @@ parameters, and so checkpoints, are those of the plain model. Fake quantisation 
 turns it on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +20,29 @@ from torch import nn
 from configs.errors import ConfigError
 from configs.schema import JobConfig
 from models.llama import LlamaArgs
+from recipes.schedule import Span
 
 GROUP = 32  # weights of a row that share a scale in int4
 
 
-def check_qat(config: JobConfig, args: LlamaArgs) -> None:
+def check_qat(config: JobConfig, args: LlamaArgs, spans: Sequence[Span]) -> None:
     """Refuse what precision.qat does not go with.
 
     Args:
         config: the job.
         args: of its model, whose widths are the numbers of a layer's inputs.
+        spans: the run's phases in steps; a short run can lack the last of schedule.phases.
 
     Raises:
         ConfigError: a last phase that is sparse, experts, layers that a converter replaces as well, tensor parallelism,
             or a width that GROUP does not divide.
     """
     qat = f'precision.qat = "{config.precision.qat}"'
-    if config.schedule.phases[-1].mode == "sparse":
+    if spans[-1].mode == "sparse":
         raise ConfigError(
-            f"{qat} is for the last phase, and that is sparse in {config.recipe}: end schedule.phases with a dense "
-            'phase, or set precision.qat = "none"'
+            f"{qat} is for the last phase, and that is sparse in {config.recipe} with training.steps = "
+            f"{config.training.steps}: end schedule.phases with a dense phase of a step or more, or set precision.qat "
+            '= "none"'
         )
     if config.model.name == "llama_moe_relu2":
         raise ConfigError(

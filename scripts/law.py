@@ -120,7 +120,7 @@ def fit(cells: Sequence[Cell], means: Sequence[float], near: Law | None = None, 
     if len(budgets) < 3 or len(sizes) == 2:
         raise ConfigError(
             f"the dense runs have {len(budgets)} budgets and {len(sizes)} sizes: a law needs 3 budgets and more, and "
-            "one size, or 3 and more (or, for 2 budgets of one size, a range for its exponent: see scripts/law.py)"
+            "one size, or 3 and more (or, for 2 budgets or 2 sizes, a range for its exponent: see scripts/law.py)"
         )
     n0, d0 = sizes[0], min(budgets)
     n = np.array([cell.parameters / n0 for cell in cells])

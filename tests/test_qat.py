@@ -102,6 +102,7 @@ def test_shards_and_pipeline_stages_round_as_one_process_does(tiny, train, tmp_p
     ("words", "message"),
     [
         (("--schedule.phases", '[{mode = "sparse"}]'), "is for the last phase, and that is sparse"),
+        (("--training.steps", "4"), "that is sparse in .* with training.steps = 4: .* a dense phase of a step or more"),
         (("--model.name", "llama_moe_relu2", "--model.flavor", "moe_debug"), "not supported for experts"),
         (("--parallelism.tensor_parallel_degree", "2"), "tensor_parallel_degree = 2, whose shards cut the rows"),
         (("--model.converters", '["quantize.linear.float8"]'), "replace the same layers: set one"),
