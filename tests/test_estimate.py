@@ -49,6 +49,11 @@ def measured(config):
     return json.loads((ROOT / "docs" / "training" / config / "training.json").read_bytes())["contenders"]
 
 
+def test_the_configuration_of_experts_says_what_memory_is_estimated():
+    (said,) = re.findall(r'"none"  # (\d+) GiB of each of eight GPUs', (ROOT / "configs" / "moe_1b.toml").read_text())
+    assert round(parts("--config", "moe_1b", gpus=8)["peak"]) == int(said)
+
+
 def test_memory_is_that_of_an_h100():
     for name, backend in (("dense", None), ("groups_quarter", "groups"), ("groups_eighth", "groups")):
         words = ("--config", "configs/1b.toml", "--recipe", f"recipes/{name}.toml", *ALONE)
