@@ -21,7 +21,6 @@ recipe's own dense and sparse steps. A trace of one step in each mode says where
 the operator that launched them, a matrix product by its shapes; `idle` is the rest of the step.
 """
 
-import argparse
 import importlib.metadata
 import json
 import re
@@ -50,7 +49,7 @@ from recipes.check import check_config
 from recipes.checkpoint import write_atomically
 from recipes.data import check_data
 from recipes.pipeline import micro_batch_size
-from scripts.options import TERMS, add_out
+from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import GREY, PALETTE, STYLE, save
 from scripts.runs import read_lines
 
@@ -485,7 +484,7 @@ def _shown(entry: dict[str, Any], mode: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.benchmark",
         description="Measure training steps. Other keys are train.py's, for all.",
         epilog=TERMS,

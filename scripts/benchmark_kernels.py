@@ -25,7 +25,6 @@ thread (the backward pass has its own), a 2:4 product by its shapes as well, a c
 `aten::mm`, its thread, and whether its left operand is transposed.
 """
 
-import argparse
 import gc
 import json
 import platform
@@ -54,7 +53,7 @@ from configs.repository import ROOT, commit
 from kernels import MASKED, Cost, Family, FeedForwardSparsity, Groups, Shape, Venom, explain, hidden_activations
 from kernels.feed_forward import FAMILIES
 from scripts.check_kernels import CLUSTER, DENSE_FLOAT8, Weights, build, check, prepared_weights, relative_error, step
-from scripts.options import TERMS, add_out
+from scripts.options import TERMS, Parser, add_out
 from scripts.plot_kernels import PRODUCTS, STAGES, save
 
 QUARTER, EIGHTH = Groups(128, 128, 0.25), Groups(128, 128, 0.125)
@@ -448,9 +447,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark_kernels", description=__doc__.split("\n")[0], epilog=TERMS
-    )
+    parser = Parser(prog="python -m scripts.benchmark_kernels", description=__doc__.split("\n")[0], epilog=TERMS)
     add_out(parser, "FOLDER", "default: docs/kernels", default=Path("docs/kernels"))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="DxF", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], help="default: all", metavar="NAME")

@@ -18,7 +18,6 @@ Processes are forked from one that has imported the trainer, with torchrun's var
 start the real one.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -43,7 +42,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from configs.errors import first_line
 from configs.repository import ROOT, commit
+from scripts.options import Parser
 
 STEPS, INTERVAL = 12, 2
 HANG = 60.0
@@ -556,19 +557,24 @@ def try_fault(job: Job, fault: Fault) -> Fault:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.chaos", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m scripts.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="JSON file of the results; faults that it has are not tried again")
     parser.add_argument("--faults", type=int, default=200, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the faults to try (again)")
     parser.add_argument("--folder", type=Path, help="for the runs, kept where one went wrong; default: a temporary one")
     options = parser.parse_args(arguments)
+    if options.faults < 1 or min(options.only or [0]) < 0:
+        parser.error("--faults and --only: give 1 fault or more, and numbers from 0")
     done: dict[int, dict] = {}
     if options.file.exists():
-        before = json.loads(options.file.read_text())
-        if before["seed"] != options.seed:
-            parser.error(f"{options.file} is of seed {before['seed']}: give that seed, or another file")
-        done = {fault["number"]: fault for fault in before["faults"]}
+        try:
+            before = json.loads(options.file.read_text())
+            seed, done = before["seed"], {fault["number"]: fault for fault in before["faults"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{options.file} is no file of faults ({first_line(error)}): give another file")
+        if seed != options.seed:
+            parser.error(f"{options.file} is of seed {seed}: give that seed, or another file")
     wanted = list(range(options.faults)) if options.only is None else options.only
     todo = [number for number in wanted if number not in done or options.only is not None]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order

@@ -8,7 +8,6 @@ the same token ids. Exit status 1: a log-probability differs from transformers',
 by more than check_vllm.TOLERANCE.
 """
 
-import argparse
 import importlib.metadata
 import shlex
 import sys
@@ -20,7 +19,7 @@ import torch
 
 from configs.errors import ConfigError, exit_with
 from scripts.check_vllm import PROMPTS, TOKENS, compare, report
-from scripts.options import add_out
+from scripts.options import Parser, add_out
 from scripts.trained import load_model
 
 
@@ -42,7 +41,7 @@ def answers(server: Any, prompts: dict[str, list[int]]) -> list[Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
     parser.add_argument("gguf", type=Path, help="the same model, as scripts.export_gguf wrote it")
     add_out(parser, "FILE", "write what was found as JSON")

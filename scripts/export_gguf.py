@@ -13,7 +13,6 @@ q4_0, which the converter does not write, is made of its f32 by llama.cpp itself
 compiles it.
 """
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from typing import Any
 
 from configs.errors import ConfigError, exit_with, first_line
 from models.hugging_face import import_transformers
+from scripts.options import Parser
 
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -125,7 +125,7 @@ def quantise(source: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", required=True, help="a checkout of llama.cpp")

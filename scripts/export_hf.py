@@ -7,27 +7,26 @@ The folder has the architecture `ArceeForCausalLM` (a SwiGLU model `LlamaForCaus
 most, the tokenizer and the generation config. What is converted and what need not be: models/hugging_face.py.
 """
 
-import argparse
 import json
 import shutil
-from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 
 from configs.errors import ConfigError, exit_with
 from recipes.restore import find_checkpoint
+from scripts.options import Parser, out_folder
 from scripts.trained import export_assets, export_weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or a checkpoint/step-N folder")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("out", type=out_folder, help="the folder to write")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: what the run computed in"
     )
     options = parser.parse_args()
-    out = Path(options.out)
+    out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")
     checkpoint = find_checkpoint(options.checkpoint)

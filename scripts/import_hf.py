@@ -12,7 +12,6 @@ The configuration warms up again to a tenth of the rate that a model of this wid
 the whole rate, a continuation loses more at first than it gains (Gupta et al. 2023, arXiv 2308.04014).
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from recipes.check import check_keys
 from recipes.checkpoint import POINTER, write_manifest
 from recipes.restore import copy_tokenizer, model_facts
 from recipes.tokenizer import token_bytes
+from scripts.options import Parser, out_folder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -109,9 +109,9 @@ def import_weights(weights: dict[str, Tensor], args: LlamaArgs, folder: Path, ti
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="the Hugging Face folder: config.json, safetensors, tokenizer")
-    parser.add_argument("out", help="the folder to write")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the Hugging Face folder: config.json, safetensors, tokenizer")
+    parser.add_argument("out", type=out_folder, help="the folder to write")
     parser.add_argument("--relufy", action="store_true", help="make squared-ReLU FFNs of the SwiGLU, to be trained on")
     parser.add_argument(
         "--data", action="append", default=[], help="a file, folder or glob to train on; may be repeated"
@@ -123,7 +123,7 @@ def main() -> None:
         raise ConfigError(f"--steps {options.steps}: give a number above 0")
     if not all(map(str.strip, options.data)):
         raise ConfigError('--data "" names nothing to train on: give a file, folder or glob, or leave it out')
-    folder, out = Path(options.folder), Path(options.out)
+    folder, out = options.folder, options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")
     try:

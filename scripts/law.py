@@ -35,7 +35,6 @@ second seed there is no deviation over seeds: `"deviation": {"dense": 0.01, "pen
 another study, and normal errors.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -56,7 +55,7 @@ from scipy.optimize import least_squares
 
 from configs.errors import ConfigError, exit_with
 from configs.repository import ROOT
-from scripts.options import TERMS
+from scripts.options import TERMS, Parser
 from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
 from scripts.runs import amount, load_groups, rounded, seed_of
 
@@ -386,7 +385,7 @@ def draw(evidence: Evidence) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     from scripts.tables import law_table  # which reads what this module fits
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.law",
         description="Fit the loss of dense runs, and what sparse recipes cost of it.",
         epilog=TERMS,

@@ -13,7 +13,6 @@ Work that was interrupted goes on with the shards that are missing when the same
 compares every file with its checksum.
 """
 
-import argparse
 import contextlib
 import fnmatch
 import hashlib
@@ -44,6 +43,7 @@ from recipes.mixture import load_corpus
 from recipes.restore import copy_tokenizer
 from recipes.sources import Documents, TextStore, digest_of, stream_texts
 from recipes.tokenizer import DocumentTokenizer, load_tokenizer, prepare_tokenizer, token_bytes
+from scripts.options import Parser
 
 INTERRUPTS = signal.SIGINT, signal.SIGTERM
 Work = tuple[str, np.ndarray | list[str]]  # a shard's name; the places of its documents in the store, or their texts
@@ -272,9 +272,7 @@ def _reads(path: str, file: Path) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.make_tokens", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m scripts.make_tokens", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("out", help="the folder to write; it comes before the keys of train.py")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one for each core")
     parser.add_argument("--verify", action="store_true", help="compare the files that are there with their checksums")

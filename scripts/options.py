@@ -1,6 +1,7 @@
 """The parser, options, checks and a line of help that several scripts share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,12 @@ LARGEST = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which does not take "--" for the value of an option: Python below 3.13 makes it an empty list."""
+    """argparse's, with refusals that it lacks.
+
+    "--" is no value of an option: Python below 3.13 makes it an empty list. A path, as `type=Path` makes it, must not
+    have a name that is too long or lie in a folder that may not be read. One to read must not be a device: some, such
+    as /dev/zero, have no end.
+    """
 
     def parse_known_args(  # type: ignore[override]  # the base's is overloaded
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -23,7 +29,15 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("--") and word.partition("=")[2] == "--":
                 self.error(f"{word}: -- is no value: give one")
-        return super().parse_known_args(words, namespace)
+        options, others = super().parse_known_args(words, namespace)
+        for name, value in vars(options).items():
+            for path in value if isinstance(value, list) else [value]:
+                try:
+                    if isinstance(path, Path) and path.is_char_device() and name != "out":
+                        self.error(f"{path} is a device: give another path")
+                except OSError as error:
+                    self.error(f"{str(path)[:80]!a}: {error.strerror}: give another path")
+        return options, others
 
 
 def check_bounds(options: argparse.Namespace, name: str, low: float, high: float = LARGEST) -> None:
@@ -42,20 +56,29 @@ def check_bounds(options: argparse.Namespace, name: str, low: float, high: float
 
 def _out(text: str) -> Path:
     """A path that can be written to, as far as can be told before it is written to."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!a} names nothing: give a path")
     path = Path(text)
-    try:
-        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!a} cannot be written ({error.strerror}): give another") from None
-    if not text.strip() or (existing != path and not existing.is_dir()):
+    existing = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+    if existing != path and not existing.is_dir():
         raise argparse.ArgumentTypeError(f"{text!a}: {existing} is no folder: give another path")
+    if not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!a}: {existing} may not be written to: give another path")
     return path
 
 
-def _out_folder(text: str) -> Path:
+def out_folder(text: str) -> Path:
+    """The type of an option or argument: a folder that can be written to, which need not be there yet."""
     path = _out(text)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!a} is no folder: give another path")
+    return path
+
+
+def _out_file(text: str) -> Path:
+    path = _out(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{text!a} is a folder: name the file to write")
     return path
 
 
@@ -66,9 +89,8 @@ def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, former: st
         former: an earlier name of the option, which is refused with the new one.
         more: other arguments of `add_argument`.
     """
-    parser.add_argument(
-        "-o", "--out", metavar=metavar, type=_out_folder if metavar == "FOLDER" else _out, help=help, **more
-    )
+    kind = out_folder if metavar == "FOLDER" else _out_file
+    parser.add_argument("-o", "--out", metavar=metavar, type=kind, help=help, **more)
     if former:
         parser.add_argument(former, action=_Renamed, help=argparse.SUPPRESS)
 

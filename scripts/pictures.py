@@ -47,6 +47,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from configs.errors import ConfigError
+from scripts.options import LARGEST
 from scripts.runs import HEALTH, VALIDATIONS, Run, amount, load_runs
 
 # The colour-blind-safe palette of Okabe and Ito, without yellow, which is too faint on white.
@@ -549,8 +550,8 @@ def draw_reached(seeds: dict[str, dict[str, Run]], baseline: str) -> Figure:
 
 def plot(paths: list[Path], out: Path | None = None, window: int | None = None, against: str = "tokens") -> Path:
     """Draw the runs into `out`, against "tokens" or "time", and return where it was written."""
-    if window is not None and window < 1:
-        raise ConfigError(f"--smooth {window}: give 1 (no smoothing) or more logged steps")
+    if window is not None and not 1 <= window <= LARGEST:
+        raise ConfigError(f"--smooth {window}: give 1 (no smoothing) to {LARGEST} logged steps")
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: give a file name that ends in .png")
     runs = load_runs(paths)

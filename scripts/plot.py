@@ -8,7 +8,6 @@ A run's dump folder holds `metrics.jsonl`, one JSON object a logged step (recipe
 `run.json`, its resolved configuration. scripts/pictures.py says how to read the picture.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,15 +15,13 @@ if not __package__:  # started as `python scripts/plot.py`: look imports up from
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.errors import ConfigError, exit_with
-from scripts.options import TERMS, add_out
+from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import plot
 from scripts.runs import split_paths
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.plot", description="Draw runs from their metrics.jsonl.", epilog=TERMS
-    )
+    parser = Parser(prog="python -m scripts.plot", description="Draw runs from their metrics.jsonl.", epilog=TERMS)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a dump folder or a metrics.jsonl")
     add_out(parser, "OUT.png", "default: RUN/plot.png, or for several runs loss.png in the folder that holds them")
     parser.add_argument(

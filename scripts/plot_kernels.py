@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, exit_with, first_line
 from scripts import pictures
+from scripts.options import Parser
 from scripts.pictures import GREY, PALETTE, STYLE
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
@@ -117,13 +118,16 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m scripts.plot_kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="it holds a kernels.json, such as docs/kernels")
+    file = parser.parse_args(arguments).folder / "kernels.json"
     try:
-        if len(arguments) != 1:
-            raise ConfigError("give one folder that holds a kernels.json: python -m scripts.plot_kernels docs/kernels")
-        file = Path(arguments[0], "kernels.json")
         if not file.is_file():
             raise ConfigError(f"{file}: no such file; python -m scripts.benchmark_kernels writes it")
-        save(json.loads(file.read_text()), file.with_suffix(".png"))
+        try:
+            save(json.loads(file.read_text()), file.with_suffix(".png"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file} cannot be drawn ({first_line(error)}): measure it again") from error
         print(file.with_suffix(".png"))
     except ConfigError as error:
         exit_with(error)

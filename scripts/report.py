@@ -22,12 +22,11 @@ A table stands between a comment that names its source and `<!-- end -->`; nothi
     <!-- faults: FILE -->     a row for each kind of fault and moment: what scripts/chaos.py writes
 """
 
-import argparse
 import re
 import sys
 
 from configs.repository import ROOT
-from scripts.options import TERMS
+from scripts.options import TERMS, Parser
 from scripts.tables import TABLES
 
 BLOCK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,7 +43,7 @@ def fill(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.report",
         description="Rewrite the tables of all pages from the data beside them.",
         epilog=TERMS,

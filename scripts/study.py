@@ -40,7 +40,6 @@ The seed determines the initial weights. All runs read the same documents in the
 would train another tokenizer, and losses with different tokenizers are not comparable.
 """
 
-import argparse
 import json
 import math
 import os
@@ -70,7 +69,7 @@ from configs.schema import JobConfig
 from recipes.check import check_config, recorded_dtype
 from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
-from scripts.options import TERMS, add_out
+from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot, run_colours, save
 from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_groups, load_run, on_cpu, read_lines
 from scripts.tables import runs_table
@@ -531,7 +530,7 @@ def front(folder: Path, shown: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.study",
         description="Run a study, collect its results, print its table, draw it.",
         epilog=TERMS,

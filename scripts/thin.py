@@ -6,7 +6,6 @@ Results are data, not logs: a run of a study takes a quarter of the space so, an
 scripts/study.py stores the results of its runs like this. The run's own folder in outputs/ keeps everything.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, exit_with
+from scripts.options import Parser
 from scripts.runs import HEALTH, VALIDATIONS, read_lines
 
 KEPT = {"step", "phase", "loss", "lr", "tokens", "tokens_per_second", "val_bpb", *VALIDATIONS, *HEALTH}
@@ -76,7 +76,7 @@ def store(folder: Path, results: Path, more: dict[str, Any] | None = None) -> No
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.thin", description="Keep of stored results what tables and pictures read, in place."
     )
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="such as docs/studies/NAME")

@@ -361,7 +361,8 @@ def test_refused_arguments(tmp_path, capsys):
     cases = {
         (str(tmp_path / "none"),): f"error: {tmp_path}/none: no such folder or file; give the dump folder",
         (str(empty),): f"error: {empty}: no metrics.jsonl in this folder; give the dump folder",
-        (str(run), "--smooth", "0"): "error: --smooth 0: give 1 (no smoothing) or more",
+        (str(run), "--smooth", "0"): "error: --smooth 0: give 1 (no smoothing) to 2147483647",
+        (str(run), "--smooth", "9" * 30): "error: --smooth 999",
         (str(run), "-o", "plot.pdf"): "error: --out plot.pdf: give a file name that ends in .png",
         (
             str(run),

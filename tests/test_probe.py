@@ -108,9 +108,6 @@ def test_values_that_cannot_be_used_are_refused_before_a_model_is_measured(tmp_p
     for words, message in (
         (["--items=--"], "--items=--: -- is no value"),
         (["--out", str(tmp_path / "file")], "is no folder: give another path"),
-        (["--out", str(tmp_path / "file" / "in")], f"{tmp_path}/file is no folder"),
-        (["--out", "x" * 5000], "File name too long"),
-        (["--out", ""], "is no folder"),
     ):
         with pytest.raises(SystemExit, match="2"):
             probe.main(["no run", *words])
