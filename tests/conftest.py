@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
+from typing import IO
 
 # Before torch is imported: one thread for each worker of pytest-xdist and each process that a test starts, since the
 # workers share the cores, and several threads add in another order now and then.
@@ -256,6 +257,32 @@ def fork(
                 process.kill()
                 process.join()
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
+
+
+class Forked:
+    """As a subprocess.Popen of train.py that leads a session and writes into a file, without the start of Python."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO, **others: object) -> None:
+        assert command[:2] == [sys.executable, "train.py"] and others["start_new_session"]
+        files = [Path(stdout.name)] * 2
+        self._process = PROCESSES.Process(target=run_train, args=(tuple(command[2:]), dict(env), files, os.setsid))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self._process.pid or 0, number)
 
 
 def run_train(

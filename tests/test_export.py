@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fork, launch, merge, rows
+from conftest import ROOT, fork, merge, rows
 from packaging.version import Version
 
 import kernels
@@ -169,7 +169,7 @@ def test_a_round_trip_is_bit_equal_and_a_run_goes_on_from_it(train, trained, scr
 def test_a_checkpoint_of_two_ranks_is_put_together(tiny, script, tmp_path):
     half = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
     words = merge(tiny, [*HEADS, *half, *DENSE, "--training.steps", "4", "--job.dump_folder", str(tmp_path / "run")])
-    result = launch("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
+    result = fork("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "run" / "checkpoint" / "step-4"
     assert len({file.name[:3] for file in folder.glob("*.distcp")}) == 2

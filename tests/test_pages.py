@@ -1,6 +1,6 @@
 """Commands and keys on the pages: README's are run, those of all pages are accepted by what they call.
 
-docs/own_data.md is run by tests/test_study.py.
+Those of docs/data.md are run too, and by tests/test_study.py those of docs/own_data.md.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -23,6 +24,7 @@ from conftest import ROOT, fork, merge
 from configs import schema
 from configs.loader import load_config
 from recipes.check import check_keys
+from scripts.make_tokens import INTERRUPTS
 
 PAGES = [
     ROOT / "README.md",
@@ -61,16 +63,42 @@ def perform(call: list[str], tiny: list[str]) -> None:
                 words = words + [word for pair in pairs if pair[0] not in words for word in pair]
             result = fork(*words, processes=int(call[0] == "torchrun"))
             assert result.returncode == 0, result.stdout + result.stderr
+            print(result.stdout)
         case _:
             raise AssertionError(f"{shlex.join(call)}: run it here, or say on its line what it needs")
+
+
+def stand_in(file: Path, calls: Path, runs_code: bool = False) -> None:
+    """Write a program that appends its call to a file, a JSON list a line; with `runs_code` it runs `python -c`."""
+    run = f"if sys.argv[1] == '-c': os.execv('{sys.executable}', sys.argv)\n" if runs_code else ""
+    write = f"open('{calls}', 'a').write(json.dumps(['{file.name}', *sys.argv[1:]]) + '\\n')\n"
+    file.unlink(missing_ok=True)
+    file.write_text(f"#!{sys.executable} -IS\nimport json, os, sys\n{run}{write}")
+    file.chmod(0o755)
+
+
+def perform_script(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a page's script with a folder as outputs/: first bash, then the calls of Python that it makes."""
+    (folder / "bin").mkdir()
+    calls = folder / "calls"
+    stand_in(folder / "bin" / "python", calls, runs_code=True)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", "-euc", script.replace("outputs/", f"{folder}/")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, check=True)
+    monkeypatch.chdir(ROOT)
+    for line in calls.read_text().splitlines():
+        perform(json.loads(line), [])
 
 
 def run_script(module: str, words: list[str]) -> None:
     """Call the main function of a script with a command line."""
     main = getattr(importlib.import_module(module), "estimate" if module == "scripts.estimate" else "main")
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
         status = main(words) if inspect.signature(main).parameters else main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert not isinstance(status, int) or status == 0
 
 
@@ -85,11 +113,7 @@ def test_the_commands_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
     for path in [*ROOT.glob("scripts/*.sh"), ROOT / "pyproject.toml"]:
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     for name in STAND_INS:
-        file = tmp_path / ".venv" / "bin" / name
-        file.unlink(missing_ok=True)
-        write = f"open('{tmp_path}/calls', 'a').write(json.dumps(['{name}', *sys.argv[1:]]) + '\\n')"
-        file.write_text(f"#!{sys.executable} -IS\nimport json, sys\n{write}\n")
-        file.chmod(0o755)
+        stand_in(tmp_path / ".venv" / "bin" / name, tmp_path / "calls")
     blocks = BASH.findall((ROOT / "README.md").read_text())
     script = "".join(line for line in "".join(blocks).splitlines(keepends=True) if not NEEDS.search(line))
     kept = {name: value for name, value in os.environ.items() if name not in ("TORCH", "PYTHON")}
@@ -108,6 +132,19 @@ def test_the_commands_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
     for made in ("debug/plot.png", "groups/run.json", "debug-hf/model.safetensors", "imported/continue.toml"):
         assert (outputs / made).is_file(), made
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_on_data(tmp_path, monkeypatch, capsys):
+    """As they stand, in another folder."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    size = "--tokenizer.vocab_size 512"
+    assert size in block
+    script = block.replace(size, f"{size} --tokenizer.cache_folder {tmp_path}/cache")
+    perform_script(script, tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert "source-0: every file is as it was written" in said
+    assert "source 1 of 1: tokens: 1 files, 900 documents" in said
+    assert (tmp_path / "notes_run" / "run.json").is_file()
 
 
 def test_a_program_ends_quietly_where_its_output_is_cut_off():

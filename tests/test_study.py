@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import RANK_NAMES, ROOT, rows
+from conftest import ROOT, Forked, rows
+from test_pages import perform_script
 
 from configs.errors import ConfigError, TooLargeError
 from scripts import study
@@ -33,7 +34,18 @@ recipe = "recipes/groups_quarter.toml"
 """
 
 
-def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def forked(monkeypatch):
+    """The runs of a study in this process are forked."""
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(study, "draw", lambda _: None)
+
+
+def test_a_study_is_interrupted_resumed_and_collected(forked, write_study, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as left by another job, and none of a run's business
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\n'
     file = write_study(RUNS.replace("[0, 1]", "[0]\ntraining.steps = 60\ncheckpoint.interval = 100") + failing)
@@ -72,6 +84,7 @@ def test_a_study_is_interrupted_resumed_and_collected(write_study, tmp_path, cap
     assert "2 complete, 0 to run" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked", "undrawn")
 def test_a_run_goes_on_from_another_s_checkpoint(write_study, tmp_path):
     dense = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\ncheckpoint.interval = 4\n'
     phases = 'schedule.phases = [{ mode = "dense", end = 4 }, { mode = "sparse", end = 8 }, { mode = "dense" }]\n'
@@ -89,6 +102,7 @@ def test_a_run_goes_on_from_another_s_checkpoint(write_study, tmp_path):
     assert after[6]["loss"] != before[6]["loss"]
 
 
+@pytest.mark.usefixtures("forked", "undrawn")
 def test_a_shorter_run_that_others_begin_with_is_no_result(write_study, tmp_path, capsys):
     start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
     rest = '[[runs]]\nname = "dense"\nrecipe = "recipes/dense.toml"\nafter = "start/step-4"\n'
@@ -105,6 +119,7 @@ def test_a_shorter_run_that_others_begin_with_is_no_result(write_study, tmp_path
         assert f", {count} to run," in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked", "undrawn")
 def test_runs_that_are_started_later_find_the_checkpoint_that_they_continue_from(write_study, tmp_path):
     start = '[[runs]]\nname = "start"\nrecipe = "recipes/dense.toml"\ntraining.steps = 5\n'
     start += "checkpoint.interval = 1\ncheckpoint.keep_latest_k = 2\ncheckpoint.last_save_model_only = true\n"
@@ -123,6 +138,7 @@ def test_runs_that_are_started_later_find_the_checkpoint_that_they_continue_from
         study.main([*words, "--only", "start", "early"])
 
 
+@pytest.mark.usefixtures("forked", "undrawn")
 def test_a_run_that_another_continues_from_keeps_its_checkpoints_whatever_its_length(
     write_study, tmp_path, monkeypatch, capsys
 ):
@@ -144,6 +160,7 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.usefixtures("forked", "undrawn")
 def test_what_goes_on_from_a_failed_run_is_not_started(write_study, tmp_path, capfd):
     failing = '[[runs]]\nname = "failing"\noptimizer.lr = 1e30\ntraining.max_norm = 1e9\ncheckpoint.interval = 4\n'
     branch = '[[runs]]\nname = "branch"\nrecipe = "recipes/groups_quarter.toml"\nafter = "failing/step-4"\n'
@@ -424,7 +441,7 @@ def test_table_of_seeds(tmp_path):
     assert all(len(line) <= 120 for line in padded)
 
 
-def test_the_commands_of_the_page_on_one_s_own_data(tmp_path):
+def test_the_commands_of_the_page_on_one_s_own_data(forked, tmp_path, monkeypatch, capsys):
     """Every command of docs/own_data.md as it stands, in another folder, and with a smaller and shorter model."""
     script = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs/own_data.md").read_text(), re.DOTALL))
     smaller = {
@@ -442,18 +459,9 @@ def test_the_commands_of_the_page_on_one_s_own_data(tmp_path):
     for line, shorter in smaller.items():
         assert script.count(line) == 1, line
         script = script.replace(line, shorter)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HOME": str(tmp_path)}
-    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
-    ran = subprocess.run(
-        ["bash", "-euc", script.replace("outputs/", f"{tmp_path}/")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"files of {tmp_path}/mine" in ran.stdout and "This job can run." in ran.stdout
-    assert "dense_s0\ncolumns_half_s0\nvenom_4of16_s0\n" in ran.stdout
-    assert re.search(r"^columns_half +80% +[\d.]+ +[+-][\d.]+ ", ran.stdout, re.MULTILINE), ran.stdout
+    perform_script(script, tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert f"files of {tmp_path}/mine" in said and "This job can run." in said
+    assert "dense_s0\ncolumns_half_s0\nvenom_4of16_s0\n" in said
+    assert re.search(r"^columns_half +80% +[\d.]+ +[+-][\d.]+ ", said, re.MULTILINE), said
     assert (tmp_path / "mine-hf" / "model.safetensors").is_file() and (tmp_path / "study" / "loss.png").is_file()

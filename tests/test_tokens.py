@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, RANK_NAMES, ROOT, losses, merge
+from conftest import PROCESSES, ROOT, losses, merge
 from filelock import FileLock
 
 from configs.errors import ConfigError, show_error
@@ -517,22 +516,3 @@ def test_a_second_process_and_damaged_notes_are_refused(tmp_path, token_sources,
     (folder / "00001.json").unlink()
     make_tokens.main(command)
     make_tokens.main([str(folder.parent), "--verify"])
-
-
-def test_the_commands_of_the_page_on_data(tmp_path):
-    """As they stand, in another folder."""
-    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
-    size = "--tokenizer.vocab_size 512"
-    assert size in block
-    script = block.replace("outputs/", f"{tmp_path}/").replace(
-        size, f"{size} --tokenizer.cache_folder {tmp_path}/cache"
-    )
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HOME": str(tmp_path)}
-    environment = {name: value for name, value in environment.items() if name not in RANK_NAMES}
-    ran = subprocess.run(
-        ["bash", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "source-0: every file is as it was written" in ran.stdout
-    assert "source 1 of 1: tokens: 1 files, 900 documents" in ran.stdout
-    assert (tmp_path / "notes_run" / "run.json").is_file()

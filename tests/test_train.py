@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, fork, launch, losses, merge, rows
+from conftest import ROOT, Forked, fork, launch, losses, merge, rows
 from filelock import FileLock
 
 import kernels
@@ -254,13 +254,21 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
     changes += ["--training.dataloader.prefetch_factor", "2"]
     words = merge(tiny, ["--job.dump_folder", str(folder), *changes])
     command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    start = subprocess.Popen if number == signal.SIGINT else Forked  # one as a user starts it
+    with pipe.open("w") as writer:
+        process = start(
+            command, cwd=ROOT, env=dict(os.environ), stdout=writer, stderr=subprocess.STDOUT, start_new_session=True
+        )
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal and torchrun do: the process that reads the data gets it too
-    output, _ = process.communicate(timeout=120)
+    process.wait(timeout=120)
+    os.set_blocking(reader, True)
+    with open(reader) as file:
+        output = file.read()
     assert process.returncode == 0, output
     stopped = max(rows(folder))
     assert stopped < LAST_STEP and f"stopped by a signal after step {stopped}" in output, output
@@ -312,11 +320,12 @@ def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tiny, tra
     folder = tmp_path / "run"
     words = merge(tiny, ["--job.dump_folder", str(folder)])
     command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(os.devnull, "w") as nowhere:
+        process = Forked(command, env=dict(os.environ), stdout=nowhere, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint" / "step-5").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert losses(train(folder)) == losses(uninterrupted(train, "venom_2of16"))
 
