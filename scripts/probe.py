@@ -67,6 +67,7 @@ from models.feed_forward import inference_modes
 from recipes.checkpoint import write_atomically
 from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
+from recipes.pipeline import micro_batch_size
 from recipes.progress import Progress
 from recipes.restore import find_checkpoint
 from recipes.tokenizer import load_tokenizer, token_bytes
@@ -94,12 +95,13 @@ class Probe:
         self.config = config = self.checkpoint.config
         self.tokenizer = load_tokenizer(str(self.checkpoint.tokenizer))
         self.bytes = token_bytes(str(self.checkpoint.tokenizer))
+        batch_size = micro_batch_size(config, sparse=True)
         if sequences is None and device_type == "cpu":
-            sequences = min(config.validation.sequences, max(CPU_SEQUENCES, config.training.local_batch_size))
+            sequences = min(config.validation.sequences, max(CPU_SEQUENCES, batch_size))
         config.validation.sequences = sequences or config.validation.sequences
         rows = validation_sequences(self.tokenizer, config)
         # Only full micro-batches: in a smaller one, fewer tokens would share a pattern than in training.
-        size = min(config.training.local_batch_size, len(rows))
+        size = min(batch_size, len(rows))
         self.batches = rows[: len(rows) // size * size].split(size)
         self.model, self.sparsity = self.checkpoint.model(torch.device(device_type), self.batches[0][:, :-1])
         self.progress: Progress | None = None

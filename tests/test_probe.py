@@ -37,9 +37,12 @@ def words(tmp_path_factory) -> list[str]:
     return [word for key, value in keys.items() for word in (f"--{key}", value)]
 
 
+LARGER = ["--training.sparse_local_batch_size", "8", "--training.global_batch_size", "8"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "more"),
-    [("venom_2of16", []), ("groups_quarter", [])],
+    [("venom_2of16", []), ("groups_quarter", [*LARGER, "--activations.g", "32", "--router.token_clusters", "4"])],
 )
 def test_a_sparse_phase_leaks_and_a_causal_choice_does_not(train, words, tmp_path, recipe, more):
     rows = train(tmp_path / "run", *words, *more, recipe=recipe)
