@@ -117,7 +117,7 @@ class SafeCheckpointManager(CheckpointHooks):
             if sparsity.expect(table):
                 state_dict[SPARSITY] = sparsity
             elif table and dist.get_rank() == 0:  # an empty table: no sparse phase has begun
-                logger.info("the checkpoint was made with another router: the next sparse phase prepares its own")
+                logger.info("the checkpoint was made with another router: the next sparse step prepares its FFNs anew")
         # Older versions did not count them.
         if BAD_BATCHES in state_dict and not from_hf and BAD_BATCHES not in _parts(checkpoint_id):
             state_dict = {key: value for key, value in state_dict.items() if key != BAD_BATCHES}

@@ -196,11 +196,12 @@ def test_a_run_keeps_the_dtype_that_it_began_with(train, tmp_path, capsys):
     assert "products in float32 (training.mixed_precision_param), most CPUs have no fast bfloat16" in said
 
 
-def test_another_recipe_can_be_asked_for(stopped, train, tmp_path):
+def test_another_recipe_can_be_asked_for(stopped, train, tmp_path, capsys):
     run = stopped(train, tmp_path / "run")
     rows = train(run, "--checkpoint.change_recipe", "true", recipe="groups_quarter")
     assert json.loads((run / "run.json").read_text())["config"]["activations"]["pattern"] == "groups"
     assert rows[8]["phase"] == "sparse"
+    assert "made with another router: the next sparse step prepares its FFNs anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoilt", ["weights", "moments"])
