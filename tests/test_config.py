@@ -489,7 +489,8 @@ def test_help_lists_every_section():
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_error_is_printed_once_with_status_2_and_no_traceback(processes):
-    result = launch(*shlex.split(f"{DEBUG} --training.stepz 5"), processes=processes)
+    words = shlex.split(f"{DEBUG} --training.stepz 5")
+    result = launch(*words, processes=processes) if processes else fork(*words)
     output = result.stdout + result.stderr
     assert result.returncode == 2 if processes == 0 else result.returncode != 0
     assert len(re.findall("unknown key training.stepz", output)) == 1, output

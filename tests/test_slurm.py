@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="starting SLURM's daemons needs root"),
 ]
 STEPS = 60
+CHANGES = ["--training.steps", str(STEPS), "--validation.freq", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,19 @@ def slurm(tmp_path_factory):
         subprocess.run([*script, "stop", str(folder)], cwd=ROOT, env=environment, timeout=90)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The losses of the run that nothing happens to, trained once: `undisturbed(train)`."""
+    known: list[dict[int, float]] = []
+
+    def get(train) -> dict[int, float]:
+        if not known:
+            known.append(losses(train(tmp_path_factory.mktemp("whole"), *CHANGES, "--checkpoint.enable", "false")))
+        return known[0]
+
+    return get
+
+
 def submit(slurm, log: Path, script: str, *words: str, options: tuple[str, ...] = ()) -> str:
     """Submit with what this machine has, and return the job's number."""
     own = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}", *options)
@@ -65,10 +79,9 @@ def field(slurm, job: str, name: str) -> str:
     return words[name]
 
 
-def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, train, tmp_path):
-    changes = ["--training.steps", str(STEPS), "--validation.freq", "20", "--checkpoint.interval", "1000"]
+def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, train, undisturbed, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "job.log"
-    words = merge(tiny, [*changes, "--job.dump_folder", str(folder)])
+    words = merge(tiny, [*CHANGES, "--checkpoint.interval", "1000", "--job.dump_folder", str(folder)])
     job = submit(slurm, log, "one_node.sbatch", "--config", "configs/debug.toml", *words)
     until((folder / "metrics.jsonl").exists, log)
     # As SLURM does before the time limit, to the batch shell alone.
@@ -92,13 +105,12 @@ def test_a_signalled_job_saves_is_requeued_and_resumes_exactly(slurm, tiny, trai
     assert field(slurm, job, "Restarts") == "1"
     text = log.read_text()
     assert f"resumed after step {stopped}" in text and f"job {job} is finished" in text, text
-    assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
+    assert losses(rows(folder)) == undisturbed(train)
 
 
-def test_a_job_that_loses_a_process_goes_on_by_itself(slurm, tiny, train, tmp_path):
-    changes = ["--training.steps", str(STEPS), "--validation.freq", "20", "--checkpoint.interval", "5"]
+def test_a_job_that_loses_a_process_goes_on_by_itself(slurm, tiny, train, undisturbed, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "job.log"
-    words = merge(tiny, [*changes, "--job.dump_folder", str(folder)])
+    words = merge(tiny, [*CHANGES, "--checkpoint.interval", "5", "--job.dump_folder", str(folder)])
     job = submit(slurm, log, "one_node.sbatch", "--config", "configs/debug.toml", *words)
     until((folder / "checkpoint" / "latest").exists, log)
     subprocess.run(["pkill", "-KILL", "-f", f"^[^ ]*python[^ ]* -u train.py .*{folder}"], check=True)
@@ -106,7 +118,7 @@ def test_a_job_that_loses_a_process_goes_on_by_itself(slurm, tiny, train, tmp_pa
     text = log.read_text()
     assert field(slurm, job, "Restarts") == "0"
     assert "resumed after step" in text and f"job {job} is finished" in text, text
-    assert losses(rows(folder)) == losses(train(tmp_path / "whole", *changes))
+    assert losses(rows(folder)) == undisturbed(train)
 
 
 def test_a_failed_job_keeps_its_status_and_is_not_requeued(slurm, tmp_path):
