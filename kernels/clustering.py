@@ -206,14 +206,13 @@ def token_clusters(x: Tensor, count: int, iterations: int = 10, seed: int | Sequ
     Raises:
         ValueError: iterations is below 1.
     """
-    x = torch.cat([x] * -(-count // x.shape[-2]), -2)
-    size = x.shape[-2] // count
+    size = max(x.shape[-2], count) // count
     # Tokens are repeated in the place of zeros: clusters of zeros would leave all tokens to a few others.
     is_token = x.any(-1)
-    first = is_token.byte().sort(dim=-1, descending=True, stable=True).indices
-    turn = torch.arange(x.shape[-2], device=x.device) % is_token.sum(-1, keepdim=True).clamp(min=1)
-    x = torch.take_along_dim(x, first.gather(-1, turn)[..., None], -2)
-    return balanced_clusters(x[..., : size * count, :], size, iterations, seed)[1]
+    tokens_first = is_token.byte().sort(dim=-1, descending=True, stable=True).indices
+    turn = torch.arange(size * count, device=x.device) % is_token.sum(-1, keepdim=True).clamp(min=1)
+    rows = torch.take_along_dim(x, tokens_first.gather(-1, turn)[..., None], -2)
+    return balanced_clusters(rows, size, iterations, seed)[1]
 
 
 def route_tokens(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

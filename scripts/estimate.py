@@ -42,8 +42,9 @@ and on two, by GPU, of the layers of 7b 24:
 
 Not included: fragmentation of the allocator, NCCL's buffers and CUDA's context (about 1 GiB together), temporary memory
 of kernels, and the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3 GiB
-at 1b) but no gradients. torchao's float8 is estimated like bf16 (of 24 layers 72.8 GiB, measured 56.6), an eager model
-like a compiled one. Other patterns and checkpointing follow the same rules; no measurement has been compared with them.
+at 1b; clusters of tokens alone need their inputs only) but no gradients. torchao's float8 is estimated like bf16 (of 24
+layers 72.8 GiB, measured 56.6), an eager model like a compiled one. Other patterns and checkpointing follow the same
+rules; no measurement has been compared with them.
 
 **Time.** FLOPs divided by GPUs x peak x MFU. For a sparse step these are the FLOPs that the family executes, at the
 *same* MFU, and in fp8 at twice the peak. This is a lower bound of the time: smaller products run at a lower rate, and
