@@ -194,6 +194,18 @@ def memory(config: JobConfig, model: Llama, on: Layout, mode: str, family: Famil
     return max((_memory_of(part, config, model, on, mode, family) for part in parts), key=lambda held: held["peak"])
 
 
+def rounded_weights(config: JobConfig, model: Llama, on: Layout) -> float:
+    """Bytes that a step keeps for its backward pass because of precision.qat, at most; of a GPU.
+
+    torchao's fake quantisation keeps two numbers of the products' dtype for each weight of a block's linear layers.
+    They are activations, so FSDP2 does not shard them.
+    """
+    (layer, *_) = model.layers.values()
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+    parts = parts_of(config, model.model_args.n_layers)
+    return 2 * on.compute * weights * max(part.in_flight * len(part.layers) for part in parts)
+
+
 def _memory_of(
     part: Part, config: JobConfig, model: Llama, on: Layout, mode: str, family: Family | None
 ) -> dict[str, float]:
@@ -410,6 +422,14 @@ def estimate(arguments: list[str]) -> str:
         option = config.activation_checkpoint.selective_ac_option
         name = other if other != "selective" else "selective, by op" if option == "op" else f"selective, 1 in {option}"
         lines.append(_row(name + (" (the job's)" if other == mode else ""), cells))
+
+    if config.precision.qat != "none":
+        more = rounded_weights(config, model, on) / GIB
+        lines += [
+            f'precision.qat = "{config.precision.qat}": steps of the last phase keep up to {more:.2f} GiB more, rounded '
+            "weights that FSDP2",
+            "does not shard. Counted, not measured on a GPU; less with activation checkpointing.",
+        ]
 
     ffn = sparse_layers_flops(args)
     ffn_executed = flops["sparse_executed"] - (flops["dense"] - ffn)

@@ -21,8 +21,9 @@ from configs.titan import ParallelDims, build_cross_entropy_loss, titan_config
 from models.llama import Llama
 from recipes.check import check_keys
 from recipes.pipeline import stages
+from recipes.qat import prepare_qat, set_fake_quantization
 from recipes.trainer import _parallelize
-from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory, parts_of
+from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory, parts_of, rounded_weights
 
 SLICE = ("--config", "configs/7b_slice.toml")
 ALONE = ("--training.global_batch_size", "-1", "--activation_checkpoint.mode", "none")
@@ -161,6 +162,35 @@ def test_activations_are_those_that_a_compiled_block_keeps(mode, backend):
     kept = sum(size for name, size in estimated.items() if name.startswith(("activations", "matrices"))) - head
     # Beside them: angles of RoPE and the generator's state, the same for any batch; a sparse FFN recasts one matrix.
     assert sum(saved.values()) == pytest.approx(kept, rel=0.1)
+
+
+def test_rounded_weights_of_qat_are_those_that_a_step_keeps():
+    words = ["--config", "debug", "--recipe", "dense", "--precision.qat", "int8", "--model.n_layers", "2"]
+    config, _ = load_config(words)
+    args, _ = check_keys(config, 1)
+    args.vocab_size, kept = 50, []
+    model = Llama(args)
+    with torch.no_grad():
+        model.init_weights()
+    expected = rounded_weights(config, model, layout(config, 1))
+    prepare_qat(model, "int8")
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for rounds in (False, True):
+        set_fake_quantization([model], rounds)
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            saved |= {storage.data_ptr(): storage} if storage.data_ptr() not in own else {}
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(torch.arange(8)[None]).sum()
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+        del loss
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.03)  # beside them: scales
+    report = estimate(words)
+    assert f"keep up to {expected / GIB:.2f} GiB more" in report and max(map(len, report.splitlines())) <= 120
 
 
 @pytest.fixture
