@@ -424,9 +424,9 @@ def estimate(arguments: list[str]) -> str:
         lines.append(_row(name + (" (the job's)" if other == mode else ""), cells))
 
     if config.precision.qat != "none":
-        more = rounded_weights(config, model, on) / GIB
+        more = f"{rounded_weights(config, model, on) / GIB:.2f} GiB"
         lines += [
-            f'precision.qat = "{config.precision.qat}": steps of the last phase keep up to {more:.2f} GiB more, rounded '
+            f'precision.qat = "{config.precision.qat}": steps of the last phase keep up to {more} more, rounded '
             "weights that FSDP2",
             "does not shard. Counted, not measured on a GPU; less with activation checkpointing.",
         ]
