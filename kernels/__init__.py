@@ -9,7 +9,7 @@ has the six matrix products of a squared-ReLU FFN and chooses the family that co
     groups           column groups, V tokens x G neurons
     columns          column groups for large blocks, down to single neurons: a dense FFN of each block's neurons
     experts          routed experts, whose blocks of tokens never cross experts
-    clustering       clusters neurons, once, and assigns tokens to clusters, every step
+    clustering       clusters neurons or tokens, once, and assigns tokens to clusters, every step
     causal           patterns for inference, chosen from earlier tokens
     feed_forward     products (1) to (6), forward and backward
 """
