@@ -168,14 +168,13 @@ def test_a_run_keeps_its_configuration_versions_and_tensorboard(train, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["venom_2of16", "groups_quarter", "activations_2of4"])
-@pytest.mark.parametrize("killed", [2, 3, 4, 5, 7, 8, 9])
-def test_resume_is_exact_whatever_the_phase(train, uninterrupted, tmp_path, recipe, killed):
+def test_resume_is_exact_whatever_the_phase(train, uninterrupted, tmp_path, recipe):
     """
     Killed before, at and after each switch; the optimizer's moments, scales and clusters come back with the weights.
     """
     whole = uninterrupted(train, recipe)
-    train(tmp_path / "run", recipe=recipe, stop_after=killed)
-    resumed = train(tmp_path / "run", recipe=recipe)
+    for killed in (2, 3, 4, 5, 7, 8, 9, None):
+        resumed = train(tmp_path / "run", recipe=recipe, stop_after=killed)
     assert losses(resumed) == losses(whole)
     assert {s: r.get("val_loss_sparse") for s, r in resumed.items()} == {
         s: r.get("val_loss_sparse") for s, r in whole.items()
