@@ -157,8 +157,8 @@ def test_intervals_hold_what_is_true():
         dense = [Cell(1e7, d, tuple(true.loss(1e7, d) + 0.01 * random.standard_normal(3))) for d in budgets]
         own = Cell(1e7, 1.2e8, tuple(0.02 + 0.003 * random.standard_normal(3)))
         generator = np.random.default_rng(random.integers(1 << 30))
-        laws = [law.fit(dense, list(means), true) for means in law._drawn(dense, generator, dense)[:40]]
-        penalties = {"one": law._drawn([own], generator, [own])[:40]}
+        laws = [law.fit(dense, list(means), true) for means in law._drawn(dense, generator, dense)[:20]]
+        penalties = {"one": law._drawn([own], generator, [own])[:20]}
         read = law.Evidence(dense, {"one": [own]}, fitted(dense), laws, penalties)
         inside += read.shares("one", 0)[1] < share < read.shares("one", 0)[2]
     assert 22 <= inside <= 30
