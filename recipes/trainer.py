@@ -178,6 +178,13 @@ class SparseTrainer(titan.Trainer):
             self._norms: list[torch.Tensor] = []
             self._take_step, self.optimizers.step = self.optimizers.step, self._step_unless_bad
 
+    def init_distributed(self) -> titan.ParallelDims:
+        config = self.job_config
+        if config.comm.trace_buf_size:  # torchtitan makes this folder, but does not say what it could not write
+            with writing(config.comm.save_traces_folder, config.job.dump_folder):
+                os.makedirs(Path(config.job.dump_folder) / config.comm.save_traces_folder, exist_ok=True)
+        return super().init_distributed()
+
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step or the first signal."""
         config = self.job_config

@@ -414,6 +414,19 @@ def test_a_run_goes_on_where_its_output_cannot_be_written(tiny, straight, train,
     assert losses(rows(tmp_path / "run")) == straight(train)
 
 
+def test_a_disk_that_is_full_at_the_start_is_one_message(train, tmp_path, monkeypatch):
+    make = os.makedirs
+
+    def full(name, *args, **kwargs):
+        if str(name).endswith("comm_traces"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        make(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(ConfigError, match=r"comm_traces cannot be written \(No space left on device\); free space"):
+        train(tmp_path / "run")
+
+
 def _train_on_a_small_disk(words: list[str], results: Path) -> None:
     """Mount a file system for this process alone, fill it in the middle of a run, make room, and run again."""
     libc = ctypes.CDLL(None, use_errno=True)
