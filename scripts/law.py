@@ -26,7 +26,11 @@ The file says which runs count:
     {"dense": [{"study": "docs/studies/A", "run": "dense_900"}, ...],
      "recipes": {"columns_half_fp8": {
          "runs": [{"study": "docs/studies/A", "run": "half", "dense": "dense"}, ...],
-         "speeds": {"1B": ["docs/training/1b_fp8_2nd", "columns_half_fp8"]}}}}
+         "speeds": {"1B": ["docs/training/1b_fp8_2nd", "columns_half_fp8"],
+                    "7B": ["docs/training/7b_slice_fp8_2nd", "columns_half_fp8", 0.9375]}}}}
+
+The timed slice of a 7B model has no dense layer. Where a whole model has some, as many times fewer milliseconds are
+saved as the third value of a speed says: the share of the layers that are sparse, 30 of 32 here.
 
 Two keys of it replace what the runs cannot tell, and the table says so. With two budgets of one size the exponent b
 cannot be fitted: `"exponent": [0.28, 0.7]` takes the middle of this range for the estimate, and draws from the whole
@@ -323,24 +327,30 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
     """The speed-ups of a recipe by model.
 
     Args:
-        entry: a recipe of the file, whose `speeds` name the folder of a training.json and the contender for each model.
+        entry: a recipe of the file, whose `speeds` name the folder of a training.json and the contender for each model,
+            and perhaps a share of the layers, see the module's docstring.
 
     Raises:
-        ConfigError: a training.json that cannot be read, or a contender that it has not timed.
+        ConfigError: a training.json that cannot be read, a contender that it has not timed, or a share not in (0, 1].
     """
     found, model, where = {}, "", entry.get("speeds", {})
     try:
-        for model, (folder, contender) in where.items():
+        for model, (folder, contender, *shares) in where.items():
+            (layers,) = shares or (1.0,)
+            if not 0 < layers <= 1:
+                raise ValueError(f"the share of sparse layers is {layers}, not above 0 and at most 1")
             contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
             dense, own = contenders["dense"]["ms"]["dense"], contenders[contender]
             rival = min(
                 each["ms"]["dense"] for each in contenders.values() if not (each["failed"] or each["sparse_share"])
             )
-            found[model] = Speed(dense / own["ms"]["sparse"], own["whole"], dense / rival)
+            sparse = own["ms"]["dense"] - layers * (own["ms"]["dense"] - own["ms"]["sparse"])
+            mean_ms = own["ms"]["dense"] + own["sparse_share"] * (sparse - own["ms"]["dense"])
+            found[model] = Speed(dense / sparse, dense / mean_ms, dense / rival)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"speeds of {model or json.dumps(where)}: give the folder of a training.json and a contender that it has "
-            f"timed ({error!r})"
+            f"speeds of {model or json.dumps(where)}: give the folder of a training.json, a contender that it has "
+            f"timed and, if fewer layers are sparse than were timed, their share ({error!r})"
         ) from None
     return found
 

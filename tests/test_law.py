@@ -205,11 +205,16 @@ def test_speeds_that_were_not_timed_are_one_message(tmp_path):
     contenders = {
         "dense": {"failed": "", "ms": {"dense": 200.0}, "sparse_share": 0.0},
         "float8": {"failed": "it ran out of memory"},
-        "own": {"failed": "", "ms": {"dense": 200.0, "sparse": 100.0}, "sparse_share": 0.8, "whole": 1.6},
+        "own": {"failed": "", "ms": {"dense": 200.0, "sparse": 100.0}, "sparse_share": 0.75},
     }
     (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
-    assert law.speeds({"speeds": {"1B": ["", "own"]}}, tmp_path) == {"1B": law.Speed(2.0, 1.6, 1.0)}
-    for told in ({"1B": ["nowhere", "own"]}, {"1B": ["", "none"]}, {"1B": ["", "float8"]}, {"1B": "x"}, "x"):
+    told = {"1B": ["", "own"], "7B": ["", "own", 0.4]}  # of 100 ms, 40 are saved where 0.4 of the layers are sparse
+    assert law.speeds({"speeds": told}, tmp_path) == {
+        "1B": law.Speed(2.0, 1.6, 1.0),
+        "7B": law.Speed(200 / 160, 200 / 170, 1.0),
+    }
+    wrong = {"1B": ["nowhere", "own"]}, {"1B": ["", "none"]}, {"1B": ["", "float8"]}, {"1B": "x"}, "x"
+    for told in (*wrong, {"1B": ["", "own", 0]}, {"1B": ["", "own", 1.5]}, {"1B": ["", "own", 1, 1]}):
         with pytest.raises(ConfigError, match=r"speeds of (1B|\"x\"): give the folder of a training.json"):
             law.speeds({"speeds": told}, tmp_path)
 
