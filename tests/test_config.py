@@ -415,8 +415,9 @@ def test_a_recipe_in_fp8_differs_from_the_one_in_bf16_as_its_comment_says(recipe
     tables = [tomllib.loads((file.parent / name).read_text()) for name in (f"columns_{recipe}.toml", file.name)]
     bf16, fp8 = ({f"{s}.{k}": v for s, keys in table.items() for k, v in keys.items()} for table in tables)
     differ = {key for key in bf16.keys() | fp8.keys() if bf16.get(key) != fp8.get(key)} - {"router.cluster_size"}
-    assert differ == {"precision.ffn", "activations.sample", "activations.balance", "router.token_clusters"} | more
-    assert f"with {'four' if len(differ) == 4 else 'five'} differences" in file.read_text()
+    every = {"precision.ffn", "activations.sample", "activations.balance", "router.token_clusters", "schedule.phases"}
+    assert differ == every | more
+    assert f"with {'five' if len(differ) == 5 else 'six'} differences" in file.read_text()
 
 
 def test_check_prints_the_resolved_configuration():
