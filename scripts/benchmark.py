@@ -10,7 +10,7 @@ steps; a run without one takes 30 steps. A step has one micro-batch, unless --tr
 contenders run one after the other, and all of them `--rounds` times.
 
 The time of a step is measured over windows of five steps; the result is the median of the windows of all rounds.
-Windows in which graphs were compiled, memory was allocated first, or the profiler ran or wrote its trace are left out.
+Windows in which a phase began, graphs were compiled, or the profiler ran or wrote its trace are left out.
 A contender whose loss does not fall by 0.2 gets no time. `--brief N` is for steps of a large model: windows of N steps,
 three dense ones and then, with a sparse phase, three sparse ones; no trace.
 
@@ -114,7 +114,7 @@ BENCHMARK_KEYS = {  # keys of train.py that the benchmark sets for all contender
 }
 DEGREES = (
     *("data_parallel_replicate_degree", "data_parallel_shard_degree", "context_parallel_degree"),
-    *("tensor_parallel_degree", "pipeline_parallel_degree"),
+    *("tensor_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"),
 )
 
 
@@ -268,14 +268,17 @@ def measured(rows: list[dict[str, Any]], plan: Plan = FULL) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     peak: dict[str, float] = {}
     active: dict[str, float] = {}
+    phase = None
     for row in rows:
         mode, step = row["phase"], row["step"]
+        begins, phase = mode != phase, mode
         peak[mode] = max(peak.get(mode, 0.0), row["peak_memory_gib"])
         if "peak_active_gib" in row:
             active[mode] = max(active.get(mode, 0.0), row["peak_active_gib"])
         # The profiler warms up in the window before a trace, and the trace is written in the window after it.
         traced = plan.profiled and step % plan.profiled in (0, plan.window)
-        if step > plan.window and not traced and not row["graphs_compiled"]:
+        # A phase's first window allocates memory, also where it compiles nothing.
+        if step > plan.window and not begins and not traced and not row["graphs_compiled"]:
             seconds.setdefault(mode, []).append(row["step_seconds"])
     return {
         "seconds": seconds,

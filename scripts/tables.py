@@ -508,8 +508,10 @@ def _measured_on(results: Sequence[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(dict.fromkeys(map(_commit, results)))
     dates = ", ".join(dict.fromkeys(result["date"][:10] for result in results))
+    hardware = [result["hardware"] for result in results]
+    devices = " and ".join(dict.fromkeys(f"{each['gpus']} x {each['device']}" for each in hardware))
     return (
-        f"Medians over means of {_window(results)} steps. {first['hardware']['gpus']} x {first['hardware']['device']}, "
+        f"Medians over means of {_window(results)} steps. {devices}, "
         f"{versions}, {dates}, commit {commits}; each file has its command, such as `{first['command']}`."
     )
 
@@ -584,40 +586,61 @@ def depth_table(folder: Path) -> str:
     return _table(rows, False, lambda _: " ".join([text + _measured_on(results), *notes]))
 
 
+APART = 0.03  # of the times of a step's windows, from which on a table of layouts shows them
+
+
 def layouts_table(folder: Path) -> str:
-    """Steps of a model by its layout on several GPUs, with what was predicted, as a Markdown table.
+    """Steps of a model by its layout on several GPUs or on one, with what was predicted, as a Markdown table.
 
     Args:
-        folder: has files of scripts/benchmark.py, one for each layout and recipe, and prediction.json.
+        folder: has files of scripts/benchmark.py, one for each layout and recipe, and prediction.json: by layout and
+            recipe, `ms` of steps in bf16, and `gib` of tensors by mode. Either may lack any layout and recipe.
     """
-    predicted = json.loads((folder / PREDICTION).read_text())["ms"]
-    measured = sorted(_measurements(folder), key=lambda each: [*predicted].index(_layout(each[0])))
-    results, rows = [result for result, _, _ in measured], []
+    predicted = json.loads((folder / PREDICTION).read_text())
+    order = [*predicted["ms"], *predicted["gib"]]
+    measured = _measurements(folder)
+    measured.sort(
+        key=lambda each: (each[0]["hardware"]["gpus"], order.index(name) if (name := _layout(each[0])) in order else 0)
+    )
+    rows, notes = [], []
     for result, name, entry in measured:
-        before = predicted[_layout(result)]
-        memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in ("dense", "sparse"))
-        graphs = ", ".join(f"{count} by step {step}" for step, count in entry["graphs"].items())
-        dense = None if name.endswith("_fp8") else before["dense"]  # the prediction is of bf16 steps
+        layout, recipe = _layout(result), _with_keys(result, name)
+        times, memory = (predicted[unit].get(layout, {}) for unit in ("ms", "gib"))
+        # The dense steps of a recipe in fp8 have FFNs in float8, and the prediction is of bf16.
+        dense = None if name.endswith("_fp8") else times.get("dense")
+        before = {"dense": dense, "sparse": times.get(name)}
+        shown = {mode: _beside(entry["ms"][mode], before[mode], "{:.0f}") for mode in entry["ms"]}
+        gain = dense / times[name] if dense and name in times else None
+        tensors = [
+            _beside(each, memory.get(name, {}).get(mode), "{:.1f}") for mode, each in entry["active_gib"].items()
+        ]
         rows.append(
             {
-                "layout": _layout(result),
-                "recipe": f"`{name}`",
-                "dense step, ms (predicted)": _beside(entry["ms"]["dense"], dense, "{:.0f}"),
-                "sparse step, ms (predicted)": _beside(entry["ms"]["sparse"], before[name], "{:.0f}"),
-                "speed-up (predicted)": _beside(entry["speedup"], dense and dense / before[name], "{:.2f}x"),
-                "MFU, dense / sparse": " / ".join(_mfu(result, entry, mode) for mode in ("dense", "sparse")),
-                "memory of a GPU, GiB, dense / sparse": memory,
+                "layout": layout,
+                "recipe": recipe,
+                "dense step, ms (predicted)": shown["dense"],
+                "sparse step, ms (predicted)": shown.get("sparse", "-"),
+                "speed-up (predicted)": _beside(entry["speedup"], gain, "{:.2f}x") if "speedup" in entry else "-",
+                "MFU, dense / sparse": " / ".join(_mfu(result, entry, mode) for mode in entry["ms"]),
+                "memory of a GPU, GiB, dense / sparse (predicted)": " / ".join(tensors),
                 "parameters": result["dtype"],
-                "graphs compiled": graphs,
+                "graphs compiled": ", ".join(f"{count} by step {step}" for step, count in entry["graphs"].items()),
             }
         )
+        for mode, windows in entry["rounds"].items():
+            if max(windows) > (1 + APART) * min(windows):
+                notes.append(f"{layout}, {recipe}: {_range(windows, '{:.0f}')} ms ({mode})")
+    results = [result for result, _, _ in measured]
     first = results[0]
     text = (
-        f"{first['model']}, {first['batch'] * first['hardware']['gpus']} sequences of {first['sequence']} tokens in a "
-        f"step of all GPUs, compiled, activation checkpointing: {first['activation_checkpoint']}. Speed-up: over the "
-        "run's own dense steps. Memory: of tensors, of the fullest GPU. "
+        f"{first['model']}, {first['layers']} layers, {first['batch']} sequences of {first['sequence']} tokens in a "
+        f"step for each GPU, compiled, activation checkpointing: {first['activation_checkpoint']}. Speed-up: over the "
+        "run's own dense steps. MFU: dense-equivalent, over the bf16 peak. Memory: of tensors, of the fullest GPU. "
     )
-    return _table(rows, False, lambda _: text + _measured_on(results))
+    text += _measured_on(results)
+    if notes:
+        text += f" Steps whose windows differ by more than {100 * APART:.0f}%: {'; '.join(notes)}."
+    return _table(rows, False, lambda _: text)
 
 
 # Keys of train.py that steps are compared by.
@@ -673,15 +696,29 @@ def switches_table(folder: Path) -> str:
 
 
 def _switches(result: dict[str, Any]) -> dict[str, str]:
-    words = [part for word in shlex.split(result["command"]) for part in word.split("=", 1)]
-    given = {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
+    given = _given_keys(result)
     return {key: given[key] for key in SWITCHES if key in given}
+
+
+def _given_keys(result: dict[str, Any]) -> dict[str, str]:
+    """The options of the command that measured, and their values."""
+    words = [part for word in shlex.split(result["command"]) for part in word.split("=", 1)]
+    return {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
 
 
 def _layout(result: dict[str, Any]) -> str:
     """A layout as the pages name it: "FSDP2 2", "tensor 2"."""
     degrees = {name.split("_")[0]: degree for name, degree in result["layout"].items() if "data_parallel" not in name}
-    return ", ".join(f"{name} {degree}" for name, degree in degrees.items()) or f"FSDP2 {result['hardware']['gpus']}"
+    gpus = result["hardware"]["gpus"]
+    return ", ".join(f"{name} {degree}" for name, degree in degrees.items()) or (
+        f"FSDP2 {gpus}" if gpus > 1 else "one GPU"
+    )
+
+
+def _with_keys(result: dict[str, Any], name: str) -> str:
+    """A contender, with the precision that its sparse FFNs were given beside the recipe."""
+    precision = _given_keys(result).get("precision.ffn")
+    return f"`{name}`" + (f", `precision.ffn = {precision}`" if precision else "")
 
 
 def headline_table(file: Path) -> str:

@@ -137,8 +137,11 @@ def test_a_brief_run_measures_two_windows_of_each_mode():
     assert plan.steps("dense") == 9 and plan.steps("sparse") == 18 and plan.traced("sparse") == []
     assert plan.keys("sparse")["schedule.phases"] == '[{mode = "dense", end = 9}, {mode = "sparse", end = 18}]'
     rows = [row(1, "dense", 9.0, 3), row(3, "dense", 0.9), row(6, "dense", 0.30), row(9, "dense", 0.31)]
-    rows += [row(12, "sparse", 3.0, 3), row(15, "sparse", 0.20), row(18, "sparse", 0.22)]
-    assert benchmark.measured(rows, plan)["seconds"] == {"dense": [0.30, 0.31], "sparse": [0.20, 0.22]}
+    # Experts under expert parallelism compile nothing in sparse steps, but their first ones allocate.
+    for graphs in (0, 3):
+        sparse = [row(12, "sparse", 3.0, graphs), row(15, "sparse", 0.20), row(18, "sparse", 0.22)]
+        seconds = benchmark.measured(rows + sparse, plan)["seconds"]
+        assert seconds == {"dense": [0.30, 0.31], "sparse": [0.20, 0.22]}
 
 
 def test_the_last_step_before_the_second_dense_phase_is_traced():
@@ -150,8 +153,8 @@ def test_a_layout_has_its_own_batch_and_shards(tmp_path):
     """Ranks of a tensor or pipeline group read the same sequences, and a shard is as wide as a part of the FFN."""
     common = {"config": "configs/debug.toml", "training.local_batch_size": "4", "training.global_batch_size": "-1"}
 
-    def turn(**keys: str) -> benchmark.Turn:
-        keys = {f"parallelism.{name}_parallel_degree": degree for name, degree in keys.items()}
+    def turn(config: str = common["config"], **keys: str) -> benchmark.Turn:
+        keys = {"config": config} | {f"parallelism.{name}_parallel_degree": degree for name, degree in keys.items()}
         return benchmark.Turn("dense", common | keys, tmp_path, 2, benchmark.FULL)
 
     shard, tensor, pipeline = turn(), turn(tensor="2"), turn(pipeline="2")
@@ -161,6 +164,8 @@ def test_a_layout_has_its_own_batch_and_shards(tmp_path):
     assert (shard.args.hidden_dim, tensor.args.hidden_dim) == (768, 384)
     head = benchmark.describe(tensor, ["command"], 2)
     assert head["batch"] == 2 and head["layers"] == 4 and head["layout"]["tensor_parallel_degree"] == 2
+    experts = turn(config="configs/moe_debug.toml", expert="2")
+    assert benchmark.describe(experts, ["command"], 2)["layout"]["expert_parallel_degree"] == 2
 
 
 def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement(tmp_path):
@@ -168,7 +173,8 @@ def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement
         about = {"flops_per_token": {"dense": 1e10}, "peak_flops": 1e15}
         rates = {mode: 32768e3 / time for mode, time in ms.items()}
         entry = {"failed": "", "ms": ms, "tokens_per_second": rates, "about": about, "graphs": {"1": 2, "13": 1}}
-        entry |= {"active_gib": dict.fromkeys(ms, 20.0), "speedup": ms["dense"] / ms.get("sparse", 1)}
+        entry |= {"active_gib": dict.fromkeys(ms, 20.0), "rounds": {mode: [t, 1.02 * t] for mode, t in ms.items()}}
+        entry |= {"speedup": ms["dense"] / ms["sparse"]} if "sparse" in ms else {}
         head = {"model": "7b", "sequence": 4096, "batch": 4, "compile": True, "activation_checkpoint": "none"}
         head |= {"dtype": "float32", "hardware": {"device": "GPU", "gpus": 2}, "versions": {"torch": "2"}}
         head |= {"date": "2026-11-28T00", "commit": "abc", "command": "python", "layout": {}} | more
@@ -194,16 +200,31 @@ def test_tables_of_depths_and_layouts_have_the_prediction_beside_the_measurement
     for file in tmp_path.glob("*.json"):
         file.unlink()
     times = {"dense": 200, "columns_eighth": 160, "columns_eighth_fp8": 150}
-    (tmp_path / "prediction.json").write_text(json.dumps({"ms": {"FSDP2 2": times, "tensor 2": times}}))
+    gib = {"columns_eighth": {"dense": 22.0, "sparse": 19.0}}
+    prediction = {"ms": {"FSDP2 2": times, "tensor 2": times}, "gib": {"tensor 2": gib}}
+    (tmp_path / "prediction.json").write_text(json.dumps(prediction))
     tensor = {"data_parallel_shard_degree": -1, "tensor_parallel_degree": 2}
     write("a.json", "columns_eighth", {"dense": 240.0, "sparse": 200.0}, layers=16, layout=tensor)
     write("b.json", "columns_eighth_fp8", {"dense": 210.0, "sparse": 150.0}, layers=16)
+    write("c.json", "dense", {"dense": 230.0}, layers=16, hardware={"device": "GPU", "gpus": 1})
+    command = "python -m scripts.benchmark --precision.ffn fp8"
+    write("d.json", "columns_half", {"dense": 220.0, "sparse": 180.0}, layers=16, command=command, layout=tensor)
+    slower = json.loads((tmp_path / "d.json").read_text())
+    slower["contenders"]["columns_half"]["rounds"]["sparse"] = [170.0, 190.0]
+    (tmp_path / "d.json").write_text(json.dumps(slower))
     lines = fill(f"<!-- layouts: {tmp_path} -->\n<!-- end -->").splitlines()
-    assert lines[3].startswith(
+    assert lines[3].startswith("| one GPU | `dense` | 230 | - | - | 142% | 20.0 |")  # 32,768 tokens on one GPU
+    assert lines[4].startswith(
         "| FSDP2 2 | `columns_eighth_fp8` | 210 | 150 (150) | 1.40x | 78% / 109% | 20.0 / 20.0 |"
     )
-    assert lines[4].startswith("| tensor 2 | `columns_eighth` | 240 (200) | 200 (160) | 1.20x (1.25x) | 68% / 82% |")
-    assert lines[4].endswith("| float32 | 2 by step 1, 1 by step 13 |")
+    row = "| tensor 2 | `columns_eighth` | 240 (200) | 200 (160) | 1.20x (1.25x) | 68% / 82% |"
+    assert lines[5] == f"{row} 20.0 (22.0) / 20.0 (19.0) | float32 | 2 by step 1, 1 by step 13 |"
+    assert lines[6].startswith("| tensor 2 | `columns_half`, `precision.ffn = fp8` | 220 (200) | 180 | 1.22x |")
+    text = lines[-2]
+    assert "7b, 16 layers, 4 sequences of 4096 tokens in a step for each GPU" in text
+    assert "1 x GPU and 2 x GPU" in text
+    end = "differ by more than 3%: tensor 2, `columns_half`, `precision.ffn = fp8`: 170 to 190 ms (sparse)."
+    assert text.endswith(end)
 
 
 def test_torchtitan_s_lines_are_read():
