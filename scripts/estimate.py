@@ -15,8 +15,9 @@ the next are gathered. In a sparse phase h is stored as the family stores it: co
 packed for 2:4, otherwise dense; y1 is not stored.
 
 Tensor parallelism shards the activations, between blocks along the sequence. What the ranks gather before attention,
-the FFN and the head, the backward pass reads whole. Where the logits are sharded over the vocabulary, the loss keeps a
-float32 number for each of them, whether or not it is compiled.
+the FFN and the head, the backward pass reads whole. Where the logits are sharded over the vocabulary, the loss holds
+two float32 numbers for each of them at its peak, and keeps one, whether or not it is compiled. Parameters in bf16
+(training.dtype) have moments in bf16.
 
 Measured on an H100 (batch of 4 x 4096 tokens, vocabulary 32768, no activation checkpointing, compiled, one GPU), see
 docs/training and tests/test_estimate.py:
@@ -37,8 +38,12 @@ and on two, by GPU, of the layers of 7b 24:
     FSDP2, 1b, columns_eighth  17.2 GiB of tensors   estimated 17.7
     FSDP2, 7b, dense           71.2 GiB of tensors   estimated 72.8
     FSDP2, 7b, ..._eighth_fp8  49.8 GiB of tensors   estimated 52.6
-    tensor, 1b, dense          28.9 GiB of tensors   estimated 28.9
+    tensor, 1b, dense          28.9 GiB of tensors   estimated 28.8
     tensor, 1b, columns_eighth 19.1 GiB of tensors   estimated 19.0
+    pipeline, 1b, dense        13.8 GiB of tensors   estimated 13.8
+    pipeline, 1b, ..._eighth    9.8 GiB of tensors   estimated 9.3; the switch took 11.3
+    context, 1b, dense         29.1 GiB of tensors   estimated 27.5
+    context, 1b, ..._eighth    19.3 GiB of tensors   estimated 17.7
 
 Not included: fragmentation of the allocator, NCCL's buffers and CUDA's context (about 1 GiB together), temporary memory
 of kernels, and the switch to a sparse phase, which holds h of up to sixteen layers and 8192 tokens in float32 (5.3 GiB
@@ -55,8 +60,8 @@ activation checkpointing. Start-up, validation, checkpoints and exposed communic
 **Pipeline.** Memory is that of the GPU that holds most: a schedule keeps the activations of several micro-batches, most
 in the first stage. With FSDP a stage stays gathered, and its gradients whole, through all micro-batches of a local
 batch. The time includes the pipeline's bubble, as if all stages took equally long. With context parallelism a GPU has
-its share of a sequence's tokens; the keys and values that ring attention gathers in one layer are left out. None of it
-has been measured.
+its share of a sequence's tokens; what ring attention keeps beside them, 2 GiB at 1b by the runs above, is left out.
+Pipelines with FSDP have not been measured.
 """
 
 import argparse
@@ -220,7 +225,8 @@ def _memory_of(
     head = args.vocab_size * d
     parameters = layers * count + (head if part.embeds else 0) + (head + d if part.heads else 0)
     states = 0 if config.training.enable_cpu_offload else on.state * parameters / (on.shard * on.tensor)
-    moments = 2 * states * TORCH_DTYPE_MAP[config.optimizer.moments].itemsize / on.state
+    # torch's AdamW keeps them in the parameters' dtype.
+    moments = 2 * states * min(TORCH_DTYPE_MAP[config.optimizer.moments].itemsize / on.state, 1)
     fsdp = on.shard > 1
 
     attention = tokens * (on.stream * d + width * (5 * d + 2 * kv) + 4 * args.n_heads)
@@ -287,7 +293,7 @@ def _memory_of(
         rows_at_once = min(chunk, tokens)
         logits = rows_at_once * args.vocab_size * (2 * width + (0 if loss_compiled else 3 * 4)) + 4 * head
     elif on.tensor > 1 and not config.parallelism.disable_loss_parallel:
-        logits = tokens * args.vocab_size * (width + 4) / on.tensor
+        logits = tokens * args.vocab_size * (width + 2 * 4) / on.tensor
     else:  # whole on every rank of tensor parallelism
         logits = tokens * args.vocab_size * 2 * (width if loss_compiled else width + 4)
     logits += tokens * d * (on.stream / on.tensor + width)
