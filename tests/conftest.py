@@ -119,8 +119,8 @@ def train(tiny):
 
     def run(folder: Path, *words: str, recipe: str = "venom_2of16", stop_after: int | None = None) -> dict[int, dict]:
         command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
-        # Saving takes longer than training: at every step only where the run is to die after any.
-        saves = ["--checkpoint.interval", "4"] if stop_after is None else []
+        # Saving takes longer than training, so that a run saves little but the step that it dies after.
+        saves = ["--checkpoint.interval", str(stop_after or 4)]
         config, _ = load_config(merge(merge(command, saves), [*words, "--job.dump_folder", str(folder)]))
         args, spans = check_config(config)
         check_data(config)

@@ -470,7 +470,7 @@ def test_tensorboard_has_every_step_once(train, tmp_path):
         events = [event for file in files for event in EventFileLoader(str(file)).Load()]
         return sorted(event.step for event in events for value in event.summary.value if value.tag == "loss")
 
-    words = "--metrics.enable_tensorboard", "true", "--metrics.log_freq", "1"
+    words = "--metrics.enable_tensorboard", "true", "--metrics.log_freq", "1", "--checkpoint.interval", "1"
     train(tmp_path, *words, stop_after=6)
     assert steps() == list(range(1, 7))
     for step in (5, 6):

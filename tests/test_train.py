@@ -39,6 +39,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 LAST_STEP = 12
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 BLOCKS_OF_32 = ("--activations.v", "32")
+SAVES = ("--checkpoint.interval", "4")  # fewer than of each step, which take longer than training
 ONE_DENSE = ("--schedule.dense_layers", "1")  # of two
 
 
@@ -200,7 +201,7 @@ def test_reclustering_resumes_exactly_too(train, uninterrupted, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(train, uninterrupted, tmp_path, caplog):
     whole = uninterrupted(train, "venom_2of16")
-    train(tmp_path / "run", stop_after=6)
+    train(tmp_path / "run", "--checkpoint.interval", "1", stop_after=6)
     data = next((tmp_path / "run" / "checkpoint" / "step-6").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-100])
     run = train(tmp_path / "run")
@@ -341,7 +342,7 @@ def test_two_ranks_give_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
         return rows(tmp_path / recipe), result.stdout
 
     one = uninterrupted(train, "dense", *DENSE)
-    two, _ = two_ranks("dense", *DENSE)
+    two, _ = two_ranks("dense", *DENSE, *SAVES)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert two[LAST_STEP]["val_loss"] == pytest.approx(one[LAST_STEP]["val_loss"], rel=1e-4)
     assert two[LAST_STEP]["tokens"] == one[LAST_STEP]["tokens"]
@@ -404,7 +405,7 @@ def test_the_two_models_of_a_flavor_have_equal_parameters():
 
 def test_tensor_parallel_dense_training_gives_the_losses_of_one(tiny, train, uninterrupted, tmp_path):
     words = merge(tiny, ["--job.dump_folder", str(tmp_path), "--parallelism.tensor_parallel_degree", "2", *DENSE])
-    words = merge(words, ["--model.n_kv_heads", "2"])
+    words = merge(words, ["--model.n_kv_heads", "2", *SAVES])
     result = fork("--config", "configs/debug.toml", "--recipe", "recipes/dense.toml", *words, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     one = uninterrupted(train, "dense", *DENSE, "--model.n_kv_heads", "2")
@@ -650,7 +651,7 @@ def test_hybrid_sharding_gives_the_losses_of_one(tiny, train, uninterrupted, tmp
     words = ["--parallelism.data_parallel_replicate_degree", "2", "--job.dump_folder", str(tmp_path)]
     # Layers that stay gathered after the forward pass that the neurons are clustered by must not be put in order for
     # their shards.
-    words += ["--parallelism.fsdp_reshard_after_forward", "never"]
+    words += ["--parallelism.fsdp_reshard_after_forward", "never", *SAVES]
     words = merge(tiny, [*words, *batch])
     result = fork("--config", "configs/debug.toml", *words, processes=4)
     assert result.returncode == 0, result.stdout + result.stderr
