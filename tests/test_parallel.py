@@ -218,6 +218,8 @@ def test_a_run_resumes_on_other_ranks_with_the_same_batches(tiny, train, tmp_pat
         "false",
         "--model.n_kv_heads",
         "2",
+        "--checkpoint.interval",
+        "4",
     )
     one = train(tmp_path / "one", *dense, recipe="dense")
     train(tmp_path / "run", *dense, recipe="dense", stop_after=4)
