@@ -346,7 +346,7 @@ class SparseTrainer(titan.Trainer):
             if not math.isfinite(metrics.row[name]) and not self.skips:
                 raise self._diverged(f"the {name.replace('grad_norm', 'norm of the gradient')} is {metrics.row[name]}")
         extra = {f"train_{name}": value for name, value in self._expert_balance().items() if "/" not in name}
-        extra |= self._validate() if validates else {}
+        extra |= self._validation_metrics() if validates else {}
         if config.training.skip_bad_batches:
             extra["skipped_batches"] = self.bad_batches.skipped
         if masks is not None:
@@ -468,7 +468,7 @@ class SparseTrainer(titan.Trainer):
             dist.all_reduce(load)
         return expert_balance(load)
 
-    def _validate(self) -> dict[str, float]:
+    def _validation_metrics(self) -> dict[str, float]:
         """Dense inference in any phase; in a sparse one the pattern's as well, and how well it fits.
 
         Where weights are rounded, by precision.qat, first with the weights as they are, and then rounded.
