@@ -737,14 +737,14 @@ def headline_table(file: Path) -> str:
             steps.append(f"{model} {speed.step:.2f}x, {speed.step / speed.rival:.2f}x")
             whole.append(f"{model} {speed.whole:.2f}x, {speed.whole / speed.rival:.2f}x")
             sooner.append(f"{model} {speed.whole * share:.2f}x, {speed.whole * share / speed.rival:.2f}x")
-        penalty = mean(cell.values)
+        share_of_loss = mean(cell.values) / evidence.law.loss(cell.parameters, cell.tokens)
         rows.append(
             {
                 "recipe": f"[`{recipe}`](recipes/{recipe}.toml)",
                 "its sparse step": "; ".join(steps),
                 "whole run": "; ".join(whole),
                 "scale": f"{rounded(cell.parameters, 2)}, {cell.tokens / cell.parameters:.0f} each",
-                "loss at equal tokens": f"{100 * penalty / evidence.law.loss(cell.parameters, cell.tokens):+.1f}%",
+                "loss at equal tokens": f"{round(100 * share_of_loss, 1) + 0.0:+.1f}%",  # + 0.0: never "-0.0%"
                 "at equal loss": "; ".join(sooner),
             }
         )
