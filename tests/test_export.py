@@ -503,7 +503,7 @@ def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):
 
     def run(*words) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     unguarded = run("-c", "import transformers.integrations.hub_kernels")
     assert "cannot import name" in unguarded.stderr and "kernels" in unguarded.stderr
@@ -516,7 +516,7 @@ def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):
 
 def test_an_error_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "scripts.export_hf", str(tmp_path / "nowhere"), "OUT"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: ") and "nowhere" in result.stderr
 

@@ -32,7 +32,7 @@ def slurm(tmp_path_factory):
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -41,11 +41,11 @@ def slurm(tmp_path_factory):
         # The daemons keep what they inherit open, so their output must not be a pipe that somebody reads to its end.
         with (folder / "start.log").open("w") as log:
             command = [*script, "start", str(folder)]
-            started = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=90)
+            started = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=300)
         assert started.returncode == 0, (folder / "start.log").read_text()
         yield run
     finally:
-        subprocess.run([*script, "stop", str(folder)], cwd=ROOT, env=environment, timeout=90)
+        subprocess.run([*script, "stop", str(folder)], cwd=ROOT, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def submit(slurm, log: Path, script: str, *words: str, options: tuple[str, ...] 
     return slurm("sbatch", "--parsable", *own, f"scripts/slurm/{script}", *words)
 
 
-def until(happened, log: Path, seconds: float = 80) -> None:
+def until(happened, log: Path, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else f"{log} was never written"
@@ -145,7 +145,7 @@ def test_a_study_s_arrays_go_on_from_one_another(slurm, write_study, tmp_path):
     until(
         lambda: all((file.parent / f"{name}_s0" / "run.json").exists() for name in ("dense", "groups_quarter")),
         log,
-        240,
+        900,
     )
     before = rows(tmp_path / "out" / "start_s0")
     for name in ("dense", "groups_quarter"):

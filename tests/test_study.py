@@ -53,12 +53,12 @@ def test_a_study_is_interrupted_resumed_and_collected(forked, write_study, tmp_p
     command = [sys.executable, "-m", "scripts.study", *words, "--only", "dense"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "out" / "dense_s0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    text, error = process.communicate(timeout=120)
+    text, error = process.communicate(timeout=300)
     assert process.returncode == 130, text
     assert error.splitlines()[-1] == "interrupted: not complete: dense_s0; the same command goes on"
     assert "Traceback" not in text + error

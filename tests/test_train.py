@@ -261,11 +261,11 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
         process = start(
             command, cwd=ROOT, env=dict(os.environ), stdout=writer, stderr=subprocess.STDOUT, start_new_session=True
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal and torchrun do: the process that reads the data gets it too
-    process.wait(timeout=120)
+    process.wait(timeout=300)
     os.set_blocking(reader, True)
     with open(reader) as file:
         output = file.read()
@@ -322,7 +322,7 @@ def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tiny, tra
     command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
     with open(os.devnull, "w") as nowhere:
         process = Forked(command, env=dict(os.environ), stdout=nowhere, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint" / "step-5").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -164,7 +164,7 @@ def test_what_is_no_hang_goes_on():
     time.sleep(2.5)
     stopped.send_signal(signal.SIGCONT)
     for process in (stopped, beats, idle, starts, asked):
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 0 and "error" not in error, error
         if process is asked:
             assert "<module>" in error and "in _watch" in error, "the stacks of all threads"
@@ -172,5 +172,5 @@ def test_what_is_no_hang_goes_on():
 
 def test_stacks_are_written_where_python_s_lock_is_held():
     process = python("watchdog.watch('step 3')\nprint('ready')\ntime.sleep(0.3)\nctypes.PyDLL(None).sleep(3)")
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert "Timeout" in error and "<module>" in error

@@ -49,14 +49,14 @@ CONF
         --log-file="$folder/munged.log" --seed-file="$folder/munge.seed"
     slurmctld
     slurmd -N localhost
-    for _ in $(seq 60); do
+    for _ in $(seq 240); do
         if [ "$(sinfo --noheader --format=%t 2>/dev/null)" = idle ]; then
             echo "SLURM runs: export SLURM_CONF=$SLURM_CONF"
             return
         fi
         sleep 0.5
     done
-    echo "error: the node is not idle after 30 seconds; logs are in $folder" >&2
+    echo "error: the node is not idle after 120 seconds; logs are in $folder" >&2
     stop
     return 1
 }
