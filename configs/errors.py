@@ -7,9 +7,9 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 STOPPING = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 """Signals at which a run saves and ends."""
@@ -104,7 +104,7 @@ def _output_has_no_reader() -> bool:
     return bool(poll.poll(0))
 
 
-def exit_with(error: ConfigError) -> None:
+def exit_with(error: ConfigError) -> NoReturn:
     """Print the error once, whatever the number of ranks, and exit with the error's status.
 
     Rank 0 prints and exits; torchrun then ends the other ranks. Any other rank waits before it prints and exits: if it
@@ -117,3 +117,11 @@ def exit_with(error: ConfigError) -> None:
         time.sleep(15)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.status)
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's `main` and exit with the status that it returns, or with a ConfigError's message and status."""
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        exit_with(error)

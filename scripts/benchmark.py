@@ -40,7 +40,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.loader import load_config
 from configs.repository import ROOT, commit
 from configs.schema import JobConfig
@@ -576,7 +576,4 @@ def describe(turn: Turn, command: list[str], gpus: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

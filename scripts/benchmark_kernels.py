@@ -48,7 +48,7 @@ import triton
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.repository import ROOT, commit
 from kernels import MASKED, Cost, Family, FeedForwardSparsity, Groups, Shape, Venom, explain, hidden_activations
 from kernels.feed_forward import FAMILIES
@@ -455,20 +455,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--references", action="store_true", help="time contenders without kernels, too")
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a new one")
     options = parser.parse_args(arguments)
+    shapes = [parse_shape(text) for text in options.shapes]
+    for name in options.contenders:
+        if name not in CONTENDERS:
+            raise ConfigError(f"--contenders {name}: no such contender; there are {', '.join(CONTENDERS)}")
+    if options.tokens < 16 or options.tokens % 16:
+        raise ConfigError(f"--tokens {options.tokens}: give a multiple of 16")
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device: the benchmark measures a GPU, run it on a machine that has one")
     try:
-        shapes = [parse_shape(text) for text in options.shapes]
-        for name in options.contenders:
-            if name not in CONTENDERS:
-                raise ConfigError(f"--contenders {name}: no such contender; there are {', '.join(CONTENDERS)}")
-        if options.tokens < 16 or options.tokens % 16:
-            raise ConfigError(f"--tokens {options.tokens}: give a multiple of 16")
-        if not torch.cuda.is_available():
-            raise ConfigError("no CUDA device: the benchmark measures a GPU, run it on a machine that has one")
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        exit_with(ConfigError(f"--out {options.out}: cannot be made ({error.strerror}); name another folder"))
-    except ConfigError as error:
-        exit_with(error)
+        raise ConfigError(f"--out {options.out}: cannot be made ({error.strerror}); name another folder") from None
     seed = random.randrange(2**31) if options.seed is None else options.seed
     torch.manual_seed(seed)
     torch._dynamo.config.recompile_limit = 2 * len(CONTENDERS)  # all contenders are one code object
@@ -503,4 +501,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

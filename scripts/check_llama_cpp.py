@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from scripts.check_vllm import PROMPTS, TOKENS, compare, report
 from scripts.options import Parser, add_out
 from scripts.trained import load_model
@@ -67,7 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

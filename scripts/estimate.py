@@ -72,7 +72,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.loader import load_config
 from configs.repository import ROOT
 from configs.schema import JobConfig
@@ -511,7 +511,4 @@ def _phase(name: str, values: list[float], milliseconds: float, seconds: float) 
 
 
 if __name__ == "__main__":
-    try:
-        print(estimate(sys.argv[1:]))
-    except ConfigError as error:
-        exit_with(error)
+    run_program(lambda: print(estimate(sys.argv[1:])))

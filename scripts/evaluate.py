@@ -47,7 +47,7 @@ import torch.nn.functional as F
 import tqdm
 from torch import Tensor, nn
 
-from configs.errors import ConfigError, exit_with, first_line
+from configs.errors import ConfigError, first_line, run_program
 from models.feed_forward import inference_modes
 from recipes.files import DAMAGES, UnreadableError, read_text
 from recipes.pipeline import micro_batch_size
@@ -557,7 +557,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from configs.errors import ConfigError, exit_with, first_line
+from configs.errors import ConfigError, first_line, run_program
 from models.hugging_face import import_transformers
 from scripts.options import Parser
 
@@ -153,7 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

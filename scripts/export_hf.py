@@ -12,7 +12,7 @@ import shutil
 
 from huggingface_hub import save_torch_state_dict
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from recipes.restore import find_checkpoint
 from scripts.options import Parser, out_folder
 from scripts.trained import export_assets, export_weights
@@ -41,7 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from models.hugging_face import import_transformers
 from recipes.restore import Checkpoint
 from recipes.tokenizer import load_tokenizer
@@ -129,7 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

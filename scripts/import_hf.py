@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.loader import load_config
 from configs.schema import JobConfig
 from models.hugging_face import StateDictAdapter, import_args
@@ -316,7 +316,4 @@ def _model_keys(args: LlamaArgs) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

@@ -57,7 +57,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.repository import ROOT
 from scripts.options import TERMS, Parser
 from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
@@ -408,7 +408,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

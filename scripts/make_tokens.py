@@ -35,7 +35,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from configs.errors import ConfigError, exit_with, refuse
+from configs.errors import ConfigError, refuse, run_program
 from configs.loader import load_config
 from configs.schema import JobConfig, Source
 from recipes import tokens
@@ -350,7 +350,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except ConfigError as error:
-        exit_with(error)
+    run_program(lambda: run(sys.argv[1:]))

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # started as `python scripts/plot.py`: look imports up from the repository, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import run_program
 from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import plot
 from scripts.runs import split_paths
@@ -31,14 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--against", choices=("tokens", "time"), default="tokens", help="the x axis: tokens, or training time"
     )
     options = parser.parse_args(arguments)
-    try:
-        runs, others = split_paths(options.runs)
-        if others:
-            print(f"left out, no run: {', '.join(map(str, others))}")
-        print(f"wrote {plot(runs, options.out, options.smooth, options.against)}")
-    except ConfigError as error:
-        exit_with(error)
+    runs, others = split_paths(options.runs)
+    if others:
+        print(f"left out, no run: {', '.join(map(str, others))}")
+    print(f"wrote {plot(runs, options.out, options.smooth, options.against)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

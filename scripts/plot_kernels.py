@@ -9,7 +9,6 @@ and (6) over the tokens.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from configs.errors import ConfigError, exit_with, first_line
+from configs.errors import ConfigError, first_line, run_program
 from scripts import pictures
 from scripts.options import Parser
 from scripts.pictures import GREY, PALETTE, STYLE
@@ -117,21 +116,18 @@ def save(result: dict[str, Any], path: Path) -> None:
         pictures.save(draw(result), path)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m scripts.plot_kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="it holds a kernels.json, such as docs/kernels")
     file = parser.parse_args(arguments).folder / "kernels.json"
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; python -m scripts.benchmark_kernels writes it")
     try:
-        if not file.is_file():
-            raise ConfigError(f"{file}: no such file; python -m scripts.benchmark_kernels writes it")
-        try:
-            save(json.loads(file.read_text()), file.with_suffix(".png"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file} cannot be drawn ({first_line(error)}): measure it again") from error
-        print(file.with_suffix(".png"))
-    except ConfigError as error:
-        exit_with(error)
+        save(json.loads(file.read_text()), file.with_suffix(".png"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be drawn ({first_line(error)}): measure it again") from error
+    print(file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -58,7 +58,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.repository import commit
 from configs.schema import JobConfig
 from configs.titan import device_module, device_type
@@ -371,7 +371,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

@@ -62,7 +62,7 @@ if not __package__:  # started as `python scripts/study.py`: look imports up fro
 import torch
 from matplotlib import rc_context
 
-from configs.errors import ConfigError, TooLargeError, exit_with
+from configs.errors import ConfigError, TooLargeError, run_program
 from configs.loader import load_config, resolved
 from configs.repository import ROOT
 from configs.schema import JobConfig
@@ -625,7 +625,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

@@ -8,11 +8,10 @@ scripts/study.py stores the results of its runs like this. The run's own folder 
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from scripts.options import Parser
 from scripts.runs import HEALTH, VALIDATIONS, read_lines
 
@@ -92,7 +91,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        exit_with(error)
+    run_program(main)

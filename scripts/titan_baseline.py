@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 import configs.titan as titan
-from configs.errors import ConfigError, exit_with
+from configs.errors import ConfigError, run_program
 from configs.loader import load_config
 from recipes.check import check_config
 from recipes.data import check_data
@@ -54,7 +54,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        exit_with(error)
+    run_program(lambda: main(sys.argv[1:]))

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, run_program
 from scripts import pictures, plot, runs
 
 THREE_PHASES = (("dense", 0.2), ("sparse", 0.8), ("dense", 1.0))
@@ -372,7 +373,7 @@ def test_refused_arguments(tmp_path, capsys):
     }
     for arguments, message in cases.items():
         with pytest.raises(SystemExit) as stopped:
-            plot.main(list(arguments))
+            run_program(partial(plot.main, list(arguments)))
         output = capsys.readouterr()
         assert stopped.value.code == 2
         assert output.err.startswith(message)
