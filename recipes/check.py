@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from kernels.feed_forward import recipe_patterns
 from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.checkpoint import MANIFEST
-from recipes.pipeline import check_pipeline, micro_batch_size
+from recipes.pipeline import check_pipeline, data_parallel_ranks, micro_batch_size
 from recipes.qat import check_qat
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity, orders_neurons
@@ -476,10 +477,7 @@ def _check_context_parallelism(config: JobConfig) -> None:
 
 
 def _check_batch(config: JobConfig, world: int) -> None:
-    parallelism, training = config.parallelism, config.training
-    ranks = world // (
-        parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree * parallelism.context_parallel_degree
-    )
+    training, ranks = config.training, data_parallel_ranks(config, world)
     local, batch = training.local_batch_size, training.global_batch_size
     if batch != -1 and (batch < 1 or batch % (local * ranks)):
         raise ConfigError(
@@ -498,8 +496,7 @@ def _check_batch(config: JobConfig, world: int) -> None:
 def _check_folders(config: JobConfig) -> None:
     """Refuse folders of a run that are outside of its own, where they may be another run's."""
     for key in FOLDERS:
-        section, name = key.split(".")
-        value, default = (getattr(getattr(job, section), name) for job in (config, JobConfig()))
+        value, default = (attrgetter(key)(job) for job in (config, JobConfig()))
         path = Path(value)
         if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] in OWN_FILES:
             raise ConfigError(
@@ -653,8 +650,7 @@ def _check_machine(config: JobConfig) -> None:
     if not there.is_dir():
         raise ConfigError(f'job.dump_folder = "{folder}" cannot be made: {there} is a file; name another folder')
     for key in FOLDERS:
-        section, name = key.split(".")
-        if (own := folder / getattr(getattr(config, section), name)).exists() and not own.is_dir():
+        if (own := folder / attrgetter(key)(config)).exists() and not own.is_dir():
             raise ConfigError(f"{key}: {own} is a file: move it away, or name another folder")
     if not os.access(there, os.W_OK):
         raise ConfigError(

@@ -42,6 +42,7 @@ from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
 from recipes.mixture import Corpus, load_corpus, used_sources
+from recipes.pipeline import data_parallel_ranks
 from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
@@ -81,9 +82,7 @@ def check_loading(config: JobConfig) -> int:
         ConfigError: there is no source, or the number of data-loading processes does not divide the micro-batches.
     """
     streamed = any(source.type == "hub" for _, source in used_sources(config))
-    degrees = config.parallelism
-    other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
-    ranks = max(1, int(os.environ.get("WORLD_SIZE", "1")) // other)
+    ranks = max(1, data_parallel_ranks(config, int(os.environ.get("WORLD_SIZE", "1"))))
     rows = num_rows(config, ranks)
     workers, key = config.training.dataloader.num_workers, "training.dataloader.num_workers"
     if workers > 1 and streamed:

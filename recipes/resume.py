@@ -23,6 +23,7 @@ them: recipes/data.py.
 import json
 import os
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from models.llama import LlamaArgs
 from recipes.check import model_args
 from recipes.data import num_rows
 from recipes.mixture import used_sources
+from recipes.pipeline import data_parallel_ranks
 from recipes.restore import model_facts
 
 FIXED = (
@@ -73,9 +75,10 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
     for name, value in model_facts(args).items():
         _compare(f"the model's {name}", value, facts[name], file, REMEDY)
     for key in FIXED:
-        section, name = key.split(".")
-        _compare(key, getattr(getattr(config, section), name), getattr(getattr(before, section), name), file, REMEDY)
-    rows, rows_before = _rows(config, world), _rows(before, ranks_before)
+        value_of = attrgetter(key)
+        _compare(key, value_of(config), value_of(before), file, REMEDY)
+    rows = num_rows(config, data_parallel_ranks(config, world))
+    rows_before = num_rows(before, data_parallel_ranks(before, ranks_before))
     if rows != rows_before:
         raise ConfigError(
             f"the global batch is {rows} sequences, but the run in {file.parent} has {rows_before}: set "
@@ -94,13 +97,6 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
             new, kept = asdict(getattr(config, section)), asdict(getattr(before, section))
             for name, value in new.items():
                 _compare(f"{section}.{name}", value, kept[name], file, remedy)
-
-
-def _rows(job: JobConfig, world: int) -> int:
-    """Sequences of the global batch of a job on `world` GPUs."""
-    degrees = job.parallelism
-    other = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
-    return num_rows(job, world // other)
 
 
 def _compare(key: str, new: Any, old: Any, file: Path, remedy: str) -> None:

@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -92,11 +93,6 @@ def activation_pattern(activations: Activations) -> Pattern | None:
         return None
     made = recipe_patterns()[activations.pattern]
     return made.make(**{key: getattr(activations, key) for key in made.keys})
-
-
-def _value_of(config: JobConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _read_table(text: str) -> dict[str, Any]:
@@ -349,7 +345,7 @@ class Sparsity(Stateful):
 
     def _wanted(self, span: Span) -> dict[str, Any]:
         """The value of `prepared` in a sparse phase: the phase's start, and the keys that preparation depends on."""
-        return {"start": span.start} | {key: _value_of(self.config, key) for key in PREPARED_BY}
+        return {"start": span.start} | {key: attrgetter(key)(self.config) for key in PREPARED_BY}
 
     def prepares(self, step: int) -> bool:
         """Whether `enter` clusters or fits scales at this step, which takes as long as several steps."""
@@ -612,7 +608,7 @@ class Sparsity(Stateful):
         """
         found = _read_table(table)
         keys = ("router.enable", "router.cluster_size", "router.token_clusters")
-        fits = bool(found) and all(found[key] == _value_of(self.config, key) for key in keys)
+        fits = bool(found) and all(found[key] == attrgetter(key)(self.config) for key in keys)
         self._by_position = fits and not table.startswith("{")
         return fits
 

@@ -47,8 +47,8 @@ from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.check import check_config
 from recipes.checkpoint import write_atomically
-from recipes.data import check_data
-from recipes.pipeline import micro_batch_size
+from recipes.data import check_data, num_rows
+from recipes.pipeline import data_parallel_ranks, micro_batch_size
 from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import GREY, PALETTE, STYLE, save
 from scripts.runs import read_lines
@@ -322,10 +322,7 @@ class Turn:
         check_data(self.config)
         training, parallelism = self.config.training, self.config.parallelism
         tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-        readers = gpus // (tensor * context * parallelism.pipeline_parallel_degree)
-        self.sequences = training.global_batch_size  # of a step, on all GPUs
-        if self.sequences < 0:
-            self.sequences = training.local_batch_size * readers
+        self.sequences = num_rows(self.config, data_parallel_ranks(self.config, gpus))  # of a step, on all GPUs
         # Of a micro-batch on one GPU, by which parts of a trace are told apart, as by the widths of a GPU's shard.
         sizes = {mode: micro_batch_size(self.config, mode == "sparse") for mode in ("dense", "sparse")}
         self.micro_tokens = {mode: size * training.seq_len // context for mode, size in sizes.items()}

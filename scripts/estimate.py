@@ -81,7 +81,8 @@ from kernels import MASKED, Cost, Family, Shape
 from kernels.experts import ExpertByExpert
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
-from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
+from recipes.data import num_rows
+from recipes.pipeline import data_parallel_ranks, filled, in_flight, micro_batch_size, micro_batches, stages
 from recipes.sparsity import (
     computes_in,
     describe_experts,
@@ -162,10 +163,9 @@ def layout(config: JobConfig, gpus: int, sparse: bool = False) -> Layout:
     tensor = parallelism.tensor_parallel_degree
     pipeline = parallelism.pipeline_parallel_degree
     context = parallelism.context_parallel_degree
-    data = gpus // (tensor * pipeline * context)
+    data = data_parallel_ranks(config, gpus)
     shard = context * data // parallelism.data_parallel_replicate_degree
-    micro, batch = micro_batch_size(config, sparse), training.global_batch_size
-    batch = training.local_batch_size * data if batch == -1 else batch
+    micro = micro_batch_size(config, sparse)
     state = TORCH_DTYPE_MAP[training.dtype].itemsize
     compute = TORCH_DTYPE_MAP[computes_in(config, shard > 1)].itemsize
     return Layout(
@@ -175,7 +175,7 @@ def layout(config: JobConfig, gpus: int, sparse: bool = False) -> Layout:
         context=context,
         pipeline=pipeline,
         tokens=micro * training.seq_len // context,
-        accumulates=batch // (micro * data),
+        accumulates=num_rows(config, data) // (micro * data),
         compute=compute,
         stream=compute if shard > 1 or training.bf16_residual else state,
         state=state,
