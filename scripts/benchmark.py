@@ -51,7 +51,7 @@ from recipes.data import check_data, num_rows
 from recipes.pipeline import data_parallel_ranks, micro_batch_size
 from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import GREY, PALETTE, STYLE, save
-from scripts.runs import read_lines
+from scripts.runs import mean_step, read_lines
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE
 
@@ -416,8 +416,7 @@ def compare(contenders: dict[str, dict[str, Any]]) -> None:
         if "sparse" in entry.get("ms", {}):
             own, sparse, share = entry["ms"]["dense"], entry["ms"]["sparse"], entry["sparse_share"]
             base = dense or own
-            whole = base / ((1 - share) * own + share * sparse)
-            entry |= {"speedup": base / sparse, "whole": whole}
+            entry |= {"speedup": base / sparse, "whole": base / mean_step(own, sparse, share)}
 
 
 def text_table(result: dict[str, Any]) -> str:

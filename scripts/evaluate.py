@@ -29,10 +29,8 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import random
 import shlex
-import stat
 import statistics
 import sys
 import tempfile
@@ -77,7 +75,7 @@ class Text:
         tokenizer: the folder of the model's tokenizer.
     """
 
-    def __init__(self, files: list[str], tokenizer: Path) -> None:
+    def __init__(self, files: list[Path], tokenizer: Path) -> None:
         self.documents = [_read(file) for file in files]
         self.encode: Callable[..., list[int]] = load_tokenizer(str(tokenizer)).encode
         self.ids: list[int] = []
@@ -85,7 +83,7 @@ class Text:
             self.ids += self.encode(document, add_bos=True, add_eos=True)
         self.bytes = int(token_bytes(str(tokenizer))[self.ids[1:]].sum())
         if not self.bytes:
-            raise ConfigError(f"--text {' '.join(files)} is empty: name files with text")
+            raise ConfigError(f"--text {' '.join(map(str, files))} is empty: name files with text")
 
     def batches(self, length: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Inputs and labels, both `[batch_size, length]` int64; what is left is in a last one or two."""
@@ -119,11 +117,9 @@ class Text:
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": total / (math.log(2) * self.bytes)}
 
 
-def _read(file: str) -> str:
+def _read(file: Path) -> str:
     try:
-        if stat.S_ISCHR(os.stat(file).st_mode):  # some, such as /dev/zero, have no end
-            raise ConfigError(f"--text {file} is a device: name a text file in UTF-8")
-        return read_text(file)
+        return read_text(str(file))
     except (UnreadableError, *DAMAGES) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ConfigError(f"--text {file} cannot be read ({reason}): name a text file in UTF-8") from None
@@ -439,7 +435,7 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], epilog=TERMS)
     parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), a checkpoint in it, or an export")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="score these text files")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="score these text files")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -474,7 +470,7 @@ def _arguments() -> argparse.Namespace:
     if options.gguf and options.pattern:
         raise ConfigError("--gguf: a GGUF file has no pattern: leave out one of --gguf and --pattern")
     for file in options.gguf or ():
-        if not os.path.isfile(file):  # also of a name that is too long
+        if not file.is_file():
             raise ConfigError(f"--gguf {file} is no file: write it with scripts.export_gguf")
     needing = [f"--{name}" for name in ("quantize", "gguf", "pattern", "length") if getattr(options, name)]
     if not options.text and (needing or "local" in (options.tasks or ())):
@@ -530,9 +526,10 @@ def main() -> None:
         else:
             print(_table(tasks))
 
+    files = [str(file) for file in options.text or ()]
     row = {
         "checkpoint": str(source.folder if isinstance(source, Checkpoint) else source),
-        "text": {"files": options.text, "tokens": len(text.ids), "bytes": text.bytes} if text is not None else None,
+        "text": {"files": files, "tokens": len(text.ids), "bytes": text.bytes} if text is not None else None,
         "scores": scores,
         "tasks": tasks,
         "quantize": options.quantize,

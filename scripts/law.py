@@ -61,7 +61,7 @@ from configs.errors import ConfigError, run_program
 from configs.repository import ROOT
 from scripts.options import TERMS, Parser
 from scripts.pictures import DPI, GREY, PALETTE, STYLE, save
-from scripts.runs import amount, load_groups, rounded, seed_of
+from scripts.runs import amount, load_groups, mean_step, rounded, seed_of
 
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
 SMALLEST_SCALE = 1e-6  # nats, of a law's terms at the smallest size and budget
@@ -344,9 +344,9 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
             rival = min(
                 each["ms"]["dense"] for each in contenders.values() if not (each["failed"] or each["sparse_share"])
             )
-            sparse = own["ms"]["dense"] - layers * (own["ms"]["dense"] - own["ms"]["sparse"])
-            mean_ms = own["ms"]["dense"] + own["sparse_share"] * (sparse - own["ms"]["dense"])
-            found[model] = Speed(dense / sparse, dense / mean_ms, dense / rival)
+            sparse = mean_step(own["ms"]["dense"], own["ms"]["sparse"], layers)
+            whole = mean_step(own["ms"]["dense"], sparse, own["sparse_share"])
+            found[model] = Speed(dense / sparse, dense / whole, dense / rival)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"speeds of {model or json.dumps(where)}: give the folder of a training.json, a contender that it has "

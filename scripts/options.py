@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     ) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
-            if word.startswith("--") and word.partition("=")[2] == "--":
+            if re.fullmatch("--[^=]*=--|-[^-]=?--", word):
                 self.error(f"{word}: -- is no value: give one")
         options, others = super().parse_known_args(words, namespace)
         for name, value in vars(options).items():

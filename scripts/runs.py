@@ -281,6 +281,15 @@ def is_timed(about: dict[str, Any]) -> bool:
     return about.get("runs_per_gpu") == 1 and not on_cpu(about)
 
 
+def mean_step(dense: float, sparse: float, share: float) -> float:
+    """The mean time of a run's steps, of which `share` are sparse; or of one step, of whose layers `share` are sparse.
+
+    Args:
+        dense, sparse: times of a step, in one unit.
+    """
+    return (1 - share) * dense + share * sparse
+
+
 def seed_of(about: dict[str, Any]) -> int:
     """debug.seed, from a run.json."""
     return about["config"]["debug"]["seed"]

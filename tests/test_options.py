@@ -36,6 +36,8 @@ def test_paths_that_cannot_be_used_are_named(metavar, tmp_path, monkeypatch, cap
         ([LONG], "File name too long: give another path"),
         (["a", "/dev/zero"], "/dev/zero is a device"),
         (["--number=--"], "--number=--: -- is no value"),
+        (["-o--"], "-o--: -- is no value"),
+        (["-o=--"], "-o=--: -- is no value"),
         (["--out", LONG], "File name too long: give another path"),
         (["--out", " "], "' ' names nothing"),
         (["--out", str(tmp_path / other)], why),
