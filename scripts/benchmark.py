@@ -440,8 +440,12 @@ def text_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
-    """A bar a contender and mode: a step's milliseconds by part, or in one colour where no trace tells them apart."""
+def draw(file: Path) -> Path:
+    """Draw a training.json into a PNG beside it, and return where it was written.
+
+    A bar a contender and mode: a step's milliseconds by part, or in one colour where no trace tells them apart.
+    """
+    result = json.loads(file.read_text())
     bars = []
     for name, entry in result["contenders"].items():
         if not entry["failed"]:
@@ -474,7 +478,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 ncols=len(PARTS),
                 fontsize=9,
             )
-        save(figure, file)
+        return save(figure, file.with_suffix(".png"), [file])
 
 
 def _shown(entry: dict[str, Any], mode: str) -> bool:
@@ -541,8 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{text_table(summary)}\n\n{out / 'training.json'}")
     failed = [name for name, entry in summary["contenders"].items() if entry["failed"]]
     if len(failed) < len(names):
-        draw(summary, out / "training.png")
-        print(out / "training.png")
+        print(draw(out / "training.json"))
     return int(bool(failed))
 
 

@@ -496,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
         (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     checks = [c for shape in result["shapes"] for e in shape["contenders"].values() for c in e.get("checks", [])]
     if any("ms" in entry for shape in result["shapes"] for entry in shape["contenders"].values()):
-        save(result, options.out / "kernels.png")
+        save(options.out / "kernels.json")
     return int(any(check["failed"] for check in checks))
 
 

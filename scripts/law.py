@@ -193,6 +193,9 @@ class Evidence:
     deviation: dict[str, float] | None = None
     """Deviations over seeds of "dense" losses and of penalties ("penalty"), in nats, if they are of another study."""
 
+    data: tuple[Path, ...] = ()
+    """The file, and the folders of the studies that it names."""
+
     def shares(self, recipe: str, cell: int) -> tuple[float, float, float]:
         """Effective tokens of a recipe at the size and budget of one of its cells: the estimate, and its interval."""
         at = self.recipes[recipe][cell]
@@ -271,6 +274,7 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
         ]
         recipes = {name: [_penalties(e, root) for e in entry["runs"]] for name, entry in told["recipes"].items()}
         exponent, deviation = _exponent(told), _given_deviation(told)
+        runs = [*told["dense"], *(run for entry in told["recipes"].values() for run in entry["runs"])]
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -283,7 +287,8 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
     every = [cell for cells in recipes.values() for cell in cells]
     given = deviation["penalty"] if deviation else None
     penalties = {name: _drawn(cells, generator, every, given) for name, cells in recipes.items()}
-    return Evidence(dense, recipes, law, laws, penalties, exponent, deviation)
+    studies = {root / run["study"]: None for run in runs}
+    return Evidence(dense, recipes, law, laws, penalties, exponent, deviation, (file, *studies))
 
 
 def _exponent(told: dict[str, Any]) -> tuple[float, float] | None:
@@ -403,7 +408,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("evidence", type=Path, metavar="EVIDENCE.json", help="which runs count; see scripts/law.py")
     options = parser.parse_args(arguments)
     print(law_table(options.evidence.resolve(), pad=True))
-    print(save(draw(read(options.evidence.resolve())), options.evidence.with_suffix(".png")))
+    evidence = read(options.evidence.resolve())
+    print(save(draw(evidence), options.evidence.with_suffix(".png"), evidence.data))
     return 0
 
 

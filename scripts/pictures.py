@@ -25,7 +25,9 @@ would flatten the rest. Curves are cut at the frame; all values are in metrics.j
 A recipe has the same colour in every picture, its family's hue. Further runs of a recipe take colours of their own.
 """
 
+import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -45,10 +47,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from configs.errors import ConfigError
 from scripts.options import LARGEST
 from scripts.runs import HEALTH, VALIDATIONS, Run, amount, load_runs
+
+DATA = "data"  # a text of every picture, see `save`
+RUN_FILES = "metrics.jsonl", "run.json"
 
 # The colour-blind-safe palette of Okabe and Ito, without yellow, which is too faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
@@ -133,12 +139,28 @@ def run_colours(runs: Iterable[tuple[str, str]]) -> list[str]:
     return [colours[place] for place in range(len(named))]
 
 
-def save(figure: Figure, out: Path) -> Path:
-    """Write the figure as PNG with a palette of 256 colours, a third of the size; return `out`."""
-    picture = io.BytesIO()
+def digest(data: Path) -> str:
+    """SHA-256 of what a picture is drawn from: a file, or what a folder has of its own run and of the runs in it."""
+    found = [data]
+    if data.is_dir():
+        found = sorted(file for folder in ("", "*/") for name in RUN_FILES for file in data.glob(folder + name))
+    total = hashlib.sha256()
+    for file in found:
+        total.update(f"{file.relative_to(data)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def save(figure: Figure, out: Path, data: Iterable[Path]) -> Path:
+    """Write the figure as PNG with a palette of 256 colours, a third of the size; return `out`.
+
+    The PNG has a text, `DATA`: JSON of the paths in `data`, as seen from its folder, and their digests, by which
+    tests/test_report.py finds a picture that is not of its data any more.
+    """
+    picture, info = io.BytesIO(), PngInfo()
+    info.add_text(DATA, json.dumps({os.path.relpath(path, out.parent): digest(path) for path in data}))
     figure.savefig(picture)
     Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        out, optimize=True
+        out, optimize=True, pnginfo=info
     )
     return out
 
@@ -563,7 +585,7 @@ def plot(paths: list[Path], out: Path | None = None, window: int | None = None, 
     with rc_context(STYLE):
         figure = Picture(runs, window, against).draw()
         try:
-            save(figure, out)
+            save(figure, out, paths)
         except OSError as error:
             raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
     return out

@@ -110,10 +110,10 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    """Draw into a PNG."""
+def save(file: Path) -> Path:
+    """Draw a kernels.json into a PNG beside it, and return where it was written."""
     with rc_context(STYLE):
-        pictures.save(draw(result), path)
+        return pictures.save(draw(json.loads(file.read_text())), file.with_suffix(".png"), [file])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -123,10 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; python -m scripts.benchmark_kernels writes it")
     try:
-        save(json.loads(file.read_text()), file.with_suffix(".png"))
+        print(save(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} cannot be drawn ({first_line(error)}): measure it again") from error
-    print(file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +294,14 @@ def cloze_items(config: JobConfig, count: int) -> Iterator[tuple[str, list[str]]
             return
 
 
-def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
-    """Draw accuracy against confidence, and the distribution of the confidence, for dense inference; return `out`."""
+def draw(results: dict[str, dict[str, Any]], out: Path, data: Iterable[Path]) -> Path:
+    """Draw accuracy against confidence, and the distribution of the confidence, for dense inference; return `out`.
+
+    Args:
+        results: by what the legend calls it, of one model.
+        out: the PNG to write.
+        data: the files that hold the results.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 7.0), dpi=DPI, layout="constrained")
         main, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
@@ -315,7 +321,7 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> Path:
         below.set_ylabel("share of tokens")
         below.set_xlabel(f"confidence, {BINS} bins")
         below.set_ylim(bottom=0)
-        return save(figure, out)
+        return save(figure, out, data)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -343,6 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     items = options.items or (CPU_ITEMS if device_type == "cpu" else ITEMS)
     out = options.out
     shown: dict[str, dict[str, Any]] = {}
+    files: list[Path] = []
     for checkpoint in options.checkpoints:
         began = time.monotonic()
         probe = Probe(checkpoint, options.sequences)
@@ -365,9 +372,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         write_atomically(str(file), json.dumps(steps, indent=1) + "\n")
         shown[f"{run.name}, step {step}"] = result
+        files.append(file)
         print(f"{file}: step {step} in {time.monotonic() - began:.0f} s", flush=True)
     print("\n" + probes_table(out, pad=True) + "\n")
-    print(draw(shown, out / "reliability.png"))
+    print(draw(shown, out / "reliability.png", dict.fromkeys(files)))
 
 
 if __name__ == "__main__":

@@ -478,7 +478,7 @@ def draw(study: Study) -> None:
     sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
     if dense is not None and sparse:
         with rc_context(STYLE):
-            print(save(draw_behind(sparse, load_run(dense)), folder / "behind.png"))
+            print(save(draw_behind(sparse, load_run(dense)), folder / "behind.png", [folder]))
     front(folder, study.plot)
 
 
@@ -494,7 +494,7 @@ def reached(folder: Path, shown: list[str]) -> None:
     if baseline is None or not named:
         return
     with rc_context(STYLE):
-        print(save(draw_reached(named, baseline), folder / "reached.png"))
+        print(save(draw_reached(named, baseline), folder / "reached.png", [folder]))
 
 
 def front(folder: Path, shown: list[str]) -> None:
@@ -526,7 +526,8 @@ def front(folder: Path, shown: list[str]) -> None:
         recipes = {name: groups[name][0][0].recipe for name in names}
         colours = dict(zip(recipes, run_colours(recipes.items()), strict=True))
         label, model = f"{label}, over that of {baseline}{note}", groups[baseline][0][0].model
-        print(save(draw_front(points, baseline, deviation, label, names, colours, model), folder / "front.png"))
+        figure = draw_front(points, baseline, deviation, label, names, colours, model)
+        print(save(figure, folder / "front.png", [folder]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from conftest import ROOT
 from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from PIL import Image
 
 from configs.errors import ConfigError, run_program
 from scripts import pictures, plot, runs
@@ -119,6 +120,27 @@ def test_panels_of_one_run(tmp_path):
     assert low < losses.min() and high > losses[0], "the first point is in the frame"
     left, right = figure.axes[0].get_xlim()
     assert left < 0 and right > 200 * 4096, "the first and the last marker are whole"
+
+
+def test_a_picture_says_what_it_was_drawn_from(tmp_path):
+    folder, file = tmp_path / "study", tmp_path / "study" / "one" / "metrics.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"step": 1}\n')
+    out = pictures.save(Figure(figsize=(1, 1)), tmp_path / "out.png", [folder, file])
+    stored = json.loads(Image.open(out).text[pictures.DATA])
+    assert stored == {"study": pictures.digest(folder), "study/one/metrics.jsonl": pictures.digest(file)}
+    (folder / "README.md").write_text("no data")
+    assert pictures.digest(folder) == stored["study"]
+    seen = {stored["study"]}
+    for change in (
+        lambda: file.write_text('{"step": 2}\n'),
+        lambda: (folder / "one" / "run.json").write_text("{}"),
+        lambda: (folder / "one").rename(folder / "other"),
+        lambda: (folder / "run.json").write_text("{}"),
+    ):
+        change()
+        assert pictures.digest(folder) not in seen
+        seen.add(pictures.digest(folder))
 
 
 @pytest.mark.parametrize("drop", [("flip_rate",), ("flip_rate", "router_balance"), tuple(pictures.HEALTH), ("lr",)])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
-from scripts import tables
+from scripts import pictures, tables
 from scripts.law import Cell, Evidence, Law
 from scripts.report import BLOCK, PAGES, fill
 from scripts.runs import Run
@@ -45,6 +46,18 @@ def test_a_page_draws_the_tree_that_is_there():
         assert sorted(names) == sorted(there) or not names, folder
     code = [path.relative_to(ROOT) for pattern in ("*.py", "[a-z]*/*.py") for path in ROOT.glob(pattern)]
     assert {path.name if path.parent == Path() else f"{path.parts[0]}/" for path in code} <= drawn.keys()
+
+
+def test_pictures_are_of_the_data_that_is_there():
+    """A picture that fails is drawn anew by the script that drew it, from the data named."""
+    drawn = {file: json.loads(Image.open(file).text[pictures.DATA]) for file in ROOT.glob("docs/**/*.png")}
+    stale = [
+        (str(file.relative_to(ROOT)), name)
+        for file, data in drawn.items()
+        for name, stored in data.items()
+        if pictures.digest(file.parent / name) != stored
+    ]
+    assert stale == [] and all(drawn.values())
 
 
 def test_a_changed_figure_is_noticed():
