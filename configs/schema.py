@@ -91,6 +91,9 @@ class Phase:
     end: int | float = 1.0
     """Last step of the phase: a whole number is a step, a fraction such as 0.75 a share of training.steps."""
 
+    keep: float | None = _in(None, 0.0, 1.0)
+    """sparse, groups: share of the groups that this phase keeps, instead of activations.keep."""
+
 
 @dataclass
 class Schedule:

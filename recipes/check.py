@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,7 @@ def check_keys(config: JobConfig, world: int) -> tuple[LlamaArgs, list[Span]]:
     _check_schedule(config)
     check_pipeline(config, args.n_layers)
     _check_pattern_name(config.activations.pattern)
+    _check_phases(config)
     if any(phase.mode == "sparse" for phase in config.schedule.phases):
         _check_sparsity(config, args)
     elif config.precision.ffn == "fp8":
@@ -249,12 +251,13 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     neurons = args.hidden_dim // tensor  # among which a rank's pattern chooses
     of = f" / parallelism.tensor_parallel_degree = {args.hidden_dim} / {tensor} = {neurons}" if tensor > 1 else ""
     pattern = activation_pattern(activations)
-    if pattern is not None:
+    why = f" (model.hidden_dim{of})" if of else ""
+    for keys, each in _activations_of_phases(config):
         try:
-            pattern.check(neurons)
+            if (of_phase := activation_pattern(each)) is not None:
+                of_phase.check(neurons)
         except ValueError as error:
-            why = f" (model.hidden_dim{of})" if of else ""
-            raise ConfigError(f"activations.{error}{why}; change it or what it has to fit") from None
+            raise ConfigError(f"{keys}activations.{error}{why}; change it or what it has to fit") from None
     context = config.parallelism.context_parallel_degree
     tokens = micro_batch_size(config, sparse=True) * config.training.seq_len // context
     share = f" / parallelism.context_parallel_degree = {context}" if context > 1 else ""
@@ -286,7 +289,8 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "sparse phase: lower it, or use --recipe recipes/dense.toml"
         )
     if config.precision.ffn == "fp8":
-        _check_fp8(config, args.dim, neurons)
+        for keys, each in _activations_of_phases(config):
+            _check_fp8(config, keys, each, args.dim, neurons)
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
 
 
@@ -315,8 +319,33 @@ def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
         )
 
 
-def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
-    activations, pattern = config.activations, activation_pattern(config.activations)
+def _activations_of_phases(config: JobConfig) -> Iterator[tuple[str, Activations]]:
+    """The section [activations] of the recipe and of each phase with a share of its own, after the key of that share.
+
+    The recipe's own share counts as well where no phase reads it: modes of inference do.
+    """
+    yield "", config.activations
+    for index, phase in enumerate(config.schedule.phases):
+        if phase.keep is not None:
+            key = f"schedule.phases[{index}].keep = {phase.keep:g}: "
+            yield key, dataclasses.replace(config.activations, keep=phase.keep)
+
+
+def _check_phases(config: JobConfig) -> None:
+    """Refuse a share of its own of a phase that reads none."""
+    name = config.activations.pattern
+    for index, phase in enumerate(config.schedule.phases):
+        if phase.keep is None:
+            continue
+        key = f"schedule.phases[{index}].keep = {phase.keep:g}"
+        if phase.mode == "dense":
+            raise ConfigError(f"{key} is not read by a dense phase: leave it out")
+        if name == "none" or "keep" not in recipe_patterns()[name].keys:
+            raise ConfigError(f'{key} is not read by activations.pattern = "{name}": leave it out')
+
+
+def _check_fp8(config: JobConfig, keys: str, activations: Activations, dim: int, neurons: int) -> None:
+    pattern = activation_pattern(activations)
     if not isinstance(pattern, Groups) or pattern.v < LARGE:
         raise ConfigError(
             f'precision.ffn = "fp8" is for activations.pattern = "groups" with v of at least {LARGE}, not for '
@@ -331,7 +360,8 @@ def _check_fp8(config: JobConfig, dim: int, neurons: int) -> None:
     for name, value in (("activations.v", pattern.v), ("model.dim", dim), ("the kept neurons", kept)):
         if value % ALIGNED:
             raise ConfigError(
-                f'precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use "model"'
+                f'{keys}precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use '
+                '"model"'
             )
 
 

@@ -89,8 +89,8 @@ class Metrics(MetricsProcessor):
         self.graphs_compiled = 0
         self.row: dict[str, Any] = {}  # the newest
         self.time_left = TimeLeft()
-        # FLOPs executed over those of the dense model, a phase; the trainer knows what its backend executes.
-        self.executed_share = {"dense": 1.0, "sparse": 1.0}
+        # FLOPs executed over those of the dense model, by kind of phase; the trainer knows what its backend executes.
+        self.executed_share: dict[tuple[str, float | None], float] = {}
 
     def should_log(self, step: int) -> bool:
         """Whether this step gets a row: as torchtitan decides, and where the trainer asks for one."""
@@ -167,24 +167,30 @@ class Metrics(MetricsProcessor):
         if self.peak_flops is not None:
             self.row["mfu"] = 100 * self.num_flops_per_token * tokens_per_second / self.peak_flops
 
-    def finish(self, phase: str, extra: dict[str, float]) -> None:
-        """Complete the row with what was measured after the training step, and write it everywhere."""
-        row = self.row = {"step": self.row["step"], "phase": phase, **self.row, **extra}
+    def finish(self, span: Span, extra: dict[str, float]) -> None:
+        """Complete the row with what was measured after the training step, and write it everywhere.
+
+        Args:
+            span: the step's phase.
+            extra: what was measured, by the names of the row.
+        """
+        keep = {} if span.keep is None else {"keep": span.keep}
+        row = self.row = {"step": self.row["step"], "phase": span.mode, **keep, **self.row, **extra}
         row |= {"switch_seconds": self.switch_seconds, "graphs_compiled": self.graphs_compiled}
         if "mfu" in row:
-            row["mfu_executed"] = row["mfu"] * self.executed_share[phase]
+            row["mfu_executed"] = row["mfu"] * self.executed_share[span.kind]
         if self.writes:
             # JSON has no NaN: a validation loss of that is written as null.
             plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
             with writing(self.file.name, str(self.folder)), self.file.open("a") as file:
                 file.write(json.dumps(plain, allow_nan=False) + "\n")
-        numbers = {key: value for key, value in row.items() if key != "phase"} | {"sparse": phase == "sparse"}
+        numbers = {key: value for key, value in row.items() if key != "phase"} | {"sparse": span.mode == "sparse"}
         self.logger.log(numbers, row["step"])
         with writing("TensorBoard's file", str(self.folder)):
             if tensorboard := self._open_tensorboard():
                 tensorboard.log(numbers, row["step"])
         seconds = time.perf_counter() - self.time_last_log - self.switch_seconds
-        self.time_left.add(phase, self.steps_since_last_log, seconds, compiled=self.graphs_compiled > 0)
+        self.time_left.add(span.kind, self.steps_since_last_log, seconds, compiled=self.graphs_compiled > 0)
         logger.info(self._line(row))
         self.ntokens_since_last_log = 0
         self.steps_since_last_log = 0
@@ -260,10 +266,10 @@ class Metrics(MetricsProcessor):
 
 
 class TimeLeft:
-    """Estimates how long the rest of a run takes, from the mean time of its steps so far, dense and sparse apart.
+    """Estimates how long the rest of a run takes, from the mean time of its steps so far, by kind of phase.
 
     The time of validations and of saves between two rows counts as that of the steps between them. The first row and
-    rows in which graphs were compiled count only as long as there is no other of their mode.
+    rows in which graphs were compiled count only as long as there is no other.
 
     Args:
         spans: the run's phases.
@@ -271,24 +277,29 @@ class TimeLeft:
 
     def __init__(self, spans: Sequence[Span] = ()) -> None:
         self._spans = spans
-        self._steps: Counter[tuple[str, bool]] = Counter()  # by mode, and whether the interval is representative
-        self._seconds: defaultdict[tuple[str, bool], float] = defaultdict(float)
+        # By kind of phase, and whether the interval is representative.
+        self._steps: Counter[tuple[tuple[str, float | None], bool]] = Counter()
+        self._seconds: defaultdict[tuple[tuple[str, float | None], bool], float] = defaultdict(float)
 
-    def add(self, mode: str, steps: int, seconds: float, compiled: bool = False) -> None:
-        """Count an interval between two rows."""
+    def add(self, kind: tuple[str, float | None], steps: int, seconds: float, compiled: bool = False) -> None:
+        """Count an interval between two rows of a kind of phase, `Span.kind`."""
         steady = not compiled and bool(self._steps)
-        self._steps[mode, steady] += steps
-        self._seconds[mode, steady] += seconds
+        self._steps[kind, steady] += steps
+        self._seconds[kind, steady] += seconds
 
     def after(self, step: int) -> float:
-        """Seconds that the steps after this one are expected to take; a mode not seen yet is as slow as the other."""
-        return sum(max(0, span.stop - max(span.start, step)) * self._step_seconds(span.mode) for span in self._spans)
+        """Seconds that the steps after this one are expected to take.
 
-    def _step_seconds(self, mode: str) -> float:
-        other = "dense" if mode == "sparse" else "sparse"
-        for key in ((mode, True), (other, True), (mode, False), (other, False)):
-            if self._steps[key]:
-                return self._seconds[key] / self._steps[key]
+        A kind not seen yet is as slow as the others of its mode, and a mode not seen yet as the other.
+        """
+        return sum(max(0, span.stop - max(span.start, step)) * self._step_seconds(span.kind) for span in self._spans)
+
+    def _step_seconds(self, kind: tuple[str, float | None]) -> float:
+        for steady in (True, False):
+            seen = [each for each, is_steady in self._steps if is_steady == steady]
+            for alike in ([kind] if kind in seen else [], [each for each in seen if each[0] == kind[0]], seen):
+                if steps := sum(self._steps[each, steady] for each in alike):
+                    return sum(self._seconds[each, steady] for each in alike) / steps
         return 0.0
 
 

@@ -14,11 +14,21 @@ from configs.schema import Phase
 
 @dataclass(frozen=True)
 class Span:
-    """A phase: the steps start + 1 to stop, counted from 1."""
+    """A phase: the steps start + 1 to stop, counted from 1; keep is None where it is that of the recipe."""
 
     mode: Literal["dense", "sparse"]
     start: int
     stop: int
+    keep: float | None = None
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """What a step of the phase computes: phases of one kind differ in their steps alone."""
+        return self.mode, self.keep
+
+    @property
+    def name(self) -> str:
+        return self.mode if self.keep is None else f"{self.mode} ({self.keep:g})"
 
 
 def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
@@ -51,7 +61,7 @@ def resolve_phases(phases: Sequence[Phase], steps: int) -> list[Span]:
         start, stop = spans[-1].stop if spans else 0, round(end)
         # In a short run a small share can round to no step; such a phase is left out.
         if stop > start:
-            spans.append(Span(phase.mode, start, stop))
+            spans.append(Span(phase.mode, start, stop, phase.keep))
     if end != steps:
         raise ConfigError(
             f"schedule.phases end at step {end:g} of training.steps = {steps}: let the last one end at 1.0"

@@ -29,7 +29,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -148,6 +150,13 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
     )
 
 
+def phase_sparsity(sparsity: FeedForwardSparsity, config: JobConfig, span: Span) -> FeedForwardSparsity:
+    """The sparsity in a sparse phase: the recipe's, with the share of the groups that the phase keeps."""
+    if span.keep is None:
+        return replace(sparsity, pattern=activation_pattern(config.activations))
+    return replace(sparsity, pattern=activation_pattern(replace(config.activations, keep=span.keep)))
+
+
 def orders_neurons(config: JobConfig) -> bool:
     """Whether the order of the neurons matters: to windows or groups of neighbours, or to a router by neurons."""
     activations = config.activations
@@ -204,11 +213,15 @@ def expert_shape(args: LlamaArgs, tokens: int = 0, expert_parallel: int = 1) -> 
     return Shape(args.dim, args.hidden_dim, tokens * args.top_k, args.num_experts // expert_parallel)
 
 
-def describe_experts(config: JobConfig, args: LlamaArgs, family: Family | None) -> tuple[str, str]:
+def describe_experts(
+    config: JobConfig, args: LlamaArgs, spans: Sequence[Span], family: Family | None
+) -> tuple[str, str]:
     """What the experts of a layer get of a micro-batch and execute in a sparse phase, for a person to read.
 
     Args:
+        config: the job.
         args: of the model, with its sparsity.
+        spans: the run's phases.
         family: that computes the sparse experts; None: there is no sparse phase.
 
     Returns:
@@ -220,14 +233,21 @@ def describe_experts(config: JobConfig, args: LlamaArgs, family: Family | None) 
     said = f"{each:,.0f} tokens of a micro-batch for each of {args.num_experts} on average"
     if family is None:
         return said, ""
-    pattern = args.sparsity.pattern
-    assert isinstance(pattern, Pattern)
-    share = family.cost(args.sparsity, expert_shape(args, tokens, ranks)).executed_share
-    kept = round(pattern.density(args.hidden_dim) * args.hidden_dim)
-    said += f", {each / pattern.v:.1f} blocks of {pattern.v}; a block keeps {kept:,} of {args.hidden_dim:,} neurons"
+    sparsities = dict.fromkeys(phase_sparsity(args.sparsity, config, span) for span in spans if span.mode == "sparse")
+    shares, keeps = [], []
+    for sparsity in sparsities:
+        pattern = sparsity.pattern
+        assert isinstance(pattern, Pattern)
+        shares.append(family.cost(sparsity, expert_shape(args, tokens, ranks)).executed_share)
+        keeps.append(round(pattern.density(args.hidden_dim) * args.hidden_dim))
+    v = config.activations.v
+    said += f", {each / v:.1f} blocks of {v}; a block keeps {' or '.join(f'{kept:,}' for kept in keeps)} of "
+    said += f"{args.hidden_dim:,} neurons"
     if isinstance(family, ExpertByExpert) and family.inner is MASKED:
         return said, ""  # which is no faster for any experts
-    said += f"; {share:.0%} of the dense experts' FLOPs, with the rows that fill up last blocks"
+    said += f"; {' or '.join(f'{share:.0%}' for share in shares)} of the dense experts' FLOPs, with the rows that fill"
+    said += " up last blocks"
+    share, kept = max(shares), min(keeps)
     why = []
     if share >= 1:
         why.append(
@@ -250,7 +270,9 @@ def sparse_layers_flops(args: LlamaArgs) -> float:
 
 def flops_per_token(
     dense: float,
+    config: JobConfig,
     args: LlamaArgs,
+    spans: Sequence[Span],
     family: Family | None,
     tensor_parallel: int = 1,
     tokens: int = 0,
@@ -260,7 +282,9 @@ def flops_per_token(
 
     Args:
         dense: FLOPs of a dense step per token.
+        config: the job.
         args: the model's arguments, with its sparsity.
+        spans: phases of the run, all of them or some.
         family: the kernel family of the sparse FFNs; None: there is no sparse phase.
         tensor_parallel: number of ranks that share a layer.
         tokens: of a micro-batch. Experts pad their tokens to whole blocks, which counts; 0: padding does not count.
@@ -268,16 +292,22 @@ def flops_per_token(
 
     Returns:
         dense: as given. sparse_pattern: without the products of entries that the pattern drops. sparse_executed: what
-        the family's kernels execute.
+        the family's kernels execute. Both are means over the sparse steps of the phases.
     """
     ffn = sparse_layers_flops(args)
     shape = Shape(args.dim, args.hidden_dim // tensor_parallel)
     if args.num_experts:
         shape = expert_shape(args, tokens, expert_parallel)
-    executed = 1.0 if family is None else family.cost(args.sparsity, shape).executed_share
+    sparse = [span for span in spans if span.mode == "sparse"]
+    if family is None or not sparse:
+        return dict.fromkeys(("dense", "sparse_pattern", "sparse_executed"), dense)
+    steps = [span.stop - span.start for span in sparse]
+    sparsities = [phase_sparsity(args.sparsity, config, span) for span in sparse]
+    pattern = fmean([each.flops_share(shape.hidden_dim) for each in sparsities], steps)
+    executed = fmean([family.cost(each, shape).executed_share for each in sparsities], steps)
     return {
         "dense": dense,
-        "sparse_pattern": dense - ffn * (1 - args.sparsity.flops_share(shape.hidden_dim)),
+        "sparse_pattern": dense - ffn * (1 - pattern),
         "sparse_executed": dense - ffn * (1 - executed),
     }
 
@@ -339,6 +369,7 @@ class Sparsity(Stateful):
         self.shards = config.parallelism.tensor_parallel_degree
         self.expert_ranks = config.parallelism.expert_parallel_degree  # neighbouring ones share out a layer's experts
         self.phase = "dense"
+        self.kind: tuple[str, float | None] = ("dense", None)
         # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
         self.prepared: dict[str, Any] = {}
         self._by_position = False
@@ -362,7 +393,7 @@ class Sparsity(Stateful):
                 or tokens are clustered.
 
         Returns:
-            Whether the phase is another than at the last call.
+            Whether the phase is of another kind than at the last call: another mode, or another share that is kept.
 
         Raises:
             ValueError: `forward` is needed and None.
@@ -374,7 +405,11 @@ class Sparsity(Stateful):
                 logger.info(f"step {step}: the recipe is not the one that this phase began with; prepared anew")
             self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
-        changed, self.phase = span.mode != self.phase, span.mode
+        changed, self.kind = span.kind != self.kind, span.kind
+        self.phase = span.mode
+        if changed and span.mode == "sparse" and any(each.keep is not None for each in self.spans):
+            for feed_forward in self.feed_forwards:
+                feed_forward.sparsity = phase_sparsity(feed_forward.sparsity, self.config, span)
         self._run(span.mode == "sparse")
         return changed
 

@@ -41,14 +41,14 @@ def summary(config: JobConfig, args: LlamaArgs, spans: list[Span]) -> str:
         f"{args.vocab_size:,}",
         f"run         {training.steps:,} steps of {tokens:,} tokens: {training.steps * tokens / 1e6:,.1f} M, "
         f"{training.steps * tokens / parameters:,.1f} a parameter",
-        f"recipe      {config.recipe}: " + ", ".join(f"{span.mode} to step {span.stop}" for span in spans),
+        f"recipe      {config.recipe}: " + ", ".join(f"{span.name} to step {span.stop}" for span in spans),
         f"sparse FFN  {family.name}: {reason}" if family else f"sparse FFN  none: {reason}",
     ]
     if config.precision.qat != "none":
         first = spans[-1].start + 1
         lines.append(f"QAT         weights of the blocks' linear layers in {config.precision.qat} from step {first}")
     if args.num_experts:
-        said, slow = describe_experts(config, args, family)
+        said, slow = describe_experts(config, args, spans, family)
         lines.append(f"experts     {said}")
         if slow:
             lines.append(f"WARNING     sparse experts would not be faster: {slow}")

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,9 @@ class SparseTrainer(titan.Trainer):
         if self._together > 1:
             # Graphs for each size: a second one would make PyTorch compile for any size, and kernels are for one.
             torch._dynamo.config.automatic_dynamic_shapes = False
+        # A block has a graph for each kind of phase, and as many for validation, with and without a dense layer.
+        kinds = {span.kind for span in spans}
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(kinds))
         # A rank that has stopped is noticed as soon as in any other collective; gloo's own timeout is half an hour.
         timeout = timedelta(seconds=max(config.comm.init_timeout_seconds, config.comm.train_timeout_seconds))
         several = dist.get_world_size() > 1
@@ -211,12 +214,19 @@ class SparseTrainer(titan.Trainer):
         family, reason = sparse_family(self.model_args, spans, device, dtype, tensor_parallel=tensor)
         dense = self.metrics_processor.num_flops_per_token
         tokens = micro_batch_size(config, sparse=True) * config.training.seq_len
-        flops = flops_per_token(dense, self.model_args, family, tensor, tokens, self.parallel_dims.ep)
-        self.metrics_processor.executed_share["sparse"] = flops["sparse_executed"] / flops["dense"]
+
+        def flops_of(spans: Sequence[Span]) -> dict[str, float]:
+            return flops_per_token(dense, config, self.model_args, spans, family, tensor, tokens, self.parallel_dims.ep)
+
+        flops = flops_of(spans)
+        self.metrics_processor.executed_share = {
+            span.kind: (flops_of([span])["sparse_executed"] if span.mode == "sparse" else dense) / dense
+            for span in spans
+        }
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
             if self.model_args.num_experts and dist.get_rank() == 0:
-                said, slow = describe_experts(config, self.model_args, family)
+                said, slow = describe_experts(config, self.model_args, spans, family)
                 logger.info(f"experts: {said}")
                 if slow:
                     logger.warning(f"sparse experts will not be faster than dense ones: {slow}")
@@ -312,8 +322,10 @@ class SparseTrainer(titan.Trainer):
         seconds = time.perf_counter() - began
         self.metrics_processor.switch_seconds += seconds
         if changed:
-            does = "begins" if span_at(self.sparsity.spans, self.step).start == self.step - 1 else "goes on"  # resumed
-            logger.info(f"step {self.step}: {self.sparsity.phase} phase {does} (switched in {seconds:.1f} s)")
+            span = span_at(self.sparsity.spans, self.step)
+            does = "begins" if span.start == self.step - 1 else "goes on"  # resumed
+            keeps = "" if span.keep is None else f", keep = {span.keep:g}"
+            logger.info(f"step {self.step}: {span.mode} phase {does}{keeps} (switched in {seconds:.1f} s)")
         if self.job_config.precision.qat != "none":
             self._enter_qat()
 
@@ -352,7 +364,7 @@ class SparseTrainer(titan.Trainer):
         if masks is not None:
             extra |= self.sparsity.flip_rate(masks)
         with fail_together(self.signals):
-            metrics.finish(self.sparsity.phase, extra)
+            metrics.finish(span_at(self.sparsity.spans, self.step), extra)
 
     def train_step(self, data_iterator) -> None:
         """torchtitan's training step; with training.skip_bad_batches the optimizer takes no step of a bad batch."""
@@ -576,7 +588,7 @@ class SparseTrainer(titan.Trainer):
             )
         if config.lr_scheduler.warmup_steps > config.training.steps:
             logger.info(f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is cut to training.steps")
-        phases = ", ".join(f"{span.mode} to step {span.stop}" for span in spans)
+        phases = ", ".join(f"{span.name} to step {span.stop}" for span in spans)
         logger.info(f"{config.recipe}: {phases}")
         if any(span.mode == "sparse" for span in spans):
             logger.info(

@@ -83,11 +83,13 @@ from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
 from recipes.data import num_rows
 from recipes.pipeline import data_parallel_ranks, filled, in_flight, micro_batch_size, micro_batches, stages
+from recipes.schedule import Span
 from recipes.sparsity import (
     computes_in,
     describe_experts,
     expert_shape,
     flops_per_token,
+    phase_sparsity,
     sparse_family,
     sparse_layers_flops,
 )
@@ -374,13 +376,20 @@ def estimate(arguments: list[str]) -> str:
     args, spans = check_keys(config, gpus)
     args.vocab_size = expected_vocabulary(config)
     on, on_sparse = layout(config, gpus), layout(config, gpus, sparse=True)
+    shares = {span: span.keep or config.activations.keep for span in spans if span.mode == "sparse"}
+    fullest = max(shares, key=lambda span: shares[span], default=spans[0])  # memory and time of a sparse step are its
+    if shares:
+        args.sparsity = phase_sparsity(args.sparsity, config, fullest)
     with torch.device("meta"):
         model = Llama(args)
     dtype = TORCH_DTYPE_MAP[computes_in(config, on.shard > 1)]
     family, reason = sparse_family(args, spans, torch.device("cuda"), dtype, here=False, tensor_parallel=on.tensor)
     parameters, dense = args.get_nparams_and_flops(model, config.training.seq_len)
     experts = config.parallelism.expert_parallel_degree
-    flops = flops_per_token(dense, args, family, on.tensor, on_sparse.tokens, experts)
+    flops = {
+        span: flops_per_token(dense, config, args, [span], family, on.tensor, on_sparse.tokens, experts)
+        for span in spans
+    }
     active = parameters - args.inactive_parameters
     mode = config.activation_checkpoint.mode
 
@@ -408,7 +417,7 @@ def estimate(arguments: list[str]) -> str:
             f"sparse phases: {family.name} ({reason if _is_reference(family) else 'on a GPU with its kernels'})"
         )
     if args.num_experts:
-        said, slow = describe_experts(config, args, family)
+        said, slow = describe_experts(config, args, spans, family)
         lines.append(f"experts: {said}")
         if slow:
             lines.append(f"WARNING: sparse experts will not be faster: {slow}")
@@ -438,21 +447,25 @@ def estimate(arguments: list[str]) -> str:
         ]
 
     ffn = sparse_layers_flops(args)
-    ffn_executed = flops["sparse_executed"] - (flops["dense"] - ffn)
     # The reference rounds to fp8 and multiplies in another dtype.
-    if args.sparsity.fp8 and family is not None and not _is_reference(family):
-        ffn_executed /= FP8_SPEED  # as so many FLOPs in bf16
-    timed = {"dense": flops["dense"], "sparse_executed": flops["dense"] - ffn + ffn_executed}
+    in_fp8 = args.sparsity.fp8 and family is not None and not _is_reference(family)
+
+    def ffn_timed(span: Span) -> float:
+        """FLOPs a token in bf16 that take the least time that the FFNs of a phase's sparse layers need."""
+        executed = flops[span]["sparse_executed"] - (dense - ffn)
+        return executed / FP8_SPEED if in_fp8 and span.mode == "sparse" else executed
+
     share = filled(config, args.n_layers)
     speed = gpus * options.peak_tflops * 1e12 * options.mfu * share
     lines += ["", _row("phase", ["steps", "dense EFLOP", "executed EFLOP", "ms a step", "hours"])]
     total = [0.0, 0.0, 0.0, 0.0]
     for span in spans:
-        steps, key = span.stop - span.start, "dense" if span.mode == "dense" else "sparse_executed"
-        values = [steps, *(steps * on.step_tokens * flops[kind] / 1e18 for kind in ("dense", key))]
-        seconds = on.step_tokens * timed[key] / speed
+        steps = span.stop - span.start
+        executed = (flops[span][kind] for kind in ("dense", "sparse_executed"))
+        values = [steps, *(steps * on.step_tokens * each / 1e18 for each in executed)]
+        seconds = on.step_tokens * (dense - ffn + ffn_timed(span)) / speed
         total = [a + b for a, b in zip(total, [*values, steps * seconds], strict=True)]
-        lines.append(_phase(f"{span.mode} to step {span.stop}", values, 1e3 * seconds, steps * seconds))
+        lines.append(_phase(f"{span.name} to step {span.stop}", values, 1e3 * seconds, steps * seconds))
     lines.append(_phase("run", total[:3], 1e3 * total[3] / total[0], total[3]))
     lines.append(
         f"at {100 * options.mfu:g}% of {options.peak_tflops:g} TFLOP/s on each GPU; see --help for what it bounds"
@@ -463,7 +476,7 @@ def estimate(arguments: list[str]) -> str:
             + ", ".join(str(len(part.layers)) for part in parts_of(config, args.n_layers))
         )
     if family is not None:
-        lines += _sparse_note(flops["dense"], ffn, ffn_executed, args, family, on.step_tokens / speed)
+        lines += _sparse_note(dense, ffn, ffn_timed(fullest), args, family, on.step_tokens / speed)
     return "\n".join(lines)
 
 

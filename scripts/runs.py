@@ -105,8 +105,9 @@ class Run:
 
     @cached_property
     def phase_index(self) -> np.ndarray:
-        """Number of changes of phase up to every line. int [lines]"""
-        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(self.phases)])
+        """Number of changes of phase up to every line: of its mode, or of the share that it keeps. int [lines]"""
+        kinds = list(zip(self.phases, (line.get("keep") for line in self.lines), strict=True))
+        return np.cumsum([0] + [a != b for a, b in itertools.pairwise(kinds)])
 
     def spans(self, x: np.ndarray) -> list[tuple[str, float, float]]:
         """(mode, start, end) of every phase on the axis x; a phase starts at the last line of the one before."""

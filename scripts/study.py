@@ -257,7 +257,8 @@ def _word(value: Any, inside: bool = False) -> str:
     """A TOML value as TOML text; a string outside of lists and tables is written without quotes."""
     match value:
         case dict():
-            return "{" + ", ".join(f"{json.dumps(key)} = {_word(item, True)}" for key, item in value.items()) + "}"
+            given = {key: item for key, item in value.items() if item is not None}  # TOML has no None
+            return "{" + ", ".join(f"{json.dumps(key)} = {_word(item, True)}" for key, item in given.items()) + "}"
         case list():
             return "[" + ", ".join(_word(item, True) for item in value) + "]"
         case str() if not inside:

@@ -262,6 +262,17 @@ BAD = [
     (f"{DEBUG} --comm.mode fake_backend", ["comm.mode", "torchrun"]),
     (f"{DEBUG} --metrics.enable_wandb", ["metrics.enable_wandb", "pip install wandb"]),
     (f"{DEBUG} --schedule.phases '[{{mode = \"dense\", end = 0}}]'", ["phases[0].end = 0", "before the first step"]),
+    *(
+        (f"{DEBUG} --recipe {recipe} --schedule.phases '[{{{phase}}}, {{}}]'", ["schedule.phases[0].keep", *named])
+        for recipe, phase, named in (
+            ("columns_quarter", 'mode = "dense", keep = 0.5, end = 3', ["= 0.5", "dense phase", "leave it out"]),
+            ("venom_2of16", 'mode = "sparse", keep = 0.5, end = 3', ["= 0.5", '"venom"', "leave it out"]),
+            ("weights_2of4", 'mode = "sparse", keep = 0.5, end = 3', ["= 0.5", '"none"', "leave it out"]),
+            ("columns_quarter", 'mode = "sparse", keep = 0.0, end = 3', ["= 0", "activations.keep = 0", "above 0"]),
+            ("columns_quarter", 'mode = "sparse", keep = 1.5, end = 3', ["1.5", "1.0"]),
+            ("columns_quarter_fp8", 'mode = "sparse", keep = 0.3, end = 3', ["= 0.3", "fp8", "multiples of 16"]),
+        )
+    ),
     (
         f"{DEBUG} --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option foo",
         ["selective_ac_option", "foo", '"op"'],

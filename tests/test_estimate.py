@@ -279,6 +279,26 @@ def test_a_sparse_step_keeps_h_as_its_backend_does():
     assert h("groups_quarter", "groups", "--schedule.dense_layers", "3") == (1 + 1 / 8) / 2  # of six layers
 
 
+def test_phases_that_keep_shares_of_their_own():
+    """Each has its own time, and memory is that of the phase that keeps most."""
+    words = [
+        "--config",
+        "configs/1b.toml",
+        "--recipe",
+        "columns_quarter",
+        "--training.steps",
+        "100",
+        "--schedule.phases",
+    ]
+    ends = {"0.125": 40, "0.5": 80}
+    sparse = ", ".join(f'{{mode = "sparse", keep = {keep}, end = {end}}}' for keep, end in ends.items())
+    report = estimate([*words, f"[{sparse}, {{}}]"])
+    alone = {keep: estimate([*words, '[{mode = "sparse"}]', "--activations.keep", keep]) for keep in ends}
+    for keep, end in ends.items():
+        assert numbers(report, f"sparse ({keep}) to step {end}")[3] == numbers(alone[keep], "sparse to step 100")[3]
+    assert numbers(report, "peak")[1] == numbers(alone["0.5"], "peak")[1] > numbers(alone["0.125"], "peak")[1]
+
+
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_layers_that_stay_dense_count_as_dense(mode):
     """Their share of what is kept; and the backward pass ends in one of them, at the dense step's peak."""

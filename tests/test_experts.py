@@ -298,11 +298,11 @@ def test_the_page_s_bounds_are_those_that_the_estimate_counts():
     assert len(table) == 6
     for job, recipe, tokens, experts, step, faster in ([cell.strip(" `") for cell in row] for row in table):
         config, _ = load_config(["--config", job, "--recipe", recipe])
-        args, _ = check_config(config)
+        args, spans = check_config(config)
         args.vocab_size, batch = 32768, config.training.local_batch_size * config.training.seq_len
         with torch.device("meta"):
             _, dense = args.get_nparams_and_flops(Llama(args), config.training.seq_len)
-        share = flops_per_token(dense, args, GROUPED_COLUMNS, tokens=batch)["sparse_executed"] / dense
+        share = flops_per_token(dense, config, args, spans, GROUPED_COLUMNS, tokens=batch)["sparse_executed"] / dense
         executed = GROUPED_COLUMNS.cost(args.sparsity, expert_shape(args, batch)).executed_share
         assert tokens == f"{batch * args.top_k // args.num_experts:,}"
         assert (experts, step, faster) == (f"{executed:.0%}", f"{share:.0%}", f"{1 / share:.2f}x"), (job, recipe)

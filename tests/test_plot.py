@@ -245,6 +245,11 @@ def test_training_time_leaves_compilation_out(tmp_path):
     assert picture.x_label == "training time, seconds" and picture.spans[0][1] == ("sparse", *run.seconds[[19, 79]])
     out = pictures.plot([tmp_path / "run"], tmp_path / "time.png", against="time")
     pixels(out)
+    for line in run.lines[50:80]:  # a sparse phase with a share of its own, whose steps take twice as long
+        line |= {"keep": 0.5, "tokens_per_second": 5e5}
+    run.lines[50]["graphs_compiled"] = 1
+    del run.seconds, run.phase_index
+    assert np.diff(run.seconds)[[48, 49, 50, 78, 79]] == pytest.approx(8192e-6 * np.array([1, 2, 2, 2, 1]))
     del run.lines[3]["tokens_per_second"], run.seconds
     with pytest.raises(ConfigError, match=r"--against time: .*run lacks tokens_per_second"):
         pictures.Picture([run], None, "time")

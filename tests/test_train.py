@@ -127,6 +127,38 @@ def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path, capfd):
     ]
 
 
+def test_sparse_phases_keep_shares_of_their_own(train, tmp_path):
+    """Two phases with their own, one with the recipe's, and a resume inside of each."""
+    shares = {3: 0.5, 4: 0.5, 5: None, 6: None, 7: 0.75, 8: 0.75}
+    ends = [(f"keep = {share}, " if share else "") + f"end = {step}" for step, share in list(shares.items())[1::2]]
+    sparse = ", ".join(f'{{mode = "sparse", {end}}}' for end in ends)
+    phases = f'[{{mode = "dense", end = 2}}, {sparse}, {{mode = "dense", end = 1.0}}]'
+    words = ("--schedule.phases", phases, "--validation.freq", "2", "--activations.g", "32")
+    whole = train(tmp_path / "whole", *words, recipe="groups_quarter")
+    assert {step: row.get("keep") for step, row in whole.items() if row["phase"] == "sparse"} == shares
+    kept = [whole[step]["energy_kept"] for step in (6, 4, 8)]
+    assert kept == sorted(kept) and len(set(kept)) == 3
+    about = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert about["phases"] == [["dense", 1, 2], ["sparse", 3, 4], ["sparse", 5, 6], ["sparse", 7, 8], ["dense", 9, 12]]
+    flops = about["flops_per_token"]
+    ffn = 6 * 2 * 2 * 32 * 256  # of two layers
+    mean = (0.5 + 0.25 + 0.75) / 3
+    assert (flops["dense"] - flops["sparse_pattern"]) / ffn == pytest.approx((1 - mean) * 5 / 6)
+    for stop in (3, 6, 7, None):
+        resumed = train(tmp_path / "resumed", *words, stop_after=stop, recipe="groups_quarter")
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_block_is_compiled_for_many_shares(train, tmp_path):
+    """PyTorch compiles a block eight times at most unless it is told that there are more kinds of steps."""
+    shares = [0.125 * (1 + each) for each in range(6)]
+    sparse = ", ".join(f'{{mode = "sparse", keep = {share}, end = {1 + each}}}' for each, share in enumerate(shares))
+    words = ("--schedule.phases", f'[{sparse}, {{mode = "dense", end = 1.0}}]', "--training.steps", "8")
+    compiles = ("--compile.enable", "true", "--compile.components", "model", "--compile.backend", "eager")
+    run = train(tmp_path / "run", *words, *compiles, "--validation.freq", "1", recipe="groups_quarter")
+    assert [run[step]["graphs_compiled"] for step in range(1, 9)] == [1] * 7 + [0]
+
+
 def test_first_layers_can_stay_dense(train, tmp_path):
     """The row of a sparse phase's validation, and FLOPs of the half that is sparse."""
     whole = train(tmp_path / "whole")[8]
