@@ -348,8 +348,8 @@ class Training(titan_config.Training):
     start_timeout_seconds: float = _in(7200.0, 0.0, YEAR)
     """
     The same for each part of the start: reading the data, preparing the tokenizer, connecting the ranks and building
-    the model, loading a checkpoint, reading the first batch. It is also the limit of steps that compile: the first one
-    of a run or of a resume, and those in which a sparse phase prepares its pattern. 0: any time.
+    the model, loading a checkpoint, reading the first batch. It is also the limit of steps that compile, the first one
+    of a run, of a resume and of each phase, and of those in which a sparse phase prepares its pattern. 0: any time.
     """
 
     skip_bad_batches: int = _in(0, 0)

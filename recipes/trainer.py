@@ -241,7 +241,8 @@ class SparseTrainer(titan.Trainer):
             while self.step < config.training.steps and not self._any_rank_interrupted():
                 self.step += 1
                 self.gc_handler.run(self.step)
-                self.watchdog.watch(f"step {self.step}", self.step == first or self.sparsity.prepares(self.step))
+                compiles = self.step == first or span_at(spans, self.step).start == self.step - 1
+                self.watchdog.watch(f"step {self.step}", compiles or self.sparsity.prepares(self.step))
                 self._enter_phase(batches)
                 self._train_validate_log(batches)
                 last_step = self.step == config.training.steps
