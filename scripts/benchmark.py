@@ -23,6 +23,7 @@ the operator that launched them, a matrix product by its shapes; `idle` is the r
 
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import statistics
@@ -506,8 +507,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("rounds", "gpus", "brief"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ConfigError(f"--{name} {number}: give 1 or more")
-    if torch.cuda.is_available() and torch.cuda.device_count() < options.gpus:
-        raise ConfigError(f"--gpus {options.gpus}: this machine has {torch.cuda.device_count()}")
+    # Without GPUs, a core stands in for one.
+    there = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
+    if there < options.gpus:
+        raise ConfigError(f"--gpus {options.gpus}: this machine has {there}")
     words = [word for key in given for word in (key.split("=", 1) if key.startswith("--") else [key])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise ConfigError(f"{shlex.join(given)}: give keys of train.py as --key value")

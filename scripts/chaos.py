@@ -44,7 +44,7 @@ from typing import Any
 
 from configs.errors import first_line
 from configs.repository import ROOT, commit
-from scripts.options import Parser
+from scripts.options import Parser, out_file, out_folder
 
 STEPS, INTERVAL = 12, 2
 HANG = 60.0
@@ -558,14 +558,18 @@ def try_fault(job: Job, fault: Fault) -> Fault:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m scripts.chaos", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path, help="JSON file of the results; faults that it has are not tried again")
+    parser.add_argument("file", type=out_file, help="JSON file of the results; faults that it has are not tried again")
     parser.add_argument("--faults", type=int, default=200, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the faults to try (again)")
-    parser.add_argument("--folder", type=Path, help="for the runs, kept where one went wrong; default: a temporary one")
+    parser.add_argument(
+        "--folder", type=out_folder, help="for the runs, kept where one went wrong; default: a temporary one"
+    )
     options = parser.parse_args(arguments)
     if options.faults < 1 or min(options.only or [0]) < 0:
         parser.error("--faults and --only: give 1 fault or more, and numbers from 0")
+    if options.folder and options.folder.is_dir() and any(options.folder.iterdir()):
+        parser.error(f"--folder {options.folder} is not empty: name another one")
     done: dict[int, dict] = {}
     if options.file.exists():
         try:

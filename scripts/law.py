@@ -45,6 +45,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, variance
 from typing import Any
@@ -269,6 +270,9 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
             raise ConfigError(f"{file} has no recipes: see python -m scripts.law --help")
         if without := [name for name, entry in told["recipes"].items() if not entry["runs"]]:
             raise ConfigError(f"{file}: recipe {without[0]} has no runs: give it one, or leave it out")
+        named = [(e["study"], e["run"]) for e in told["dense"]]
+        if twice := [f"{study}: {run}" for study, run in named if named.count((study, run)) > 1]:
+            raise ConfigError(f"{file} has the dense runs {twice[0]} twice, which would count double: name them once")
         dense = [
             Cell(n, d, tuple(losses.values())) for n, d, losses in (_losses(**e, root=root) for e in told["dense"])
         ]
@@ -366,7 +370,7 @@ def draw(evidence: Evidence) -> Figure:
         figure = Figure(figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
         sizes = sorted({cell.parameters for cell in evidence.dense})
-        for colour, size in zip(PALETTE, sizes, strict=False):
+        for colour, size in zip(cycle(PALETTE), sizes, strict=False):
             own = [cell for cell in evidence.dense if cell.parameters == size]
             tokens = np.geomspace(min(cell.tokens for cell in own) / 1.2, max(cell.tokens for cell in own) * 2, 60)
             curves = np.array([[law.loss(size, each) for each in tokens] for law in evidence.drawn_laws])
@@ -382,7 +386,7 @@ def draw(evidence: Evidence) -> Figure:
         left.set_title("The dense law, with its 90% interval")
         left.legend()
         names: list[str] = []
-        for (recipe, cells), colour in zip(evidence.recipes.items(), PALETTE, strict=False):
+        for (recipe, cells), colour in zip(evidence.recipes.items(), cycle(PALETTE), strict=False):
             for index, cell in enumerate(cells):
                 share, low, high = evidence.shares(recipe, index)
                 place, parameters = len(names), rounded(cell.parameters, 2)

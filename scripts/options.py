@@ -76,7 +76,8 @@ def out_folder(text: str) -> Path:
     return path
 
 
-def _out_file(text: str) -> Path:
+def out_file(text: str) -> Path:
+    """The type of an option or argument: a file that can be written, which need not be there yet."""
     path = _out(text)
     if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{text!a} is a folder: name the file to write")
@@ -90,7 +91,7 @@ def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, former: st
         former: an earlier name of the option, which is refused with the new one.
         more: other arguments of `add_argument`.
     """
-    kind = out_folder if metavar == "FOLDER" else _out_file
+    kind = out_folder if metavar == "FOLDER" else out_file
     parser.add_argument("-o", "--out", metavar=metavar, type=kind, help=help, **more)
     if former:
         parser.add_argument(former, action=_Renamed, help=argparse.SUPPRESS)

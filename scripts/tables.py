@@ -744,7 +744,7 @@ def headline_table(file: Path) -> str:
                 "its sparse step": "; ".join(steps),
                 "whole run": "; ".join(whole),
                 "scale": f"{rounded(cell.parameters, 2)}, {cell.tokens / cell.parameters:.0f} each",
-                "loss at equal tokens": f"{round(100 * share_of_loss, 1) + 0.0:+.1f}%",  # + 0.0: never "-0.0%"
+                "loss at equal tokens": f"{100 * share_of_loss:+z.1f}%",  # z: never "-0.0%"
                 "at equal loss": "; ".join(sooner),
             }
         )

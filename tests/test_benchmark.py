@@ -243,6 +243,7 @@ def test_torchtitan_s_lines_are_read():
     [
         (["--contenders", "dens"], "--contenders dens: no such contender; there are torchtitan_swiglu"),
         (["--rounds", "0"], "--rounds 0: give 1 or more"),
+        (["--gpus", "99999"], "--gpus 99999: this machine has "),
         (["--brief", "0"], "--brief 0: give 1 or more"),
         (["--training.steps"], "--training.steps: give keys of train.py as --key value"),
         (["--training.stepz", "3"], "training.stepz"),

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,10 @@ def test_a_file_of_evidence(evidence):
     share, low, high = read.shares("columns_quarter", 0)
     assert share == pytest.approx(read.law.share(1.2e8, 0.06)) and 0 < low < share < high
     assert law.draw(read).axes[1].get_yticklabels()[0].get_text() == "columns_quarter\n12M, 10 tokens each"
+    many = {str(number): read.recipes["columns_quarter"] for number in range(9)}  # more than there are colours
+    penalties = dict.fromkeys(many, read.drawn_penalties["columns_quarter"])
+    drawn = law.draw(replace(read, recipes=many, drawn_penalties=penalties))
+    assert len(drawn.axes[1].get_yticklabels()) == len(many)
     again = law.read.__wrapped__(evidence, evidence.parent)
     assert again.shares("columns_quarter", 0) == (share, low, high)  # the draws are those of one seed
 
@@ -168,6 +173,7 @@ def test_intervals_hold_what_is_true():
     "change, message",
     [
         (lambda told: told["dense"].pop(), "2 budgets"),
+        (lambda told: told["dense"].append(told["dense"][0]), "has the dense runs study: dense_30 twice"),
         (lambda told: told["dense"][0].update(run="none"), "study has no run none: there are dense_120"),
         (lambda told: told["recipes"]["columns_quarter"]["runs"][0].update(dense="dense_60"), "differ in their tokens"),
         (lambda told: told.pop("recipes"), "not a file of evidence"),

@@ -59,7 +59,15 @@ def test_files_of_other_programs_are_refused(tmp_path, capsys):
         assert "is no file of faults" in capsys.readouterr().err, text
         with pytest.raises(ConfigError, match=r"kernels\.json cannot be drawn"):
             plot_kernels.main([str(tmp_path)])
-    for words in (["--faults", "0"], ["--only", "-1"]):
+    for words, message in (
+        (["--faults", "0"], "give 1 fault or more"),
+        (["--only", "-1"], "give 1 fault or more"),
+        (["--folder", str(tmp_path)], f"--folder {tmp_path} is not empty"),
+        (["--folder", str(tmp_path / "kernels.json")], "is no folder"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             chaos.main([str(tmp_path / "new.json"), *words])
-        assert "give 1 fault or more" in capsys.readouterr().err
+        assert message in capsys.readouterr().err, words
+    with pytest.raises(SystemExit, match="2"):
+        chaos.main([str(tmp_path)])
+    assert "is a folder: name the file to write" in capsys.readouterr().err
