@@ -629,6 +629,13 @@ def test_bad_input_is_one_message(words, named):
     assert all(each in str(error.value) for each in named), str(error.value)
 
 
+def test_clusters_of_tokens_are_bounded_by_the_tokens_of_all_ranks_that_share_experts():
+    words = ["--config", "configs/moe_debug.toml", "--parallelism.expert_parallel_degree", "2"]
+    check_config(load_config([*words, "--router.token_clusters", "2048"])[0], 2)
+    with pytest.raises(ConfigError, match="2049 exceeds the 2048 tokens that an expert gets"):
+        check_config(load_config([*words, "--router.token_clusters", "2049"])[0], 2)
+
+
 def run_ranks(tiny, folder, *words: str, processes: int = 2) -> dict[int, dict]:
     command = merge(merge(tiny, list(WORDS)), [*words, "--job.dump_folder", str(folder)])
     result = fork(

@@ -805,6 +805,8 @@ def test_tokens_that_are_alike_are_clustered(dtype):
         filled = token_clusters(torch.cat([x[:60], x.new_zeros(900, 16), x[60:]]), 4, seed=seed)
         assert sorted(route_tokens(x, filled)[0].bincount(minlength=4).tolist()) == [30] * 4
     assert not token_clusters(torch.zeros(1, 40, 16), 4).any()
+    alone = token_clusters(torch.cat([x.new_zeros(7, 16), x[:1]]), 4)
+    assert_close(alone, torch.nn.functional.normalize(x[:1].float(), dim=1).expand(4, 16))
     layers = torch.randn(2, 24, 8, generator=rand)
     together = token_clusters(layers, 6, seed=[3, 8])
     assert_close(together, torch.stack([token_clusters(layers[0], 6, seed=3), token_clusters(layers[1], 6, seed=8)]))

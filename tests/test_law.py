@@ -212,12 +212,15 @@ def test_speeds_that_were_not_timed_are_one_message(tmp_path):
         "dense": {"failed": "", "ms": {"dense": 200.0}, "sparse_share": 0.0},
         "float8": {"failed": "it ran out of memory"},
         "own": {"failed": "", "ms": {"dense": 200.0, "sparse": 100.0}, "sparse_share": 0.75},
+        "own_fp8": {"failed": "", "ms": {"dense": 160.0, "sparse": 100.0}, "sparse_share": 0.75},  # dense in float8
     }
     (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
-    told = {"1B": ["", "own"], "7B": ["", "own", 0.4]}  # of 100 ms, 40 are saved where 0.4 of the layers are sparse
+    # Of 100 and 60 ms, 40 and 45 are saved where 0.4 and 0.75 of the layers are sparse.
+    told = {"1B": ["", "own"], "7B": ["", "own", 0.4], "7B, fp8": ["", "own_fp8", 0.75]}
     assert law.speeds({"speeds": told}, tmp_path) == {
         "1B": law.Speed(2.0, 1.6, 1.0),
         "7B": law.Speed(200 / 160, 200 / 170, 1.0),
+        "7B, fp8": law.Speed(200 / 115, 200 / (0.25 * 160 + 0.75 * 115), 1.0),
     }
     wrong = {"1B": ["nowhere", "own"]}, {"1B": ["", "none"]}, {"1B": ["", "float8"]}, {"1B": "x"}, "x"
     for told in (*wrong, {"1B": ["", "own", 0]}, {"1B": ["", "own", 1.5]}, {"1B": ["", "own", 1, 1]}):

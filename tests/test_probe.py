@@ -181,11 +181,14 @@ def test_a_model_of_eight_ranks_and_of_the_last_save_or_an_early_one(train, word
 
 
 def test_small_defaults_on_a_cpu_and_progress_that_ends_at_its_total(train, words, tmp_path, capsys, monkeypatch):
-    more = ("--validation.sequences", "32", "--training.local_batch_size", "4")
-    train(tmp_path / "run", *merge(words, [*more, "--training.global_batch_size", "4"]))
+    more = ("--validation.sequences", "32", "--training.local_batch_size", "4", *LARGER)
+    train(tmp_path / "run", *merge(words, more))
     made = probe.Probe(str(tmp_path / "run"))
     assert sum(map(len, made.batches)) == (probe.CPU_SEQUENCES if probe.device_type == "cpu" else 32)
-    assert sum(map(len, probe.Probe(str(tmp_path / "run"), 12).batches)) == 12
+    assert sum(map(len, probe.Probe(str(tmp_path / "run"), 24).batches)) == 24
+    with monkeypatch.context() as fewer:
+        fewer.setattr(probe, "CPU_SEQUENCES", 2)
+        assert probe.device_type != "cpu" or probe.Probe(str(tmp_path / "run")).batches[0].shape[0] == 8  # of LARGER
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     capsys.readouterr()
     made.measure(items=3)

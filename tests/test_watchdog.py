@@ -1,10 +1,12 @@
 """A run that hangs ends by itself and leaves the stacks of its threads; one that is slow or stopped does not."""
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, fork, merge, rows
@@ -138,6 +140,26 @@ def test_each_part_of_a_run_has_its_name_and_limit(train, tmp_path, monkeypatch)
         ("dcp_save", "the save of step 6", "hang"),
         ("close", "the end (ending data processes, waiting for a save)", "hang"),
     ]
+
+
+def test_a_part_does_not_get_the_time_of_the_one_before(monkeypatch):
+    """A step begins at every tenth look: each has been looked at nine times when it ends, and a tenth would end it."""
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    watchdog, looks, ended = Watchdog(0, 0), [], []
+
+    def wait(seconds: float) -> bool:
+        looks.append(seconds)
+        if len(looks) % 10 == 0 and len(looks) < 50:
+            watchdog.watch(f"step {len(looks)}")
+        return len(looks) == 52
+
+    monkeypatch.setattr(watchdog, "_seconds", 10.0)
+    monkeypatch.setattr(watchdog, "_closed", SimpleNamespace(wait=wait))
+    monkeypatch.setattr(watchdog, "_end", lambda part: ended.append(part.name))
+    watchdog.watch("step 0")
+    watchdog._watch()
+    watchdog.close()
+    assert ended == ["step 40", "step 40"] and set(looks) == {1.0}, "the last one takes too long"
 
 
 def python(program: str) -> subprocess.Popen[str]:
