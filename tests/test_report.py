@@ -32,6 +32,13 @@ def test_links_and_pictures_are_there(page):
     assert gone == []
 
 
+def test_lines_of_prose_fit_120_columns():
+    """Those of code, of tables and of what is generated may be longer."""
+    for page in (*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/**/*.md")):
+        prose = re.sub(r"^```.*?^```", "", BLOCK.sub("", page.read_text()), flags=re.DOTALL | re.MULTILINE)
+        assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == [], page
+
+
 def test_a_page_draws_the_tree_that_is_there():
     (tree,) = re.findall(r"## Where things are\n+```\n(.*?)```", (ROOT / "docs" / "code.md").read_text(), re.DOTALL)
     entries = re.findall(r"^(\S+).*\n((?: .*\n)*)", tree, re.MULTILINE)  # a name, and the indented lines below it
