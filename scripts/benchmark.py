@@ -26,6 +26,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -341,6 +342,7 @@ class Turn:
         if self.gpus > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
         log = self.folder / "log.txt"
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run ends with this process
         with log.open("w") as file:
             process = subprocess.Popen(
                 [*command, *self.program, *self.words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file
@@ -351,6 +353,8 @@ class Turn:
                 process.terminate()  # torchrun passes it on to its processes
                 process.wait()
                 raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
         if process.returncode:
             tail = log.read_text(errors="replace").splitlines()[-1:]
             return {"failed": f"status {process.returncode}, see {log}: {' '.join(tail)[:200]}"}

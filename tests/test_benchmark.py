@@ -255,19 +255,20 @@ def test_refusals(tmp_path, words, message):
         benchmark.main(["--config", "configs/debug.toml", "--out", str(tmp_path), *words])
 
 
-def test_ctrl_c_ends_the_run_at_hand_and_keeps_those_before_it(tmp_path, monkeypatch, request):
-    (tmp_path / "sleep.py").write_text(
-        "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n"
-    )
+def test_signals_end_the_run_at_hand_and_keep_those_before_it(tmp_path, monkeypatch, request):
     turn = object.__new__(benchmark.Turn)
     turn.folder, turn.gpus, turn.program, turn.words = tmp_path, 1, ("sleep.py",), []
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program of its own
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        turn.run()  # returns once the process has ended
-    assert time.monotonic() - began < 30
+    default = signal.getsignal(signal.SIGTERM)
+    for name in ("SIGINT", "SIGTERM"):
+        text = f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(60)\n"
+        (tmp_path / "sleep.py").write_text(text)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            turn.run()  # returns once the process has ended
+        assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGTERM) is default
     monkeypatch.undo()
 
     results = iter([{"failed": "no time"}])
