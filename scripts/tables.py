@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -60,7 +61,7 @@ def runs_table(folder: Path, pad: bool = False) -> str:
             "run": name if pad else f"`{name}`",
             "seeds": "-" if one_seed else str(len(losses[name])),
             "sparse": f"{100 * sparse:.0f}%",
-            "energy kept": f"{100 * mean(energy):.1f}%" if energy else "-",
+            "energy kept": _percent(mean(energy) if energy else None),
             "validation loss": f"{mean(losses[name]):.4f}" + _deviation(losses[name]),
             "minus dense": difference,
             "bits/byte": f"{mean([run.last('val_bpb') for run, _ in groups[name]]):.4f}",
@@ -73,25 +74,46 @@ def runs_table(folder: Path, pad: bool = False) -> str:
         if pad:
             del row["energy kept"], row["at switches"]  # would not fit the width of a terminal
         rows.append(row)
-    return _table(rows, pad, lambda shown: _ran_on(runs, one_seed, shown))
+    return _table(rows, _ran_on(runs, one_seed, _filled(rows)), pad)
 
 
-def _table(rows: list[dict[str, str]], pad: bool, text: Callable[[set[str]], str]) -> str:
-    """A table in Markdown or, with `pad`, aligned for a terminal. Columns that are empty in every row are left out.
+def _filled(rows: list[dict[str, str]]) -> list[str]:
+    """The columns that are not empty in every row, in their order."""
+    return [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
+
+
+def _table(rows: list[dict[str, str]], text: str, pad: bool = False) -> str:
+    """A table in Markdown or, with `pad`, aligned for a terminal, and a text below it.
 
     Args:
-        rows: one dictionary for each row, all with the same keys: the columns.
+        rows: one dictionary for each row, all with the same keys: the columns. Those that are empty are left out.
+        text: below the table.
         pad: see `runs_table`.
-        text: takes the names of the columns that are shown and returns the text below the table.
     """
-    shown = [key for key in rows[0] if any(set(row[key]) - set("-, ") for row in rows)]
+    shown = _filled(rows)
     cells = [shown, *([row[key] for key in shown] for row in rows)]
     if not pad:
-        lines = [f"| {' | '.join(line)} |" for line in cells]
-        return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + f"\n\n{text(set(shown))}"
+        return f"{_markdown(cells)}\n\n{text}"
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    return "\n".join(lines) + "\n\n" + textwrap.fill(text(set(shown)), 120)
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text, 120)
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows])
+
+
+def _versions(about: dict[str, Any], *names: str) -> str:
+    """The versions of these packages, by default of all that a file names."""
+    return ", ".join(f"{name} {about['versions'][name]}" for name in names or about["versions"])
+
+
+def _job(result: dict[str, Any]) -> str:
+    """How a file of scripts/benchmark.py says that its models ran."""
+    compiled = "compiled, " if result["compile"] else ""
+    return f"{compiled}activation checkpointing: {result['activation_checkpoint']}"
 
 
 def _deviation(values: list[float]) -> str:
@@ -105,13 +127,9 @@ def _flops(about: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 1000
-        else f"{seconds / 60:.1f} min"
-        if seconds < 18000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 1000:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 18000 else f"{seconds / 3600:.1f} h"
 
 
 def _reached(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, dict[str, Any]]]) -> str:
@@ -148,9 +166,8 @@ def _jumps(group: list[tuple[Run, dict[str, Any]]], baseline: list[tuple[Run, di
         peer, phases = dense.get(seed_of(about), {}), about["phases"]
         lines = zip(run.values("step"), run.values("loss"), strict=True)
         ratios = {step: loss / peer[step] for step, loss in lines if step in peer}
-        over = {
-            step: ratio - 1 for step, ratio in ratios.items() if math.isfinite(ratio)
-        }  # of a skipped batch it is not
+        # Of a skipped batch it is not finite.
+        over = {step: ratio - 1 for step, ratio in ratios.items() if math.isfinite(ratio)}
         jumps.append([])
         for _, start, _ in phases[1:]:
             before = [by for step, by in over.items() if step < start]
@@ -171,7 +188,7 @@ def _commit(about: dict[str, Any]) -> str:
 def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
     """The text below a table of runs: model, data, machine, and what the columns mean."""
     about = runs[0][1]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    versions = _versions(about, "torch", "torchtitan", "triton")
     corpus = about["corpus"]
     documents = "streamed documents"
     if corpus["documents"] is not None:
@@ -234,7 +251,7 @@ def batches_table(folder: Path) -> str:
         )
     rows.sort(key=lambda row: (row["recipe"], int(row["sequences"])))
     config, hardware = abouts[0]["config"], abouts[0]["hardware"]
-    versions = ", ".join(f"{name} {abouts[0]['versions'][name]}" for name in ("torch", "torchtitan", "triton"))
+    versions = _versions(abouts[0], "torch", "torchtitan", "triton")
     text = (
         f"{model_name(abouts[0])}, sequences of {config['training']['seq_len']} tokens, "
         f"{'compiled, ' if config['compile']['enable'] else ''}activation checkpointing: "
@@ -242,7 +259,7 @@ def batches_table(folder: Path) -> str:
         f"{_range([each['date'][:10] for each in abouts], '{}')}, "
         f"commit {', '.join(sorted(set(map(_commit, abouts))))}."
     )
-    return _table(rows, False, lambda _: text)
+    return _table(rows, text)
 
 
 def _range(values: Sequence[Any], form: str) -> str:
@@ -301,7 +318,7 @@ def probes_table(folder: Path, pad: bool = False) -> str:
         "Gain: how much lower the loss is with the true later text; above zero, the model used later tokens. "
         f"{devices}, torch {one['torch']}, {dates}."
     )
-    return _table(rows, pad, lambda _: text)
+    return _table(rows, text, pad)
 
 
 def evaluations_table(folder: Path) -> str:
@@ -338,7 +355,7 @@ def evaluations_table(folder: Path) -> str:
     versions = ", ".join(used)
     dates = _range([each["date"][:10] for each in evaluations], "{}")
     text = f"{tokens} tokens of {files} files. {devices}, {versions}, {dates}."
-    return _table(rows, False, lambda _: text)
+    return _table(rows, text)
 
 
 def _percent(share: float | None) -> str:
@@ -356,14 +373,8 @@ def kernels_table(file: Path) -> str:
         file: kernels.json.
     """
     result = json.loads(file.read_text())
-    entries = [entry for shape in result["shapes"] for entry in shape["contenders"].values()]
-    replayed = any("graph_ms" in entry for entry in entries)
-    second = "replayed" if replayed else "kernels alone"
-    lines = [
-        f"| d, f | contender | ms | rounds, ms | speed-up | {second}, ms | speed-up | peak memory "
-        "| (2) to (6), TFLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("d, f", "contender", "ms", "rounds, ms", "speed-up", "replayed, ms", "speed-up", "peak memory")
+    cells = [(*columns, "(2) to (6), TFLOP/s")]
     untimed: dict[str, str] = {}
     for shape in result["shapes"]:
         for name, entry in shape["contenders"].items():
@@ -371,35 +382,30 @@ def kernels_table(file: Path) -> str:
                 failed = any(check["failed"] for check in entry.get("checks", []))
                 untimed[name] = "failed its check" if failed else entry["reason"]
                 continue
-            sparse = [rate for product, rate in entry.get("products", {}).items() if product != "(1)"]
-            rates = [rate["tflops"] for rate in sparse]
-            kernels, dense = (sum(shape["contenders"][each].get("stages", {}).values()) for each in (name, "dense"))
-            alone = f"{kernels:.2f} | {dense / kernels:.2f}x" if kernels else "- | -"
-            if replayed:
-                alone = f"{entry['graph_ms']:.2f} | {entry['graph_speedup']:.2f}x" if "graph_ms" in entry else "- | -"
-            memory = f"{entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else "-"
-            lines.append(
-                f"| {shape['dim']}, {shape['hidden_dim']} | `{name}` | {entry['ms']:.2f} "
-                f"| {min(entry['rounds']):.2f} to {max(entry['rounds']):.2f} | {entry['speedup']:.2f}x "
-                f"| {alone} | {memory} | {_range(rates, '{:.0f}') if sparse else '-'} |"
+            rates = [rate["tflops"] for product, rate in entry["products"].items() if product != "(1)"]
+            cells.append(
+                (
+                    f"{shape['dim']}, {shape['hidden_dim']}",
+                    f"`{name}`",
+                    f"{entry['ms']:.2f}",
+                    f"{min(entry['rounds']):.2f} to {max(entry['rounds']):.2f}",
+                    f"{entry['speedup']:.2f}x",
+                    f"{entry['graph_ms']:.2f}" if "graph_ms" in entry else "-",
+                    f"{entry['graph_speedup']:.2f}x" if "graph_ms" in entry else "-",
+                    f"{entry['peak_bytes'] / 2**30:.2f} GiB",
+                    _range(rates, "{:.0f}") if rates else "-",
+                )
             )
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
-    how = (
-        "with kernels launched from Python, and replayed from a CUDA graph, without host overhead"
-        if replayed
-        else "by elapsed time and by the sum of kernel times in a short profile, which excludes gaps between launches "
-        "and runs on a cooler GPU"
-    )
-    lines.append(
-        f"\nOne FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, including router and "
-        f"permutation; median and range over the rounds. Speed-ups are relative to `dense`, {how}. Peak memory "
-        "excludes inputs and weights. "
-        f"{result['hardware']['device']}, {versions}, "
+    text = (
+        f"One FFN, forward and backward, bf16, compiled, {result['tokens']} random tokens, including router and "
+        "permutation; median and range over the rounds. Speed-ups are relative to `dense`, with kernels launched from "
+        "Python, and replayed from a CUDA graph, without host overhead. Peak memory excludes inputs and weights. "
+        f"{result['hardware']['device']}, {_versions(result, 'torch', 'triton')}, "
         f"{result['date'][:10]}, `{result['command']}`."
     )
     if untimed:
-        lines[-1] += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
-    return "\n".join(lines)
+        text += " Not timed: " + "; ".join(f"`{name}` ({reason})" for name, reason in untimed.items()) + "."
+    return f"{_markdown(cells)}\n\n{text}"
 
 
 def stages_table(file: Path) -> str:
@@ -409,17 +415,16 @@ def stages_table(file: Path) -> str:
         file: kernels.json.
     """
     result = json.loads(file.read_text())
-    lines = []
+    tables = []
     for shape in result["shapes"]:
         stages = {name: entry["stages"] for name, entry in shape["contenders"].items() if "stages" in entry}
         columns = [stage for stage in STAGES if any(stage in times for times in stages.values())]
-        lines += [f"| {shape['dim']}, {shape['hidden_dim']} | {' | '.join(columns)} | sum |"]
-        lines += ["|---" * (len(columns) + 2) + "|"]
+        cells = [[f"{shape['dim']}, {shape['hidden_dim']}", *columns, "sum"]]
         for name, times in stages.items():
-            cells = [f"{times[stage]:.2f}" if stage in times else "" for stage in columns]
-            lines.append(f"| `{name}` | {' | '.join(cells)} | {sum(times.values()):.2f} |")
-    lines.append(f"\nMilliseconds on the GPU. {result['hardware']['device']}, {result['date'][:10]}.")
-    return "\n".join(lines)
+            own = [f"{times[stage]:.2f}" if stage in times else "" for stage in columns]
+            cells.append([f"`{name}`", *own, f"{sum(times.values()):.2f}"])
+        tables.append(_markdown(cells))
+    return "\n".join(tables) + f"\n\nMilliseconds on the GPU. {result['hardware']['device']}, {result['date'][:10]}."
 
 
 def training_table(file: Path) -> str:
@@ -454,18 +459,16 @@ def training_table(file: Path) -> str:
                 "peak memory": f"{entry['active_gib'].get(mode, entry['peak_gib'][mode]):.1f} GiB",
             }
         )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = (
         f"{result['model']}, {result['batch']} sequences of {result['sequence']} tokens per step and GPU, "
-        f"{'compiled, ' if result['compile'] else ''}activation checkpointing: {result['activation_checkpoint']}. "
-        f"Times are medians over means of {_window([result])} steps. Whole run: speed-up of the recipe's mix of dense "
-        f"and sparse steps at these times over dense steps only. {peak} "
-        f"{result['hardware']['gpus']} x {result['hardware']['device']}, {versions}, {result['date'][:10]}, "
+        f"{_job(result)}. Times are medians over means of {_window([result])} steps. Whole run: speed-up of the "
+        f"recipe's mix of dense and sparse steps at these times over dense steps only. {peak} "
+        f"{result['hardware']['gpus']} x {result['hardware']['device']}, {_versions(result)}, {result['date'][:10]}, "
         f"commit {_commit(result)}, `{result['command']}`."
     )
     if failed := [f"`{name}` ({entry['failed']})" for name, entry in contenders.items() if entry["failed"]]:
         text += f" Not timed: {'; '.join(failed)}."
-    return _table(rows, False, lambda _: text)
+    return _table(rows, text)
 
 
 def _window(results: Sequence[dict[str, Any]]) -> str:
@@ -493,7 +496,7 @@ def parts_table(file: Path) -> str:
         | {"sum": f"{sum(parts.values()):.1f}"}
         for step, parts in traced
     ]
-    return _table(rows, False, lambda _: f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
+    return _table(rows, f"Milliseconds of one step under the profiler, {result['date'][:10]}.")
 
 
 def _measurements(folder: Path) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
@@ -505,14 +508,13 @@ def _measurements(folder: Path) -> list[tuple[dict[str, Any], str, dict[str, Any
 
 def _measured_on(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(dict.fromkeys(map(_commit, results)))
     dates = ", ".join(dict.fromkeys(result["date"][:10] for result in results))
     hardware = [result["hardware"] for result in results]
     devices = " and ".join(dict.fromkeys(f"{each['gpus']} x {each['device']}" for each in hardware))
     return (
         f"Medians over means of {_window(results)} steps. {devices}, "
-        f"{versions}, {dates}, commit {commits}; each file has its command, such as `{first['command']}`."
+        f"{_versions(first)}, {dates}, commit {commits}; each file has its command, such as `{first['command']}`."
     )
 
 
@@ -580,10 +582,9 @@ def depth_table(folder: Path) -> str:
     first = results[0]
     text = (
         f"{first['model']}, FSDP2, {first['batch']} sequences of {first['sequence']} tokens per step and GPU, "
-        f"{'compiled, ' if first['compile'] else ''}activation checkpointing: {first['activation_checkpoint']}. MFU: "
-        "dense-equivalent, over the bf16 peak. Memory: of tensors. "
+        f"{_job(first)}. MFU: dense-equivalent, over the bf16 peak. Memory: of tensors. "
     )
-    return _table(rows, False, lambda _: " ".join([text + _measured_on(results), *notes]))
+    return _table(rows, " ".join([text + _measured_on(results), *notes]))
 
 
 APART = 0.03  # of the times of a step's windows, from which on a table of layouts shows them
@@ -634,13 +635,13 @@ def layouts_table(folder: Path) -> str:
     first = results[0]
     text = (
         f"{first['model']}, {first['layers']} layers, {first['batch']} sequences of {first['sequence']} tokens in a "
-        f"step for each GPU, compiled, activation checkpointing: {first['activation_checkpoint']}. Speed-up: over the "
+        f"step for each GPU, {_job(first)}. Speed-up: over the "
         "run's own dense steps. MFU: dense-equivalent, over the bf16 peak. Memory: of tensors, of the fullest GPU. "
     )
     text += _measured_on(results)
     if notes:
         text += f" Steps whose windows differ by more than {100 * APART:.0f}%: {'; '.join(notes)}."
-    return _table(rows, False, lambda _: text)
+    return _table(rows, text)
 
 
 # Keys of train.py that steps are compared by.
@@ -686,13 +687,10 @@ def switches_table(folder: Path) -> str:
     first = results[0]
     brackets = "; in brackets the change to the step without keys" if without else ""
     text = (
-        f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, compiled, activation "
-        f"checkpointing: {first['activation_checkpoint']}{brackets}. "
+        f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, {_job(first)}{brackets}. "
         "tokens/s: of sparse steps where there are some. Memory: of tensors. "
     )
-    return _table(
-        [row for _, row in sorted(rows, key=lambda pair: pair[0])], False, lambda _: text + _measured_on(results)
-    )
+    return _table([row for _, row in sorted(rows, key=itemgetter(0))], text + _measured_on(results))
 
 
 def _switches(result: dict[str, Any]) -> dict[str, str]:
@@ -748,7 +746,7 @@ def headline_table(file: Path) -> str:
                 "at equal loss": "; ".join(sooner),
             }
         )
-    return _table(rows, False, lambda _: "")
+    return _table(rows, "")
 
 
 def law_table(file: Path, pad: bool = False) -> str:
@@ -806,7 +804,7 @@ def law_table(file: Path, pad: bool = False) -> str:
         "dense, and over the fastest dense rival, the model with its FFNs in float8. At equal loss: the latter times "
         f"the effective tokens. Effective tokens at twice the largest budget, if the penalty stays: {doubled}."
     )
-    return _table(rows, pad, lambda _: text)
+    return _table(rows, text, pad)
 
 
 def _given(evidence: Evidence) -> str:
@@ -853,7 +851,7 @@ def faults_table(file: Path) -> str:
         f"{len(about['faults']) - len(happened)} more were drawn for a moment that the run did not come to. "
         f"A run of {about['steps']} steps saves a checkpoint every {about['interval']}. By commit: {commits}."
     )
-    return _table(rows, False, lambda _: text)
+    return _table(rows, text)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
