@@ -24,7 +24,7 @@ import torch._utils
 import torch.distributed.checkpoint  # must see the real look-up functions, so before they are answered below
 from tokenizers import Tokenizer
 
-import configs.safe_load  # noqa: F401, replaces how DCP reads pickles, before anything is read
+import configs.safe_load  # replaces how DCP reads pickles, before anything is read
 
 
 class _CpuModule:
@@ -72,40 +72,40 @@ finally:
     torch._utils._get_available_device_type, torch._utils._get_device_module = _look_up
     torch.compile = _compile
 
-import torchtitan.train  # noqa: E402
-from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: E402
-from torchtitan.components.dataloader import DataloaderExhaustedError, ParallelAwareDataloader  # noqa: E402
-from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
-from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
-from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger  # noqa: E402
-from torchtitan.components.optimizer import (  # noqa: E402
+import torchtitan.train
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
+from torchtitan.components.optimizer import (
     OptimizersContainer,
     build_optimizers,
     build_optimizers_with_moe_load_balancing,
 )
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer  # noqa: E402
-from torchtitan.components.validate import BaseValidator  # noqa: E402
-from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
-from torchtitan.config import job_config as titan_config  # noqa: E402
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.distributed import utils as dist_utils  # noqa: E402
-from torchtitan.distributed.context_parallel import prepare_context_parallel_input  # noqa: E402
-from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm  # noqa: E402
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
-from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
-from torchtitan.models.llama3.model.model import Attention, TransformerBlock  # noqa: E402
-from torchtitan.models.llama3.model.model import FeedForward as SwiGLU  # noqa: E402
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
-from torchtitan.models.llama4 import parallelize_llama as parallelize_moe  # noqa: E402
-from torchtitan.models.moe import MoE, MoEArgs  # noqa: E402
-from torchtitan.models.moe import moe as _moe  # noqa: E402
-from torchtitan.models.moe import utils as _moe_utils  # noqa: E402
-from torchtitan.models.utils import trunc_normal_  # noqa: E402
-from torchtitan.protocols import train_spec as _train_spec  # noqa: E402
-from torchtitan.protocols.train_spec import TrainSpec  # noqa: E402
-from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling  # noqa: E402
-from torchtitan.tools.utils import device_module, device_type, get_peak_flops  # noqa: E402
-from torchtitan.train import Trainer  # noqa: E402
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.validate import BaseValidator
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config import job_config as titan_config
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.model import Attention, TransformerBlock
+from torchtitan.models.llama3.model.model import FeedForward as SwiGLU
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.llama4 import parallelize_llama as parallelize_moe
+from torchtitan.models.moe import MoE, MoEArgs
+from torchtitan.models.moe import moe as _moe
+from torchtitan.models.moe import utils as _moe_utils
+from torchtitan.models.utils import trunc_normal_
+from torchtitan.protocols import train_spec as _train_spec
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
+from torchtitan.tools.utils import device_module, device_type, get_peak_flops
+from torchtitan.train import Trainer
 
 
 class _TorchOnCpu:
@@ -125,56 +125,6 @@ if device_type == "cpu":
     _moe_utils.generate_permute_indices = functools.partial(_moe_utils.generate_permute_indices, use_cpu=True)
 # This project's grouped products fill up each expert's rows themselves: rows of zeros would stand in sparse blocks.
 _moe_utils.TOKEN_GROUP_ALIGN_SIZE_M = 1
-
-__all__ = [
-    "IGNORE_INDEX",
-    "TORCH_DTYPE_MAP",
-    "AsyncMode",
-    "Attention",
-    "BaseTokenizer",
-    "BaseValidator",
-    "CheckpointHooks",
-    "CheckpointManager",
-    "DataloaderExhaustedError",
-    "HuggingFaceTokenizer",
-    "Llama3StateDictAdapter",
-    "MetricsProcessor",
-    "MoE",
-    "MoEArgs",
-    "OptimizersContainer",
-    "ParallelAwareDataloader",
-    "ParallelDims",
-    "RoPEScalingArgs",
-    "SwiGLU",
-    "TensorBoardLogger",
-    "TokenizerHooks",
-    "TrainSpec",
-    "Trainer",
-    "Transformer",
-    "TransformerBlock",
-    "TransformerModelArgs",
-    "build_cross_entropy_loss",
-    "build_lr_schedulers",
-    "build_optimizers",
-    "build_optimizers_with_moe_load_balancing",
-    "device_module",
-    "device_type",
-    "dist_utils",
-    "generate_llm_fqn_per_model_part",
-    "get_peak_flops",
-    "lacking",
-    "maybe_enable_memory_snapshot",
-    "maybe_enable_profiling",
-    "parallelize_llama",
-    "parallelize_moe",
-    "pipeline_llm",
-    "prepare_context_parallel_input",
-    "titan_config",
-    "torchtitan",
-    "trunc_normal_",
-    "use_train_spec",
-    "watch_gradient_norms",
-]
 
 
 # Owner, name, and why it is used: torchtitan has no public way to do this.

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from configs.errors import ConfigError, first_line, lost_data_process
 from configs.titan import AsyncMode, CheckpointHooks
+from recipes.atomic import sync, write_atomically
 from recipes.data import Loader
 
 MANIFEST = "manifest.json"
@@ -446,25 +447,6 @@ def _crc32_of_file(path: str) -> int:
         while chunk := file.read(CHUNK_BYTES):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Replace a file atomically: after a crash of the process or machine it holds the old text or the new one."""
-    with open(f"{path}.tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-    sync(os.path.dirname(path))  # makes the new name durable
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Make a file's bytes durable, or the names in a folder: they survive a crash of the machine."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _on_rank0(work: Callable[[], T]) -> T:

@@ -16,7 +16,6 @@ import json
 import lzma
 import os
 import stat
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from configs.errors import first_line
+from recipes.atomic import new_folder
 
 Kind: TypeAlias = Literal["text", "json", "parquet"]
 
@@ -151,9 +151,7 @@ def find_files(path: str, report: Report) -> tuple[str, list[str]]:
         base, deep, rest = path.partition("**/")
         if deep and not glob.has_magic(base) and "**" not in rest:
             folders = _walk(base or ".") if os.path.isdir(base or ".") else ()
-            patterns = [os.path.join(glob.escape(folder) if base else "", rest) for folder, _ in folders]
-            if not base:
-                patterns = [os.path.join(glob.escape(os.path.relpath(folder)), rest) for folder, _ in _walk(".")]
+            patterns = [os.path.join(glob.escape(folder), rest) for folder, _ in folders]
         else:
             patterns = [path]
         found = [os.path.normpath(file) if not base and deep else file for each in patterns for file in glob.glob(each)]
@@ -400,11 +398,9 @@ def load_documents(files: list[tuple[str, Kind]], column: str, report: Report) -
 
 
 def _write_cache(files: list[tuple[str, Kind]], column: str, folder: Path) -> None:
-    """Write the documents, a batch at a time; whoever finds the folder finds it complete."""
+    """Write the documents, a batch at a time."""
     report, schema = Report(), pa.schema([("text", pa.string())])
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / "documents"
-        unfinished.mkdir()
+    with new_folder(folder) as unfinished:
         total = sum(os.path.getsize(file) for file, _ in files)
         with (
             pa.OSFile(str(unfinished / "documents.arrow"), "wb") as sink,
@@ -423,7 +419,6 @@ def _write_cache(files: list[tuple[str, Kind]], column: str, folder: Path) -> No
                 bar.update(os.path.getsize(file))
             writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
         (unfinished / "report.json").write_text(json.dumps(vars(report)))
-        os.replace(unfinished, folder)
 
 
 def _documents(file: str, kind: Kind, column: str, report: Report) -> Iterator[str]:

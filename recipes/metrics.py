@@ -44,7 +44,7 @@ import torch.distributed as dist
 from configs.errors import ConfigError, writing
 from configs.schema import JobConfig
 from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, device_type, get_peak_flops
-from recipes.checkpoint import sync, write_atomically
+from recipes.atomic import sync, write_atomically
 from recipes.data import num_rows
 from recipes.progress import duration
 from recipes.schedule import Span
@@ -126,7 +126,7 @@ class Metrics(MetricsProcessor):
             logger.info(f"{self.file} is of an earlier run: kept as {aside.name}")
             return
         kept = [line for line in self.file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-        write_atomically(str(self.file), "".join(line + "\n" for line in kept))
+        write_atomically(self.file, "".join(line + "\n" for line in kept))
 
     def log(
         self,

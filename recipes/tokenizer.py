@@ -13,16 +13,13 @@ Losses of different tokenizers cannot be compared by the token. They can by the 
 summed over the tokens, divided by the UTF-8 bytes that these tokens stand for, which `token_bytes` counts.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from configs.errors import ConfigError, first_line, refuse
 from configs.schema import JobConfig
 from configs.titan import TokenizerHooks
+from recipes.atomic import new_folder
 from recipes.mixture import load_corpus
 from recipes.progress import Progress
 from recipes.tokens import read_manifest
@@ -295,9 +293,7 @@ def _train(config: JobConfig, folder: Path) -> None:
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning("the corpus gives a vocabulary of %d tokens only", tokenizer.get_vocab_size())
 
-    # Whoever finds the folder finds it complete: it gets its name last.
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
+    with new_folder(folder) as unfinished:
         tokenizer.save(str(unfinished / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -307,11 +303,6 @@ def _train(config: JobConfig, folder: Path) -> None:
             "clean_up_tokenization_spaces": False,  # else transformers' decode drops spaces before punctuation
         }
         (unfinished / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        unfinished.chmod(0o755)  # mkdtemp's folders are private, a cache is shared
-        os.replace(unfinished, folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(unfinished)
     seconds = time.perf_counter() - start
     logger.info("trained a BPE of %d tokens in %.1f s: %s", tokenizer.get_vocab_size(), seconds, folder)
 

@@ -30,6 +30,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
+from recipes.atomic import write_atomically
 
 FORMAT = 1
 ARRAYS = {"tokens": (np.uint16, np.uint32), "ends": (np.int64,), "hashes": (np.uint64,)}
@@ -227,10 +228,4 @@ def write_shard(folder: Path, name: str, documents: Iterable[tuple[int, list[int
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write a file that is there as a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with open(unfinished, "w") as stream:
-        stream.write(json.dumps(values, indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
+    write_atomically(file, json.dumps(values, indent=1) + "\n")

@@ -40,8 +40,9 @@ from configs.schema import JobConfig
 from models.experts import expert_balance
 from models.head import Head
 from models.llama import Llama, LlamaArgs, count_parameters, parameters_in_words
+from recipes.atomic import write_atomically
 from recipes.check import device_dtype
-from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together, write_atomically
+from recipes.checkpoint import BAD_BATCHES, SPARSITY, SafeCheckpointManager, fail_together
 from recipes.data import Loader, build_dataloader, refused_in_process
 from recipes.metrics import Metrics, build_metrics
 from recipes.mixture import load_corpus
@@ -540,7 +541,7 @@ class SparseTrainer(titan.Trainer):
         self._about["skipped_batches"] = self.bad_batches.skipped
         folder = self.job_config.job.dump_folder
         with writing("run.json", folder):
-            write_atomically(str(Path(folder) / "run.json"), json.dumps(self._about, indent=2) + "\n")
+            write_atomically(Path(folder) / "run.json", json.dumps(self._about, indent=2) + "\n")
 
     def _describe_run(self, family: str, reason: str, flops: dict[str, float]) -> None:
         """On rank 0, say what is about to run, and keep `run.json` and the tokenizer beside the metrics."""

@@ -47,8 +47,8 @@ from configs.loader import load_config
 from configs.repository import ROOT, commit
 from configs.schema import JobConfig
 from models.llama import LlamaArgs
+from recipes.atomic import write_atomically
 from recipes.check import check_config
-from recipes.checkpoint import write_atomically
 from recipes.data import check_data, num_rows
 from recipes.pipeline import data_parallel_ranks, micro_batch_size
 from scripts.options import TERMS, Parser, add_out
@@ -548,7 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
             about = {"what": CONTENDERS[turn.name].about}
             summary["contenders"][turn.name] = about | combined(results[turn.name], turn.sparse_share)
             compare(summary["contenders"])
-            write_atomically(str(out / "training.json"), json.dumps(summary, indent=1) + "\n")
+            write_atomically(out / "training.json", json.dumps(summary, indent=1) + "\n")
     print(f"\n{text_table(summary)}\n\n{out / 'training.json'}")
     failed = [name for name, entry in summary["contenders"].items() if entry["failed"]]
     if len(failed) < len(names):

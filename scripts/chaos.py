@@ -44,6 +44,7 @@ from typing import Any
 
 from configs.errors import first_line
 from configs.repository import ROOT, commit
+from recipes.atomic import write_atomically
 from scripts.options import Parser, out_file, out_folder
 
 STEPS, INTERVAL = 12, 2
@@ -593,8 +594,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.file.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(done[each]) for each in sorted(done))
         head = json.dumps(about)[:-1]
-        options.file.with_suffix(".tmp").write_text(f'{head}, "faults": [\n{rows}\n]}}\n')
-        os.replace(options.file.with_suffix(".tmp"), options.file)
+        write_atomically(options.file, f'{head}, "faults": [\n{rows}\n]}}\n')
         left = (time.monotonic() - began) / index * (len(todo) - index)
         said = "; ".join(fault.problems) or ("equal" if fault.happened else "did not happen; equal")
         print(

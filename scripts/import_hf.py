@@ -13,9 +13,6 @@ the whole rate, a continuation loses more at first than it gains (Gupta et al. 2
 """
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from configs.schema import JobConfig
 from models.hugging_face import StateDictAdapter, import_args
 from models.llama import FLAVORS, Llama, LlamaArgs, llama_args
 from models.relufication import relufy
+from recipes.atomic import new_folder
 from recipes.check import check_keys
 from recipes.checkpoint import POINTER, write_manifest
 from recipes.restore import copy_tokenizer, model_facts
@@ -280,14 +278,13 @@ def _table(name: str, values: dict[str, Any]) -> str:
 
 
 def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any], text: str) -> JobConfig:
-    """Write the run's folder, which gets its name last: an import that fails leaves nothing behind.
+    """Write the run's folder.
 
     Returns:
         The configuration that `text` is, checked.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out.parent))
-    try:
+    with new_folder(out) as unfinished:
         (unfinished / CONTINUE).write_text(text, encoding="utf-8")
         job, _ = load_config(["--config", str(unfinished / CONTINUE)])
         check_keys(job, 1)
@@ -299,11 +296,7 @@ def _write(out: Path, folder: Path, state: dict[str, Tensor], run: dict[str, Any
         write_manifest(str(step))
         (step.parent / POINTER).write_text(step.name)
         (unfinished / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-        unfinished.chmod(0o755)  # mkdtemp's folders are private
-        os.replace(unfinished, out)
-        return job
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return job
 
 
 def _model_keys(args: LlamaArgs) -> dict[str, Any]:

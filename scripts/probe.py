@@ -64,7 +64,7 @@ from configs.schema import JobConfig
 from configs.titan import device_module, device_type
 from kernels import FeedForwardSparsity
 from models.feed_forward import inference_modes
-from recipes.checkpoint import write_atomically
+from recipes.atomic import write_atomically
 from recipes.data import validation_sequences
 from recipes.mixture import load_corpus
 from recipes.pipeline import micro_batch_size
@@ -370,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps = {
             str(key): value for key, value in sorted({**steps, str(step): result}.items(), key=lambda kv: int(kv[0]))
         }
-        write_atomically(str(file), json.dumps(steps, indent=1) + "\n")
+        write_atomically(file, json.dumps(steps, indent=1) + "\n")
         shown[f"{run.name}, step {step}"] = result
         files.append(file)
         print(f"{file}: step {step} in {time.monotonic() - began:.0f} s", flush=True)

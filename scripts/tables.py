@@ -185,7 +185,7 @@ def _commit(about: dict[str, Any]) -> str:
     return commit[:10] + " and changes" * commit.endswith("-dirty")
 
 
-def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: set[str]) -> str:
+def _ran_on(runs: list[tuple[Run, dict[str, Any]]], one_seed: bool, columns: list[str]) -> str:
     """The text below a table of runs: model, data, machine, and what the columns mean."""
     about = runs[0][1]
     versions = _versions(about, "torch", "torchtitan", "triton")
