@@ -109,25 +109,18 @@ def check_data(config: JobConfig) -> None:
 
 
 class Row:
-    """A row of the global batch: an iterator of sequences, int64 `[seq_len + 1]`, packed from its documents.
+    """A row of the global batch: an endless iterator of sequences, int64 `[seq_len + 1]`, packed from its documents.
 
     Args:
         documents: the row's documents in order.
         tokenizer: encodes a document with bos and eos.
         seq_len: tokens in a sequence.
-        infinite: whether to start over at the end of an epoch.
     """
 
-    def __init__(
-        self,
-        documents: Documents | datasets.IterableDataset,
-        tokenizer: BaseTokenizer,
-        seq_len: int,
-        infinite: bool = True,
-    ) -> None:
+    def __init__(self, documents: Documents | datasets.IterableDataset, tokenizer: BaseTokenizer, seq_len: int) -> None:
         self.documents, self.epoch = documents, 0
         self._is_counted = False  # whether `epoch` includes the epoch that is read next, as after a resume
-        self._tokenizer, self._length, self._infinite = tokenizer, seq_len + 1, infinite
+        self._tokenizer, self._length = tokenizer, seq_len + 1
         self._next = 0  # number of the next local document
         self._left = np.zeros(0, np.int32)
         self._found_nothing = False
@@ -143,8 +136,6 @@ class Row:
                 if count >= self._length:
                     yield from self._cut(np.concatenate(waiting))
                     waiting, count = [self._left], len(self._left)
-            if not self._infinite:
-                return
             self._next = 0
             if isinstance(self.documents, datasets.IterableDataset):
                 self.documents.set_epoch(self.documents.epoch + 1)
@@ -231,7 +222,6 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         rows: numbers of the rows that this rank owns.
         num_rows: rows of the global batch, B.
         micro_batch: rows of a micro-batch. Each data-loading process owns the rows of whole micro-batches.
-        infinite: whether a row starts over after its last document; else the first row that ends ends the stream.
     """
 
     def __init__(
@@ -242,11 +232,10 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         rows: range,
         num_rows: int,
         micro_batch: int = 1,
-        infinite: bool = True,
     ):
         self._micro_batch, self._num_rows = micro_batch, num_rows
         self.numbers = list(rows)
-        self.rows = [Row(corpus.row(row, num_rows), tokenizer, seq_len, infinite) for row in rows]
+        self.rows = [Row(corpus.row(row, num_rows), tokenizer, seq_len) for row in rows]
         for number, row in zip(rows, self.rows, strict=True):
             if isinstance(row.documents, datasets.IterableDataset):
                 row.documents.set_epoch(corpus.first_epoch(number, num_rows))
@@ -282,9 +271,7 @@ class RowStreams(torch.utils.data.IterableDataset, Stateful):
         iterators = [iter(row) for row in self.rows]
         while True:
             i = self._next_row
-            sequence = next(iterators[i], None)
-            if sequence is None:
-                return
+            sequence = next(iterators[i])
             self._loaded[i] = None
             self._next_row = (i + 1) % len(self.rows)
             if self.rows[i].epoch > self._epoch:
@@ -460,9 +447,7 @@ def _streams_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [workers[f"worker_{index}"]["dataset_state"] for index in range(len(workers))]
 
 
-def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
-) -> Loader:
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig) -> Loader:
     """The rank's training data; the `build_dataloader_fn` of torchtitan's TrainSpec.
 
     Args:
@@ -470,7 +455,6 @@ def build_dataloader(
         dp_rank: this rank's number r among them.
         tokenizer: encodes a document with bos and eos.
         job_config: configuration.
-        infinite: whether to start over at the end of an epoch.
 
     Returns:
         A loader of micro-batches ({"input": tokens}, labels), both int64 [local_batch_size, seq_len].
@@ -485,15 +469,8 @@ def build_dataloader(
     own = rows // dp_world_size
     corpus = load_corpus(job_config)
     corpus.check_tokenizer(getattr(tokenizer, "fingerprint", None), "the run's")
-    streams = RowStreams(
-        corpus,
-        tokenizer,
-        training.seq_len,
-        range(dp_rank * own, (dp_rank + 1) * own),
-        rows,
-        training.local_batch_size,
-        infinite,
-    )
+    mine = range(dp_rank * own, (dp_rank + 1) * own)
+    streams = RowStreams(corpus, tokenizer, training.seq_len, mine, rows, training.local_batch_size)
     return Loader(
         streams,
         dp_rank=dp_rank,

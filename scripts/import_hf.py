@@ -183,60 +183,36 @@ def continuation(args: LlamaArgs, folder: Path, out: Path, data: list[str], reci
         recipe: a recipe's file or name.
         steps: of the run.
     """
-    seq_len = _sequence(args)
-    gpu = torch.cuda.is_available()
+    seq_len, gpu, tenth = _sequence(args), torch.cuda.is_available(), max(1, steps // 10)
     tokens = 8192 if gpu else 2048  # in a micro-batch
     validated = min(64, max(8, 8 * tokens // seq_len))  # so that a CPU takes no longer for it than for the steps
-    sources = [{"path": path} for path in data] or [{"type": "stdlib"}]
-    parts = [
-        f"# Continues the pretraining of {json.dumps(str(folder))}, made by python -m scripts.import_hf.\n"
-        "# Set global_batch_size, and local_batch_size to what fits the GPU: python -m scripts.estimate.\n",
-        _table("", {"recipe": recipe}),
-        _table("job", {"description": f"{folder.name}, continued", "dump_folder": f"{out}_continued"}),
-    ]
     facts = _model_keys(args)
     scaling = facts.pop("rope_scaling", {"factor": 1.0})
-    parts.append(_table("model", facts | {"max_position_embeddings": args.max_seq_len}))
-    if scaling["factor"] != 1:
-        parts.append(_table("model.rope_scaling", scaling))
-    parts.append(_table("tokenizer", {"path": str(out / "tokenizer")}))
-    parts += [_table("[data.sources]", source) for source in sources]
-    parts += [
-        _table(
-            "training",
-            {
-                "steps": steps,
-                "seq_len": seq_len,
-                "local_batch_size": max(1, tokens // seq_len),
-                "global_batch_size": -1,
-                "max_norm": 1.0,
-            },
-        ),
-        _table("optimizer", {"name": "AdamW", "lr": continued_rate(args.dim), "beta2": 0.95, "weight_decay": 0.1}),
-        _table(
-            "lr_scheduler",
-            {
-                "warmup_steps": max(1, steps // 10),
-                "decay_ratio": 0.25,
-                "decay_type": "linear",
-                "min_lr_factor": 0.0,
-            },
-        ),
-        _table("compile", {"enable": gpu}),
-        _table("activation_checkpoint", {"mode": "none"}),
-        _table("validation", {"freq": max(1, steps // 10), "sequences": 64 if gpu else validated}),
-        _table("metrics", {"log_freq": 10}),
-        _table(
-            "checkpoint",
-            {
-                "initial_load_path": str(out / "checkpoint" / "step-0"),
-                "interval": max(1, steps // 4),
-                "keep_latest_k": 2,
-            },
-        ),
-        _table("debug", {"seed": 0}),
+    training = {"steps": steps, "seq_len": seq_len, "local_batch_size": max(1, tokens // seq_len)}
+    start = str(out / "checkpoint" / "step-0")
+    sections: list[tuple[str, dict[str, Any]]] = [
+        ("", {"recipe": recipe}),
+        ("job", {"description": f"{folder.name}, continued", "dump_folder": f"{out}_continued"}),
+        ("model", facts | {"max_position_embeddings": args.max_seq_len}),
+        *([("model.rope_scaling", scaling)] if scaling["factor"] != 1 else []),
+        ("tokenizer", {"path": str(out / "tokenizer")}),
+        *(("[data.sources]", {"path": path}) for path in data),
+        *([] if data else [("[data.sources]", {"type": "stdlib"})]),
+        ("training", training | {"global_batch_size": -1, "max_norm": 1.0}),
+        ("optimizer", {"name": "AdamW", "lr": continued_rate(args.dim), "beta2": 0.95, "weight_decay": 0.1}),
+        ("lr_scheduler", {"warmup_steps": tenth, "decay_ratio": 0.25, "decay_type": "linear", "min_lr_factor": 0.0}),
+        ("compile", {"enable": gpu}),
+        ("activation_checkpoint", {"mode": "none"}),
+        ("validation", {"freq": tenth, "sequences": 64 if gpu else validated}),
+        ("metrics", {"log_freq": 10}),
+        ("checkpoint", {"initial_load_path": start, "interval": max(1, steps // 4), "keep_latest_k": 2}),
+        ("debug", {"seed": 0}),
     ]
-    return "\n".join(parts)
+    head = (
+        f"# Continues the pretraining of {json.dumps(str(folder))}, made by python -m scripts.import_hf.\n"
+        "# Set global_batch_size, and local_batch_size to what fits the GPU: python -m scripts.estimate.\n"
+    )
+    return "\n".join([head, *(_table(name, values) for name, values in sections)])
 
 
 def _sequence(args: LlamaArgs) -> int:

@@ -126,6 +126,10 @@ class Run:
         return bool(np.isfinite(self.values(key)).any())
 
 
+# By name without seed: runs that differ in their seeds alone, each with its run.json.
+Groups = dict[str, list[tuple[Run, dict[str, Any]]]]
+
+
 def load_run(path: Path) -> Run:
     """Read a dump folder, or the metrics.jsonl in one."""
     metrics = path / "metrics.jsonl" if path.is_dir() else path
@@ -233,22 +237,27 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def load_groups(folder: Path) -> tuple[dict[str, list[tuple[Run, dict[str, Any]]]], str | None]:
+def without_seed(name: str) -> str:
+    """A run's name without the ending that says its seed."""
+    return re.sub(r"_s\d+$", "", name)
+
+
+def load_groups(folder: Path) -> tuple[Groups, str | None]:
     """Read all runs of a folder.
 
     Returns:
         by name without seed, the runs and their run.json; and the name of the baseline, None if there is none: the
         only group that is dense throughout, or of several the one called dense.
     """
-    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    groups: Groups = {}
     for file in sorted(folder.glob("*/run.json")):
         pair = load_run(file.parent), json.loads(file.read_text())
-        groups.setdefault(re.sub(r"_s\d+$", "", file.parent.name), []).append(pair)
+        groups.setdefault(without_seed(file.parent.name), []).append(pair)
     dense = [name for name, group in groups.items() if all(mode == "dense" for mode, *_ in group[0][1]["phases"])]
     return groups, "dense" if "dense" in dense else dense[0] if len(dense) == 1 else None
 
 
-def baseline_losses(groups: dict[str, list[tuple[Run, dict[str, Any]]]], baseline: str) -> dict[str, float]:
+def baseline_losses(groups: Groups, baseline: str) -> dict[str, float]:
     """For each group the baseline's mean final loss, over the group's seeds; over all seeds if it lacks one of them."""
     seeds = {name: {seed_of(about) for _, about in group} for name, group in groups.items()}
     of = {seed_of(about): run.last("val_loss") for run, about in groups[baseline]}

@@ -71,7 +71,18 @@ from recipes.checkpoint import MANIFEST, POINTER
 from recipes.data import check_data
 from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import STYLE, draw_behind, draw_front, draw_reached, plot, run_colours, save
-from scripts.runs import Run, baseline_losses, flops_share, is_timed, load_groups, load_run, on_cpu, read_lines
+from scripts.runs import (
+    Groups,
+    Run,
+    baseline_losses,
+    flops_share,
+    is_timed,
+    load_groups,
+    on_cpu,
+    read_lines,
+    seed_of,
+    without_seed,
+)
 from scripts.tables import runs_table
 from scripts.thin import INDIFFERENT, store
 
@@ -160,7 +171,7 @@ def read_study(file: Path, outputs: Path | None = None) -> Study:
     runs: list[StudyRun] = []
     for place, table in enumerate(tables):
         name, seeds, after = table.pop("name", None), table.pop("seeds", [0]), table.pop("after", None)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*[\w-]", name) or re.search(r"_s\d+$", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*[\w-]", name) or without_seed(name) != name:
             raise ConfigError(
                 f"{file}: runs[{place}].name = {json.dumps(name, default=str)}: give letters, digits, _, - and ., "
                 "without an ending such as _s0, which says the seed"
@@ -456,57 +467,49 @@ def say(text: str) -> None:
 def draw(study: Study) -> None:
     """Print the table of the complete runs and draw their pictures."""
     folder = study.file.parent
-    there = [run for run in study.runs if (run.results / "run.json").exists()]
-    if not there:
+    if not any((run.results / "run.json").exists() for run in study.runs):
         return
     print("\n" + runs_table(folder, pad=True) + "\n")
-    firsts: dict[str, Path] = {}
-    for run in there:
-        firsts.setdefault(re.sub(r"_s\d+$", "", run.name), run.results)
-    shown = [firsts[name] for name in study.plot if name in firsts]
-    abouts = [json.loads((path / "run.json").read_bytes()) for path in shown]
-    if shown:
-        print(plot(shown, folder / "loss.png"))
-    if shown and all(map(is_timed, abouts)):
-        print(plot(shown, folder / "loss_time.png", against="time"))
+    groups, baseline = load_groups(folder)
+    firsts = {name: groups[name][0] for name in study.plot if name in groups}
+    paths, abouts = [run.folder for run, _ in firsts.values()], [about for _, about in firsts.values()]
+    if paths:
+        print(plot(paths, folder / "loss.png"))
+    if paths and all(map(is_timed, abouts)):
+        print(plot(paths, folder / "loss_time.png", against="time"))
     else:
         why = "the runs were made on a CPU" if any(map(on_cpu, abouts)) else "the runs shared a GPU (--jobs)"
         print(f"loss against time is not drawn: {why}")
         for name in ("loss_time.png", "reached.png"):  # of an earlier call
             (folder / name).unlink(missing_ok=True)
-    reached(folder, study.plot)
-    dense = firsts.get(load_groups(folder)[1] or "")
-    sparse = {re.sub(r"_s\d+$", "", path.name): load_run(path) for path in shown if path != dense}
-    if dense is not None and sparse:
-        with rc_context(STYLE):
-            print(save(draw_behind(sparse, load_run(dense)), folder / "behind.png", [folder]))
-    front(folder, study.plot)
+    if baseline is None:
+        return
+    with rc_context(STYLE):
+        reached(folder, groups, baseline, study.plot)
+        if sparse := {name: run for name, (run, _) in firsts.items() if name != baseline}:
+            print(save(draw_behind(sparse, groups[baseline][0][0]), folder / "behind.png", [folder]))
+        if len(groups) > 1:
+            front(folder, groups, baseline, study.plot)
 
 
-def reached(folder: Path, shown: list[str]) -> None:
+def reached(folder: Path, groups: Groups, baseline: str, shown: list[str]) -> None:
     """Draw when runs that had a GPU to themselves reached the final loss of the dense run of the same seed."""
-    groups, baseline = load_groups(folder)
     seeds: dict[int, dict[str, Run]] = {}
     for name in shown:
         for run, about in groups.get(name, []):
             if is_timed(about):
-                seeds.setdefault(about["config"]["debug"]["seed"], {})[name] = run
+                seeds.setdefault(seed_of(about), {})[name] = run
     named = {f"seed {seed}": runs for seed, runs in sorted(seeds.items()) if baseline in runs and len(runs) > 1}
-    if baseline is None or not named:
-        return
-    with rc_context(STYLE):
+    if named:
         print(save(draw_reached(named, baseline), folder / "reached.png", [folder]))
 
 
-def front(folder: Path, shown: list[str]) -> None:
+def front(folder: Path, groups: Groups, baseline: str, shown: list[str]) -> None:
     """Draw final losses against the cost relative to dense: training time or, if runs shared a GPU or had none, FLOPs.
 
     FLOPs are those executed or, if a run did not record them or was made on a CPU, those that the pattern requires.
     Points of the runs in `shown` are labelled.
     """
-    groups, baseline = load_groups(folder)
-    if baseline is None or len(groups) < 2:
-        return
     abouts = [about for group in groups.values() for _, about in group]
     timed, cpu = all(map(is_timed, abouts)), any(map(on_cpu, abouts))
     executed = not cpu and all("sparse_executed" in about["flops_per_token"] for about in abouts)
@@ -522,13 +525,12 @@ def front(folder: Path, shown: list[str]) -> None:
     deviation = stdev(losses[baseline]) if len(losses[baseline]) > 1 else None
     label = "training time" if timed else "FLOPs executed" if executed else "FLOPs that the pattern requires"
     note = "\nruns on a CPU, which has no sparse kernels: times are not compared" if cpu else ""
-    with rc_context(STYLE):
-        names = [name for name in shown if name in points]
-        recipes = {name: groups[name][0][0].recipe for name in names}
-        colours = dict(zip(recipes, run_colours(recipes.items()), strict=True))
-        label, model = f"{label}, over that of {baseline}{note}", groups[baseline][0][0].model
-        figure = draw_front(points, baseline, deviation, label, names, colours, model)
-        print(save(figure, folder / "front.png", [folder]))
+    names = [name for name in shown if name in points]
+    recipes = {name: groups[name][0][0].recipe for name in names}
+    colours = dict(zip(recipes, run_colours(recipes.items()), strict=True))
+    label, model = f"{label}, over that of {baseline}{note}", groups[baseline][0][0].model
+    figure = draw_front(points, baseline, deviation, label, names, colours, model)
+    print(save(figure, folder / "front.png", [folder]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -568,7 +570,7 @@ def main(arguments: list[str] | None = None) -> int:
     study = read_study(options.study, options.out)
     chosen = study.runs
     if options.only:
-        names = {run.name: {run.name, re.sub(r"_s\d+$", "", run.name)} for run in study.runs}
+        names = {run.name: {run.name, without_seed(run.name)} for run in study.runs}
         if unknown := set(options.only) - set().union(*names.values()):
             raise ConfigError(
                 f"--only {' '.join(sorted(unknown))}: no such run in {study.file}; there are {', '.join(names)}"
