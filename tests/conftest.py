@@ -105,8 +105,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory) -> list[str]:
-    """Command-line keys that make configs/debug.toml a job of seconds: `tiny_job` of scripts/chaos.py."""
-    keys = tiny_job(corpus, tmp_path_factory.mktemp("tokenizers"))
+    """Command-line keys that make configs/debug.toml a job of seconds: `tiny_job` of scripts/chaos.py.
+
+    It saves every fourth step, since saving takes longer than training.
+    """
+    keys = tiny_job(corpus, tmp_path_factory.mktemp("tokenizers")) | {"checkpoint.interval": "4"}
     return [word for key, value in keys.items() for word in (f"--{key}", value)]
 
 
@@ -119,8 +122,7 @@ def train(tiny):
 
     def run(folder: Path, *words: str, recipe: str = "venom_2of16", stop_after: int | None = None) -> dict[int, dict]:
         command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
-        # Saving takes longer than training, so that a run saves little but the step that it dies after.
-        saves = ["--checkpoint.interval", str(stop_after or 4)]
+        saves = ["--checkpoint.interval", str(stop_after)] if stop_after else []
         config, _ = load_config(merge(merge(command, saves), [*words, "--job.dump_folder", str(folder)]))
         args, spans = check_config(config)
         check_data(config)
@@ -182,7 +184,6 @@ def write_study(tiny, tmp_path):
     def write(runs: str, shared: str = "") -> Path:
         keys = dict(zip((word[2:] for word in tiny[::2]), map(toml, tiny[1::2]), strict=True))
         del keys["schedule.phases"]
-        keys["checkpoint.interval"] = "4"  # saving takes longer than training
         folder = tmp_path / "question"
         folder.mkdir(exist_ok=True)
         file = folder / "study.toml"

@@ -463,7 +463,7 @@ def test_every_job_takes_a_dense_and_a_sparse_step_on_the_meta_device(job, recip
 
 
 MOE = ("--model.name", "llama_moe_relu2", "--model.flavor", "moe_debug", "--model.hidden_dim", "64")
-WORDS = (*MOE, "--router.cluster_size", "16", "--checkpoint.interval", "4")
+WORDS = (*MOE, "--router.cluster_size", "16")
 BOARD = ("--metrics.enable_tensorboard", "true")
 
 

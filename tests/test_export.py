@@ -33,7 +33,7 @@ from recipes.tokenizer import load_tokenizer
 from recipes.trainer import SparseTrainer
 from scripts import check_llama_cpp, check_vllm, evaluate, export_gguf, export_hf, generate, import_hf
 
-HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2", "--checkpoint.interval", "4")
+HEADS = ("--model.n_heads", "4", "--model.n_kv_heads", "2")
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 SWIGLU = ("--model.name", "llama_swiglu", *DENSE)
 # As large runs are: blocks wrapped twice, which their parameters' names must not show.

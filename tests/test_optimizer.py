@@ -67,9 +67,9 @@ def test_shards_keep_bf16_moments_and_resume(tiny, train, tmp_path):
     for resumes in (False, True):
         if resumes:
             whole = losses(rows(tmp_path / "two"))
-            for step in range(7, 13):
+            for step in (8, 12):
                 shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
-            (tmp_path / "two" / "checkpoint" / "latest").write_text("step-6")
+            (tmp_path / "two" / "checkpoint" / "latest").write_text("step-4")
         result = fork("--config", "configs/debug.toml", "--recipe", "recipes/columns_quarter.toml", *words, processes=2)
         assert result.returncode == 0, result.stdout + result.stderr
     assert losses(rows(tmp_path / "two")) == whole

@@ -79,7 +79,7 @@ def test_a_compiled_run_with_recomputed_activations_is_the_eager_one(train, tmp_
 
 def test_shards_and_pipeline_stages_round_as_one_process_does(tiny, train, tmp_path):
     """Under FSDP2 the layers see whole weights; a stage of a pipeline has the layers of its part of the model."""
-    words = ("--precision.qat", "int4", *DENSE, *FOUR_LAYERS, "--training.steps", "4", "--checkpoint.interval", "4")
+    words = ("--precision.qat", "int4", *DENSE, *FOUR_LAYERS, "--training.steps", "4")
     one = train(
         tmp_path / "one",
         *words,

@@ -343,7 +343,7 @@ def test_points_that_do_not_fit_end_the_run_with_one_message(train, straight, tm
 
 def test_a_full_disk_in_the_middle_of_a_run(tiny, train, straight, tmp_path):
     """A real one: a small file system in memory, full after step 5; the run ends, and goes on where there is room."""
-    words = ["--config", "configs/debug.toml", *merge(tiny, ["--checkpoint.interval", "4"])]
+    words = ["--config", "configs/debug.toml", *tiny]
     process = PROCESSES.Process(target=_train_on_a_small_disk, args=(words, tmp_path))
     process.start()
     process.join(120)

@@ -103,7 +103,7 @@ def test_all_ranks_skip_a_batch_that_is_bad_on_one(train, tiny, tmp_path, poison
     good = [step for step in one if step not in (3, 6, 8)]
     assert [losses(two)[step] for step in good] == pytest.approx([losses(one)[step] for step in good], rel=1e-4)
 
-    for step in range(5, 13):
+    for step in (8, 12):
         shutil.rmtree(tmp_path / "two" / "checkpoint" / f"step-{step}")
     (tmp_path / "two" / "checkpoint" / "latest").write_text("step-4")
     result = fork(*command, processes=2, prepare=poison_rank_1)

@@ -60,7 +60,7 @@ def hang_in_the_save_of_step_8():
     [(hang_in_step_6, "step 6", "in train_step"), (hang_in_the_save_of_step_8, "the save of step 8", "in save")],
 )
 def test_a_run_that_hangs_ends_with_its_stacks_and_resumes(tiny, tmp_path, prepare, part, stands):
-    words = merge(["--config", "configs/debug.toml", *tiny], ["--checkpoint.interval", "4"])
+    words = ["--config", "configs/debug.toml", *tiny]
     words = merge(words, ["--training.local_batch_size", "2", "--training.hang_timeout_seconds", "6"])
     words += ["--job.dump_folder", str(tmp_path / "run")]
     began = time.monotonic()
