@@ -15,7 +15,7 @@ from configs.errors import ConfigError, run_program
 from scripts.options import Parser
 from scripts.runs import HEALTH, VALIDATIONS, read_lines
 
-KEPT = {"step", "phase", "loss", "lr", "tokens", "tokens_per_second", "val_bpb", *VALIDATIONS, *HEALTH}
+KEPT = {"step", "phase", "keep", "loss", "lr", "tokens", "tokens_per_second", "val_bpb", *VALIDATIONS, *HEALTH}
 BY_LAYER = re.compile(r"layers/\d+/energy_kept")
 # Sections and keys of the configuration that change nothing that is computed; scripts/study.py ignores them, too.
 INDIFFERENT = ("job.", "metrics.", "checkpoint.", "comm.", "profiling.", "training.dataloader.prefetch_factor")
@@ -23,13 +23,13 @@ INDIFFERENT = ("job.", "metrics.", "checkpoint.", "comm.", "profiling.", "traini
 
 def thin_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl without what no table and no picture reads; numbers in nine digits."""
-    thinned = []
+    thinned, kinds = [], [(line.get("phase"), line.get("keep")) for line in lines]
     for place, line in enumerate(lines):
         kept = {key: value for key, value in line.items() if key in KEPT or BY_LAYER.fullmatch(key)}
         # How training time is counted: Run.seconds in scripts/runs.py.
         if line.get("graphs_compiled"):
             kept["graphs_compiled"] = line["graphs_compiled"]
-        if "switch_seconds" in line and (place == 0 or line.get("phase") != lines[place - 1].get("phase")):
+        if "switch_seconds" in line and (place == 0 or kinds[place] != kinds[place - 1]):
             kept["switch_seconds"] = line["switch_seconds"]
         if "peak_active_gib" in line and place == len(lines) - 1:  # the table of micro-batches reads the last one
             kept["peak_active_gib"] = line["peak_active_gib"]

@@ -11,12 +11,18 @@ from scripts import thin
 from scripts.runs import load_run
 from scripts.tables import batches_table, runs_table
 
+PHASES = [("dense", 1000), ("sparse", 1900), ("sparse", 1500, 0.5), ("dense", 1000)]
 
-def write_run(folder, mode_rates):
-    """A run of a dense, a sparse and a dense phase with all that training logs."""
+
+def write_run(folder, of_phases):
+    """A run with all that training logs.
+
+    Args:
+        of_phases: of five steps each: mode, tokens a second, and maybe the share that the phase keeps.
+    """
     folder.mkdir(parents=True)
     lines, phases, tokens = [], [], 0
-    for part, (mode, rate) in enumerate(mode_rates):
+    for part, (mode, rate, *keep) in enumerate(of_phases):
         phases.append([mode, 5 * part + 1, 5 * part + 5])
         for step in range(5 * part + 1, 5 * part + 6):
             tokens += 100
@@ -36,6 +42,7 @@ def write_run(folder, mode_rates):
                 "peak_active_gib": step / 7,
             }
             line |= {"val_loss": 3 / step, "val_bpb": 1 / step, "energy_kept": 0.9, "layers/1/energy_kept": 0.8}
+            line |= {"keep": keep[0]} if keep else {}
             lines.append(line | {"layers/1/router_balance": 0.7, "val_bpb_sparse": 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {
@@ -55,8 +62,8 @@ def write_run(folder, mode_rates):
 
 
 def test_tables_and_times_of_thinned_results_are_those_of_the_whole(tmp_path):
-    write_run(tmp_path / "dense_s0", [("dense", 1000)] * 3)
-    write_run(tmp_path / "sparse_s0", [("dense", 1000), ("sparse", 1900), ("dense", 1000)])
+    write_run(tmp_path / "dense_s0", [("dense", 1000)] * 4)
+    write_run(tmp_path / "sparse_s0", PHASES)
 
     def read():
         run = load_run(tmp_path / "sparse_s0")
