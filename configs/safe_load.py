@@ -6,6 +6,7 @@ reader's `pickle.load` is replaced by an unpickler that knows DCP's own classes 
 one with `weights_only`, which knows tensors and plain values. configs/titan.py imports this before anything is read.
 """
 
+import enum
 import io
 import pickle
 from typing import IO, Any
@@ -31,14 +32,27 @@ CLASSES = {
 DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
+def _refused(name: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint's .metadata names {name}, which no checkpoint needs: it is not read, since it could run code. "
+        "Use a checkpoint from a source that you trust"
+    )
+
+
+def _member(owner: Any, name: Any) -> enum.Enum:
+    """What a call of `getattr` in a pickle is for: Python 3.11.0 to 3.11.3 writes members of enumerations so."""
+    if isinstance(owner, enum.EnumMeta) and isinstance(name, str) and name in owner.__members__:
+        return owner[name]
+    raise _refused("builtins.getattr")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in CLASSES or (module == "torch" and name in DTYPES):
             return super().find_class(module, name)
-        raise ConfigError(
-            f"the checkpoint's .metadata names {module}.{name}, which no checkpoint needs: it is not read, since it "
-            "could run code. Use a checkpoint from a source that you trust"
-        )
+        raise _refused(f"{module}.{name}")
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import PROCESSES, fork, losses, merge, rows, run_train
 from tensorboard.compat.proto.event_pb2 import Event
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import recipes.metrics
 import recipes.trainer
@@ -527,6 +528,29 @@ def test_no_code_of_a_checkpoint_runs(train, tmp_path):
     with pytest.raises(ConfigError, match=refused):
         train(tmp_path / "other", "--checkpoint.initial_load_path", str(folder))
     assert not ran.exists()
+
+
+class Attribute:
+    """Pickles as a call of getattr, as an enumeration's member does in Python 3.11.0 to 3.11.3 (Debian 12)."""
+
+    def __init__(self, owner: object, name: object) -> None:
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_metadata_names_members_of_enumerations_and_no_other_attributes(tmp_path):
+    def read(owner, name):
+        return _Pickle.load(io.BytesIO(pickle.dumps(Attribute(owner, name))))
+
+    assert read(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    for owner, name in (
+        *((_MEM_FORMAT_ENCODING, name) for name in ("__class__", "mro", "none", ["TORCH_PRESERVE_FORMAT"])),
+        (type(tmp_path), "cwd"),
+    ):
+        with pytest.raises(ConfigError, match=r"names builtins.getattr, which no checkpoint needs"):
+            read(owner, name)
 
 
 def test_byte_entries_of_a_checkpoint_hold_plain_values_alone(tmp_path):
