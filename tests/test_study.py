@@ -278,6 +278,13 @@ def test_committed_studies_are_valid_and_their_results_those_of_the_file(file, t
     assert dense and all(any(1 <= run.config.training.steps / steps <= 1.1 for steps in dense) for run in ends)
 
 
+@pytest.mark.parametrize("patch", sorted(ROOT.glob("docs/studies/**/*.patch")), ids=lambda file: file.stem)
+def test_committed_patches_fit_this_code_or_name_a_commit(patch):
+    named = "git checkout " in next(patch.parent.glob("*.toml")).read_text()
+    fits = subprocess.run(["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, text=True)
+    assert named or fits.returncode == 0, fits.stderr
+
+
 def test_list_prints_the_names_that_only_takes_and_waves_what_can_run_at_once(write_study, capsys):
     def printed(*words):
         assert study.main([str(write_study(runs)), *words]) == 0
