@@ -27,9 +27,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import datasets
@@ -423,6 +425,17 @@ class Loader(ParallelAwareDataloader):
         return [state["numbers"] for state in states] == shares
 
 
+def end_quietly(_number: int) -> None:
+    """In a data-loading process: print no traceback where the trainer has ended while a batch was sent to it."""
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, ConnectionError):
+            shown(kind, error, trace)
+
+    sys.excepthook = show  # which the thread calls that sends batches
+
+
 @contextlib.contextmanager
 def _unreported_deaths() -> Iterator[None]:
     """Disable PyTorch's handler of SIGCHLD, which raises an error as soon as a data-loading process dies."""
@@ -476,6 +489,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         batch_size=training.local_batch_size,
+        worker_init_fn=end_quietly,
         **asdict(training.dataloader),
     )
 

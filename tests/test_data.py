@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import sysconfig
 import threading
 import time
@@ -1031,3 +1032,14 @@ def test_no_code_from_a_loader_state_a_tokenizer_or_a_corpus(tmp_path, bpe_confi
     with contextlib.suppress(ConfigError):
         mixture.load_corpus(make_config(Source(type="hub", path="corpus")))
     assert not mark.exists()
+
+
+def test_a_data_process_is_quiet_where_the_trainer_has_ended(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(kind))
+    loader, _ = sequences(make_config(Source("text", f"{write_files(tmp_path)}/*.txt")))
+    assert loader.worker_init_fn is data.end_quietly
+    loader.worker_init_fn(0)
+    for error in (BrokenPipeError(), ConnectionResetError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert seen == [ValueError]
