@@ -22,7 +22,8 @@ from kernels.feed_forward import recipe_patterns
 from kernels.venom.pattern import COLUMNS
 from models.llama import FLAVORS, LlamaArgs, llama_args
 from recipes.checkpoint import MANIFEST
-from recipes.pipeline import check_pipeline, data_parallel_ranks, micro_batch_size
+from recipes.data import data_parallel_ranks
+from recipes.pipeline import check_pipeline, micro_batch_size
 from recipes.qat import check_qat
 from recipes.schedule import Span, resolve_phases
 from recipes.sparsity import activation_pattern, feed_forward_sparsity, orders_neurons

@@ -44,10 +44,17 @@ from configs.safe_load import PlainUnpickler
 from configs.schema import JobConfig
 from configs.titan import BaseTokenizer, ParallelAwareDataloader
 from recipes.mixture import Corpus, load_corpus, used_sources
-from recipes.pipeline import data_parallel_ranks
 from recipes.sources import Documents
 
 logger = logging.getLogger("sparsetitan")
+
+
+def data_parallel_ranks(config: JobConfig, world: int) -> int:
+    """How many of `world` ranks, or groups of them that share a sequence or the model, read data of their own."""
+    degrees = config.parallelism
+    return world // (
+        degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
+    )
 
 
 def num_rows(config: JobConfig, dp_world_size: int) -> int:

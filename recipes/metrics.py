@@ -47,7 +47,7 @@ from configs.titan import MetricsProcessor, ParallelDims, TensorBoardLogger, dev
 from recipes.atomic import sync, write_atomically
 from recipes.data import num_rows
 from recipes.progress import duration
-from recipes.schedule import Span
+from recipes.schedule import Kind, Span
 
 logger = logging.getLogger("sparsetitan")
 
@@ -90,7 +90,7 @@ class Metrics(MetricsProcessor):
         self.row: dict[str, Any] = {}  # the newest
         self.time_left = TimeLeft()
         # FLOPs executed over those of the dense model, by kind of phase; the trainer knows what its backend executes.
-        self.executed_share: dict[tuple[str, float | None], float] = {}
+        self.executed_share: dict[Kind, float] = {}
 
     def should_log(self, step: int) -> bool:
         """Whether this step gets a row: as torchtitan decides, and where the trainer asks for one."""
@@ -278,11 +278,11 @@ class TimeLeft:
     def __init__(self, spans: Sequence[Span] = ()) -> None:
         self._spans = spans
         # By kind of phase, and whether the interval is representative.
-        self._steps: Counter[tuple[tuple[str, float | None], bool]] = Counter()
-        self._seconds: defaultdict[tuple[tuple[str, float | None], bool], float] = defaultdict(float)
+        self._steps: Counter[tuple[Kind, bool]] = Counter()
+        self._seconds: defaultdict[tuple[Kind, bool], float] = defaultdict(float)
 
-    def add(self, kind: tuple[str, float | None], steps: int, seconds: float, compiled: bool = False) -> None:
-        """Count an interval between two rows of a kind of phase, `Span.kind`."""
+    def add(self, kind: Kind, steps: int, seconds: float, compiled: bool = False) -> None:
+        """Count an interval between two rows of a kind of phase."""
         steady = not compiled and bool(self._steps)
         self._steps[kind, steady] += steps
         self._seconds[kind, steady] += seconds
@@ -294,7 +294,7 @@ class TimeLeft:
         """
         return sum(max(0, span.stop - max(span.start, step)) * self._step_seconds(span.kind) for span in self._spans)
 
-    def _step_seconds(self, kind: tuple[str, float | None]) -> float:
+    def _step_seconds(self, kind: Kind) -> float:
         for steady in (True, False):
             seen = [each for each, is_steady in self._steps if is_steady == steady]
             for alike in ([kind] if kind in seen else [], [each for each in seen if each[0] == kind[0]], seen):

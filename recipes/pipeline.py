@@ -27,14 +27,6 @@ from configs.schema import JobConfig
 SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
 
 
-def data_parallel_ranks(config: JobConfig, world: int) -> int:
-    """How many of `world` ranks, or groups of them that share a sequence or the model, read data of their own."""
-    degrees = config.parallelism
-    return world // (
-        degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
-    )
-
-
 def micro_batches(config: JobConfig) -> int:
     """Into how many micro-batches a pipeline cuts those of training.local_batch_size; 1 without a pipeline."""
     return config.training.local_batch_size // micro_batch_size(config)

@@ -32,9 +32,8 @@ from configs.loader import restored
 from configs.schema import RECIPE_SECTIONS, JobConfig
 from models.llama import LlamaArgs
 from recipes.check import model_args
-from recipes.data import num_rows
+from recipes.data import data_parallel_ranks, num_rows
 from recipes.mixture import used_sources
-from recipes.pipeline import data_parallel_ranks
 from recipes.restore import model_facts
 
 FIXED = (

@@ -6,10 +6,13 @@ ends with a dense phase, which recovers loss. The phase depends only on the step
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import Phase
+
+Kind: TypeAlias = tuple[Literal["dense", "sparse"], float | None]
+"""What a step of a phase computes: its mode, and the share of the groups that is the phase's own."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,13 @@ class Span:
     keep: float | None = None
 
     @property
-    def kind(self) -> tuple[str, float | None]:
-        """What a step of the phase computes: phases of one kind differ in their steps alone."""
+    def kind(self) -> Kind:
+        """Phases of one kind differ in their steps alone."""
         return self.mode, self.keep
 
     @property
     def name(self) -> str:
+        """The kind, for a person to read."""
         return self.mode if self.keep is None else f"{self.mode} ({self.keep:g})"
 
 

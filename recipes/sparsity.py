@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ from models.experts import Experts
 from models.feed_forward import FeedForward
 from models.llama import LlamaArgs
 from recipes.pipeline import micro_batch_size, micro_batches
-from recipes.schedule import Span, span_at
+from recipes.schedule import Kind, Span, span_at
 
 logger = logging.getLogger("sparsetitan")
 
@@ -152,9 +152,8 @@ def feed_forward_sparsity(config: JobConfig, hidden_dim: int) -> FeedForwardSpar
 
 def phase_sparsity(sparsity: FeedForwardSparsity, config: JobConfig, span: Span) -> FeedForwardSparsity:
     """The sparsity in a sparse phase: the recipe's, with the share of the groups that the phase keeps."""
-    if span.keep is None:
-        return replace(sparsity, pattern=activation_pattern(config.activations))
-    return replace(sparsity, pattern=activation_pattern(replace(config.activations, keep=span.keep)))
+    keep = config.activations.keep if span.keep is None else span.keep
+    return replace(sparsity, pattern=activation_pattern(replace(config.activations, keep=keep)))
 
 
 def orders_neurons(config: JobConfig) -> bool:
@@ -368,11 +367,15 @@ class Sparsity(Stateful):
         self.micro_batches = micro_batches(config)
         self.shards = config.parallelism.tensor_parallel_degree
         self.expert_ranks = config.parallelism.expert_parallel_degree  # neighbouring ones share out a layer's experts
-        self.phase = "dense"
-        self.kind: tuple[str, float | None] = ("dense", None)
+        self.kind: Kind = ("dense", None)  # of the step at hand
         # What the FFNs are prepared for, see `_wanted`; empty: nothing. A resumed run may have another recipe.
         self.prepared: dict[str, Any] = {}
         self._by_position = False
+
+    @property
+    def phase(self) -> Literal["dense", "sparse"]:
+        """The mode of the step at hand."""
+        return self.kind[0]
 
     def _wanted(self, span: Span) -> dict[str, Any]:
         """The value of `prepared` in a sparse phase: the phase's start, and the keys that preparation depends on."""
@@ -406,7 +409,6 @@ class Sparsity(Stateful):
             self._prepare(step, self.prepared != wanted, forward)
             self.prepared = wanted
         changed, self.kind = span.kind != self.kind, span.kind
-        self.phase = span.mode
         if changed and span.mode == "sparse" and any(each.keep is not None for each in self.spans):
             for feed_forward in self.feed_forwards:
                 feed_forward.sparsity = phase_sparsity(feed_forward.sparsity, self.config, span)
@@ -428,7 +430,7 @@ class Sparsity(Stateful):
         """
         if mode is not None and (mode.clusters or mode.weight_products) and not self.prepared:
             raise ValueError("the FFNs are not prepared for a sparse mode: enter one first")
-        self.phase = "dense" if mode is None else "sparse"
+        self.kind = ("dense" if mode is None else "sparse"), None
         for feed_forward in self.feed_forwards:
             feed_forward.sparsity = mode or feed_forward.sparsity
         self._run(mode is not None)

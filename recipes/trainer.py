@@ -220,10 +220,8 @@ class SparseTrainer(titan.Trainer):
             return flops_per_token(dense, config, self.model_args, spans, family, tensor, tokens, self.parallel_dims.ep)
 
         flops = flops_of(spans)
-        self.metrics_processor.executed_share = {
-            span.kind: (flops_of([span])["sparse_executed"] if span.mode == "sparse" else dense) / dense
-            for span in spans
-        }
+        executed = {span.kind: flops_of([span])["sparse_executed"] / dense for span in spans}
+        self.metrics_processor.executed_share = executed
         with fail_together(self.signals):
             self._describe_run("dense" if family is None else family.name, reason, flops)
             if self.model_args.num_experts and dist.get_rank() == 0:

@@ -49,8 +49,8 @@ from configs.schema import JobConfig
 from models.llama import LlamaArgs
 from recipes.atomic import write_atomically
 from recipes.check import check_config
-from recipes.data import check_data, num_rows
-from recipes.pipeline import data_parallel_ranks, micro_batch_size
+from recipes.data import check_data, data_parallel_ranks, num_rows
+from recipes.pipeline import micro_batch_size
 from scripts.options import TERMS, Parser, add_out
 from scripts.pictures import GREY, PALETTE, STYLE, save
 from scripts.runs import mean_step, read_lines
@@ -511,10 +511,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("rounds", "gpus", "brief"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ConfigError(f"--{name} {number}: give 1 or more")
-    # Without GPUs, a core stands in for one.
-    there = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
-    if there < options.gpus:
-        raise ConfigError(f"--gpus {options.gpus}: this machine has {there}")
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if (gpus or cores) < options.gpus:  # without GPUs, a core stands in for one
+        has = f"{gpus}" if gpus else f"no GPU, and {cores} cores for as many processes"
+        raise ConfigError(f"--gpus {options.gpus}: this machine has {has}")
     words = [word for key in given for word in (key.split("=", 1) if key.startswith("--") else [key])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise ConfigError(f"{shlex.join(given)}: give keys of train.py as --key value")

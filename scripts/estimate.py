@@ -81,8 +81,8 @@ from kernels import MASKED, Cost, Family, Shape
 from kernels.experts import ExpertByExpert
 from models.llama import Llama, LlamaArgs
 from recipes.check import check_keys
-from recipes.data import num_rows
-from recipes.pipeline import data_parallel_ranks, filled, in_flight, micro_batch_size, micro_batches, stages
+from recipes.data import data_parallel_ranks, num_rows
+from recipes.pipeline import filled, in_flight, micro_batch_size, micro_batches, stages
 from recipes.schedule import Span
 from recipes.sparsity import (
     computes_in,
@@ -376,9 +376,10 @@ def estimate(arguments: list[str]) -> str:
     args, spans = check_keys(config, gpus)
     args.vocab_size = expected_vocabulary(config)
     on, on_sparse = layout(config, gpus), layout(config, gpus, sparse=True)
-    shares = {span: span.keep or config.activations.keep for span in spans if span.mode == "sparse"}
-    fullest = max(shares, key=lambda span: shares[span], default=spans[0])  # memory and time of a sparse step are its
-    if shares:
+    sparse = [span for span in spans if span.mode == "sparse"]
+    # The sparse step of the report is that of the phase that keeps most.
+    fullest = max(sparse, key=lambda span: span.keep or config.activations.keep, default=spans[0])
+    if sparse:
         args.sparsity = phase_sparsity(args.sparsity, config, fullest)
     with torch.device("meta"):
         model = Llama(args)
