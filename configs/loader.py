@@ -20,7 +20,7 @@ import docstring_parser
 
 from configs.errors import ConfigError
 from configs.repository import ROOT
-from configs.schema import BOUNDS, RECIPE_SECTIONS, REPLACED, JobConfig
+from configs.schema import BOUNDS, RECIPE_SECTIONS, REPLACED, WHOLE, JobConfig
 
 USAGE = """usage: torchrun --nproc_per_node=GPUS train.py --config FILE [--recipe FILE] [--check] [--section.key value
 ...]
@@ -303,7 +303,11 @@ def _check(cls: type, values: dict[str, Any], prefix: str, source: str) -> None:
             raise _unknown(key, cls, prefix, source)
         hint = hints[name]
         if not _fits(value, hint):
-            raise ConfigError(f"{source}: {key} = {_show(value)} should be a {_name_of(hint)}")
+            whole = isinstance(value, float) and value.is_integer() and _fits(int(value), hint)
+            remedy = f", without point and exponent, and at most {WHOLE}" if whole else ""
+            if whole and abs(value) <= WHOLE:
+                remedy = f", without point and exponent: {int(value)}"
+            raise ConfigError(f"{source}: {key} = {_show(value)} should be a {_name_of(hint)}{remedy}")
         if dataclasses.is_dataclass(hint):
             _check(typing.cast(type, hint), value, f"{key}.", source)
         elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
@@ -311,6 +315,8 @@ def _check(cls: type, values: dict[str, Any], prefix: str, source: str) -> None:
                 _check(typing.get_args(hint)[0], item, f"{key}[{index}].", source)
         metadata = fields[name].metadata
         low, high = BOUNDS.get(key, (metadata.get("low"), metadata.get("high")))
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > WHOLE:
+            low, high = (-WHOLE if low is None else low), (WHOLE if high is None else high)
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             bounds = f"from {low} to {high}" if high is not None else f"at least {low}"
             raise ConfigError(

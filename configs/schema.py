@@ -19,6 +19,9 @@ RECIPE_SECTIONS = ("schedule", "weights", "activations", "router", "precision")
 YEAR = 365 * 24 * 3600
 """Seconds. PyTorch counts timeouts in nanoseconds, of which there cannot be any number."""
 
+WHOLE = 2**63 - 1
+"""The largest whole number that TOML has and PyTorch takes: the bound of all keys without a lower one."""
+
 
 def _in(default, low=None, high=None):
     return field(default=default, metadata={"low": low, "high": high})
@@ -349,7 +352,8 @@ class Training(titan_config.Training):
     """
     The same for each part of the start: reading the data, preparing the tokenizer, connecting the ranks and building
     the model, loading a checkpoint, reading the first batch. It is also the limit of steps that compile, the first one
-    of a run, of a resume and of each phase, and of those in which a sparse phase prepares its pattern. 0: any time.
+    of a run, of a resume and of each phase, of the first validation in each phase, which compiles as well, and of steps
+    in which a sparse phase prepares its pattern. 0: any time.
     """
 
     skip_bad_batches: int = _in(0, 0)
@@ -450,9 +454,9 @@ REPLACED = {
 
 # Bounds of torchtitan's own fields, which carry none.
 BOUNDS = {
-    "training.local_batch_size": (1, None),
-    "training.seq_len": (1, None),
-    "training.steps": (1, None),
+    "training.local_batch_size": (1, 2**31 - 1),
+    "training.seq_len": (1, 2**31 - 1),
+    "training.steps": (1, 10**12),  # phases are shares of it, computed in floats
     "training.max_norm": (0, None),
     "training.gc_freq": (1, None),
     "training.dataloader.num_workers": (0, None),
