@@ -142,6 +142,7 @@ class SparseTrainer(titan.Trainer):
         self.received: set[int] = set()
         self.skips = False  # whether the step at hand left its batch out
         self.quantises = False  # whether forward passes round weights, by precision.qat
+        self._validated: set[Span] = set()  # phases that this process has validated, and so compiled it for
         self.watchdog.watch("the start (reading the data)", starts=True)
         for line in load_corpus(config).summary():
             logger.info(line)
@@ -485,7 +486,10 @@ class SparseTrainer(titan.Trainer):
 
         Where weights are rounded, by precision.qat, first with the weights as they are, and then rounded.
         """
-        self.watchdog.watch(f"the validation of step {self.step}")
+        span = span_at(self.sparsity.spans, self.step)
+        compiles = span not in self._validated
+        self._validated.add(span)
+        self.watchdog.watch(f"the validation of step {self.step}", compiles)
         if self.quantises:
             set_fake_quantization(self.model_parts, False)
         with self.sparsity.dense():
@@ -495,13 +499,13 @@ class SparseTrainer(titan.Trainer):
             score = self.validator.validate(self.model_parts, self.step)
         row = {"val_loss": score.loss, "val_bpb": score.bits_per_byte} | self._expert_balance()
         if self.sparsity.phase == "sparse":
-            self.watchdog.watch(f"the validation of step {self.step} with the pattern")
+            self.watchdog.watch(f"the validation of step {self.step} with the pattern", compiles)
             self.sparsity.reset_health()
             score = self.validator.validate(self.model_parts, self.step, sparse=True)
             row |= {"val_loss_sparse": score.loss, "val_bpb_sparse": score.bits_per_byte}
         row |= self.sparsity.health()
         if self.quantises:
-            self.watchdog.watch(f"the validation of step {self.step} with rounded weights")
+            self.watchdog.watch(f"the validation of step {self.step} with rounded weights", compiles)
             set_fake_quantization(self.model_parts, True)
             score = self.validator.validate(self.model_parts, self.step)
             row |= {"val_loss_quantised": score.loss, "val_bpb_quantised": score.bits_per_byte}

@@ -6,7 +6,7 @@ answer, a deadlock between threads. So a thread of each rank watches the parts o
 validations and saves. A part that takes longer than its limit ends the process with status 1, after it has written
 where every thread stands. torchrun then ends the other ranks and, with --max-restarts, starts all of them again from
 the newest checkpoint. There are two limits. `training.start_timeout_seconds` is for each part of the start and for
-steps that compile, `training.hang_timeout_seconds` for everything else.
+steps and validations that compile, `training.hang_timeout_seconds` for everything else.
 
 The thread needs Python's global lock. While C code holds the lock for that long, `faulthandler`, which does not need
 it, writes the stacks, but the process stays. SIGUSR2 writes the stacks at any time and ends nothing.
@@ -37,7 +37,7 @@ class Watchdog:
 
     Args:
         seconds: the limit of a step, a validation or a save; 0: none.
-        start_seconds: the limit of a part of the start, or of a step that compiles; 0: none.
+        start_seconds: the limit of a part of the start, or of a step or validation that compiles; 0: none.
     """
 
     def __init__(self, seconds: float, start_seconds: float) -> None:

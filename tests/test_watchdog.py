@@ -97,7 +97,7 @@ def test_each_part_of_a_run_has_its_name_and_limit(train, tmp_path, monkeypatch)
         def noted(*args, **kwargs):
             if (name, *part) not in seen:
                 seen.append((name, *part))
-            if part[0] == "step 6":
+            if part[0] == "step 7":
                 signal.raise_signal(signal.SIGTERM)
             return call(*args, **kwargs)
 
@@ -117,8 +117,9 @@ def test_each_part_of_a_run_has_its_name_and_limit(train, tmp_path, monkeypatch)
         (SafeCheckpointManager, "close"),
     ):
         note(owner, name)
-    phases = '[{mode="dense", end=3}, {mode="sparse", end=5}, {mode="dense", end=1.0}]'
-    train(tmp_path / "run", "--schedule.phases", phases, recipe="columns_quarter")
+    phases = '[{mode="dense", end=3}, {mode="sparse", end=6}, {mode="dense", end=1.0}]'
+    words = "--schedule.phases", phases, "--validation.freq", "2"
+    train(tmp_path / "run", *words, recipe="columns_quarter")
     assert seen == [
         ("load_corpus", "the start (reading the data)", "start"),
         ("prepare_tokenizer", "the start (preparing the tokenizer)", "start"),
@@ -128,16 +129,20 @@ def test_each_part_of_a_run_has_its_name_and_limit(train, tmp_path, monkeypatch)
         ("load_corpus", "the start (reading the first batch)", "start"),
         ("forward_backward_step", "step 1", "start"),  # it compiles
         ("forward_backward_step", "step 2", "hang"),
+        ("validate", "the validation of step 2", "start"),  # it compiles, too
         ("forward_backward_step", "step 3", "hang"),
         ("peek", "step 4", "start"),
         ("_cluster", "step 4", "start"),
         ("forward_backward_step", "step 4", "start"),
-        ("validate", "the validation of step 4", "hang"),
-        ("validate", "the validation of step 4 with the pattern", "hang"),
+        ("validate", "the validation of step 4", "start"),
+        ("validate", "the validation of step 4 with the pattern", "start"),
         ("dcp_save", "the save of step 4", "hang"),
         ("forward_backward_step", "step 5", "hang"),
-        ("forward_backward_step", "step 6", "start"),  # dense again: a resumed run compiles here
-        ("dcp_save", "the save of step 6", "hang"),
+        ("forward_backward_step", "step 6", "hang"),
+        ("validate", "the validation of step 6", "hang"),
+        ("validate", "the validation of step 6 with the pattern", "hang"),
+        ("forward_backward_step", "step 7", "start"),  # dense again: a resumed run compiles here
+        ("dcp_save", "the save of step 7", "hang"),
         ("close", "the end (ending data processes, waiting for a save)", "hang"),
     ]
 
