@@ -270,15 +270,19 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
             raise ConfigError(f"{file} has no recipes: see python -m scripts.law --help")
         if without := [name for name, entry in told["recipes"].items() if not entry["runs"]]:
             raise ConfigError(f"{file}: recipe {without[0]} has no runs: give it one, or leave it out")
-        named = [(e["study"], e["run"]) for e in told["dense"]]
-        if twice := [f"{study}: {run}" for study, run in named if named.count((study, run)) > 1]:
-            raise ConfigError(f"{file} has the dense runs {twice[0]} twice, which would count double: name them once")
+        every = [("dense", told["dense"]), *((name, entry["runs"]) for name, entry in told["recipes"].items())]
+        for name, entries in every:
+            named = [(e["study"], e["run"]) for e in entries]
+            if twice := [f"{study}: {run}" for study, run in named if named.count((study, run)) > 1]:
+                raise ConfigError(
+                    f"{file}: {name} has the runs {twice[0]} twice, which would count double: name them once"
+                )
         dense = [
             Cell(n, d, tuple(losses.values())) for n, d, losses in (_losses(**e, root=root) for e in told["dense"])
         ]
         recipes = {name: [_penalties(e, root) for e in entry["runs"]] for name, entry in told["recipes"].items()}
         exponent, deviation = _exponent(told), _given_deviation(told)
-        runs = [*told["dense"], *(run for entry in told["recipes"].values() for run in entry["runs"])]
+        runs = [run for _, entries in every for run in entries]
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -288,17 +292,24 @@ def read(file: Path, root: Path = ROOT) -> Evidence:
     drawn = _drawn(dense, generator, dense, deviation["dense"] if deviation else None)
     exponents = generator.uniform(*exponent, len(drawn)) if exponent else [None] * len(drawn)
     laws = [fit(dense, list(means), law, b) for means, b in zip(drawn, exponents, strict=True)]
-    every = [cell for cells in recipes.values() for cell in cells]
+    pooled = [cell for cells in recipes.values() for cell in cells]
     given = deviation["penalty"] if deviation else None
-    penalties = {name: _drawn(cells, generator, every, given) for name, cells in recipes.items()}
+    penalties = {name: _drawn(cells, generator, pooled, given) for name, cells in recipes.items()}
     studies = {root / run["study"]: None for run in runs}
     return Evidence(dense, recipes, law, laws, penalties, exponent, deviation, (file, *studies))
+
+
+def _number(value: Any) -> float:
+    """A number of a file of evidence; float() would take true and "0.5" as well."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{json.dumps(value)} is no number")
+    return float(value)
 
 
 def _exponent(told: dict[str, Any]) -> tuple[float, float] | None:
     if "exponent" not in told:
         return None
-    low, high = map(float, told["exponent"])
+    low, high = map(_number, told["exponent"])
     if not EXPONENTS[0] <= low <= high <= EXPONENTS[1]:
         raise ConfigError(f"exponent = {told['exponent']}: give its range, within {EXPONENTS[0]} and {EXPONENTS[1]}")
     return low, high
@@ -307,7 +318,7 @@ def _exponent(told: dict[str, Any]) -> tuple[float, float] | None:
 def _given_deviation(told: dict[str, Any]) -> dict[str, float] | None:
     if "deviation" not in told:
         return None
-    given = {key: float(value) for key, value in told["deviation"].items()}
+    given = {key: _number(value) for key, value in told["deviation"].items()}
     if given.keys() != {"dense", "penalty"} or not all(0 < value < math.inf for value in given.values()):
         raise ConfigError(f'deviation = {told["deviation"]}: give "dense" and "penalty", each in nats and above 0')
     return given
@@ -345,7 +356,7 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
     found, model, where = {}, "", entry.get("speeds", {})
     try:
         for model, (folder, contender, *shares) in where.items():
-            (layers,) = shares or (1.0,)
+            (layers,) = map(_number, shares or (1.0,))
             if not 0 < layers <= 1:
                 raise ValueError(f"the share of sparse layers is {layers}, not above 0 and at most 1")
             contenders = json.loads((root / folder / "training.json").read_text())["contenders"]

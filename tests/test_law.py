@@ -173,7 +173,11 @@ def test_intervals_hold_what_is_true():
     "change, message",
     [
         (lambda told: told["dense"].pop(), "2 budgets"),
-        (lambda told: told["dense"].append(told["dense"][0]), "has the dense runs study: dense_30 twice"),
+        (lambda told: told["dense"].append(told["dense"][0]), "dense has the runs study: dense_30 twice"),
+        (
+            lambda told: told["recipes"]["columns_quarter"].update(runs=2 * told["recipes"]["columns_quarter"]["runs"]),
+            "columns_quarter has the runs study: quarter twice",
+        ),
         (lambda told: told["dense"][0].update(run="none"), "study has no run none: there are dense_120"),
         (lambda told: told["recipes"]["columns_quarter"]["runs"][0].update(dense="dense_60"), "differ in their tokens"),
         (lambda told: told.pop("recipes"), "not a file of evidence"),
@@ -182,6 +186,9 @@ def test_intervals_hold_what_is_true():
         (lambda told: told["dense"][0].update(what="x"), "not a file of evidence"),
         (lambda told: told.update(exponent=[0.5]), "not a file of evidence"),
         (lambda told: told.update(exponent=[0.5, 0.4]), r"exponent = \[0.5, 0.4\]: give its range"),
+        (lambda told: told.update(exponent=[0.5, True]), "true is no number"),
+        (lambda told: told.update(exponent=["0.5", 0.6]), '"0.5" is no number'),
+        (lambda told: told.update(deviation={"dense": True, "penalty": 0.01}), "true is no number"),
         (lambda told: told.update(deviation={"dense": 0.01}), 'give "dense" and "penalty"'),
         (lambda told: told.update(deviation={"dense": 0.01, "penalty": 0}), 'give "dense" and "penalty"'),
     ],
@@ -223,7 +230,7 @@ def test_speeds_that_were_not_timed_are_one_message(tmp_path):
         "7B, fp8": law.Speed(200 / 115, 200 / (0.25 * 160 + 0.75 * 115), 1.0),
     }
     wrong = {"1B": ["nowhere", "own"]}, {"1B": ["", "none"]}, {"1B": ["", "float8"]}, {"1B": "x"}, "x"
-    for told in (*wrong, {"1B": ["", "own", 0]}, {"1B": ["", "own", 1.5]}, {"1B": ["", "own", 1, 1]}):
+    for told in (*wrong, *({"1B": ["", "own", *share]} for share in ((0,), (1.5,), (True,), (1, 1)))):
         with pytest.raises(ConfigError, match=r"speeds of (1B|\"x\"): give the folder of a training.json"):
             law.speeds({"speeds": told}, tmp_path)
 
