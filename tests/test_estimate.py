@@ -18,10 +18,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from configs.errors import ConfigError
 from configs.loader import load_config
 from configs.titan import ParallelDims, build_cross_entropy_loss, titan_config
+from kernels.columns.ffn import LARGE_BLOCKS
 from models.llama import Llama
 from recipes.check import check_keys
 from recipes.pipeline import stages
 from recipes.qat import prepare_qat, set_fake_quantization
+from recipes.sparsity import flops_per_token
 from recipes.trainer import _parallelize
 from scripts.estimate import GIB, estimate, expected_vocabulary, layout, memory, parts_of, rounded_weights
 
@@ -297,6 +299,19 @@ def test_phases_that_keep_shares_of_their_own():
     for keep, end in ends.items():
         assert numbers(report, f"sparse ({keep}) to step {end}")[3] == numbers(alone[keep], "sparse to step 100")[3]
     assert numbers(report, "peak")[1] == numbers(alone["0.5"], "peak")[1] > numbers(alone["0.125"], "peak")[1]
+
+
+def test_flops_are_means_over_the_sparse_steps():
+    phases = '[{mode = "sparse", keep = 0.5, end = 1}, {mode = "sparse", end = 4}, {end = 1.0}]'
+    words = ["--config", "configs/1b.toml", "--recipe", "columns_quarter", "--training.steps", "8"]
+    config, _ = load_config([*words, "--schedule.phases", phases])
+    args, spans = check_keys(config, 1)
+    half, quarter, every = (
+        flops_per_token(1e12, config, args, each, LARGE_BLOCKS) for each in (spans[:1], spans[1:2], spans)
+    )
+    for kind in ("sparse_pattern", "sparse_executed"):
+        assert every[kind] == pytest.approx((half[kind] + 3 * quarter[kind]) / 4)
+        assert quarter[kind] < half[kind] < every["dense"] == 1e12
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])

@@ -24,12 +24,14 @@ from conftest import ROOT, Forked, fork, launch, losses, merge, rows
 from filelock import FileLock
 
 import kernels
+import recipes.trainer
 from configs.errors import ConfigError, LostProcessError, TooLargeError, exit_with
 from configs.loader import load_config
 from kernels.columns.ffn import LARGE_BLOCKS
 from kernels.groups.ffn import TILE_GROUPS
 from kernels.venom.ffn import COMPACT_VENOM
 from models.llama import FLAVORS, Llama, llama_args
+from recipes.metrics import Metrics
 from recipes.sparsity import Sparsity
 from recipes.trainer import SparseTrainer, _lock
 
@@ -128,24 +130,41 @@ def test_sparse_phases_may_have_larger_micro_batches(train, tmp_path, capfd):
 
 def test_sparse_phases_keep_shares_of_their_own(train, tmp_path):
     """Two phases with their own, one with the recipe's, and a resume inside of each."""
-    shares = {3: 0.5, 4: 0.5, 5: None, 6: None, 7: 0.75, 8: 0.75}
-    ends = [(f"keep = {share}, " if share else "") + f"end = {step}" for step, share in list(shares.items())[1::2]]
-    sparse = ", ".join(f'{{mode = "sparse", {end}}}' for end in ends)
-    phases = f'[{{mode = "dense", end = 2}}, {sparse}, {{mode = "dense", end = 1.0}}]'
-    words = ("--schedule.phases", phases, "--validation.freq", "2", "--activations.g", "32")
+    shares = {3: 0.5, 4: 0.5, 5: None, 6: 0.75, 7: 0.75, 8: 0.75}
+    own = '{mode = "sparse", keep = 0.5, end = 4}, {mode = "sparse", end = 5}, {mode = "sparse", keep = 0.75, end = 8}'
+    phases = f'[{{mode = "dense", end = 2}}, {own}, {{mode = "dense", end = 1.0}}]'
+    words = ("--schedule.phases", phases, "--validation.freq", "1", "--activations.g", "32")
     whole = train(tmp_path / "whole", *words, recipe="groups_quarter")
     assert {step: row.get("keep") for step, row in whole.items() if row["phase"] == "sparse"} == shares
-    kept = [whole[step]["energy_kept"] for step in (6, 4, 8)]
+    kept = [whole[step]["energy_kept"] for step in (5, 4, 8)]
     assert kept == sorted(kept) and len(set(kept)) == 3
     about = json.loads((tmp_path / "whole" / "run.json").read_text())
-    assert about["phases"] == [["dense", 1, 2], ["sparse", 3, 4], ["sparse", 5, 6], ["sparse", 7, 8], ["dense", 9, 12]]
+    assert about["phases"] == [["dense", 1, 2], ["sparse", 3, 4], ["sparse", 5, 5], ["sparse", 6, 8], ["dense", 9, 12]]
     flops = about["flops_per_token"]
     ffn = 6 * 2 * 2 * 32 * 256  # of two layers
-    mean = (0.5 + 0.25 + 0.75) / 3
+    mean = (2 * 0.5 + 0.25 + 3 * 0.75) / 6
     assert (flops["dense"] - flops["sparse_pattern"]) / ffn == pytest.approx((1 - mean) * 5 / 6)
-    for stop in (3, 6, 7, None):
+    for stop in (3, 5, 7, None):
         resumed = train(tmp_path / "resumed", *words, stop_after=stop, recipe="groups_quarter")
     assert losses(resumed) == losses(whole)
+
+
+def test_executed_flops_of_a_row_are_those_of_its_phase(train, tmp_path, monkeypatch):
+    def flops(dense, config, args, spans, *others):
+        executed = [dense * (span.keep or 1.0) for span in spans]
+        return {"dense": dense, "sparse_pattern": dense, "sparse_executed": max(executed)}
+
+    def start(metrics, step, spans):
+        metrics.peak_flops = 1e12
+        original(metrics, step, spans)
+
+    original = Metrics.start
+    monkeypatch.setattr(Metrics, "start", start)
+    monkeypatch.setattr(recipes.trainer, "flops_per_token", flops)
+    sparse = '{mode = "sparse", keep = 0.5, end = 2}, {mode = "sparse", keep = 0.25, end = 3}'
+    words = ("--schedule.phases", f"[{{end = 1}}, {sparse}, {{end = 1.0}}]", "--training.steps", "4")
+    run = train(tmp_path / "run", *words, recipe="groups_quarter")
+    assert [row["mfu_executed"] / row["mfu"] for row in run.values()] == pytest.approx([1.0, 0.5, 0.25, 1.0])
 
 
 def test_a_block_is_compiled_for_many_shares(train, tmp_path):
