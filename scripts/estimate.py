@@ -41,7 +41,7 @@ and on two, by GPU, of the layers of 7b 24:
     tensor, 1b, dense          28.9 GiB of tensors   estimated 28.8
     tensor, 1b, columns_eighth 19.1 GiB of tensors   estimated 19.0
     pipeline, 1b, dense        13.8 GiB of tensors   estimated 13.8
-    pipeline, 1b, ..._eighth    9.8 GiB of tensors   estimated 9.3; the switch took 11.3
+    pipeline, 1b, ..._eighth   11.3 GiB of tensors   in the switch; the steps are estimated at 9.3
     context, 1b, dense         29.1 GiB of tensors   estimated 27.5
     context, 1b, ..._eighth    19.3 GiB of tensors   estimated 17.7
 
