@@ -43,6 +43,15 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def test_each_picture_is_shown_on_a_page():
+    """Of those that git has: a study's command draws more, which a page need not show."""
+    git = subprocess.run(["git", "ls-files", "*.png"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("no checkout of git")
+    links = [(page.parent, link) for page in PAGES for link in re.findall(r"\(([^()\s]+\.png)\)", page.read_text())]
+    assert set(git.stdout.split()) - {os.path.relpath(folder / link, ROOT) for folder, link in links} == set()
+
+
 def perform(call: list[str], tiny: list[str]) -> None:
     """Run a command of the README in this process or, if it trains, as a tiny job in a forked one."""
     match call:
