@@ -128,6 +128,7 @@ def test_the_bound_of_fp8_is_at_twice_the_peak():
     with_ffn = float(re.search(r"a sparse step takes ([\d,.]+) ms", fp8)[1].replace(",", ""))
     assert times[1] < with_ffn < times[0]
     assert numbers(bf16, "sparse to step")[:-2] == numbers(fp8, "sparse to step")[:-2]  # the same steps and FLOPs
+    assert numbers(bf16, "dense to step") == numbers(fp8, "dense to step")
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -323,6 +323,18 @@ def test_the_page_s_bounds_are_those_that_the_estimate_counts():
             "they execute 133% of the FLOPs: raise training.sparse_local_batch_size",
         ),
         ("moe_160m --model.hidden_dim 768", "a block keeps 96 of 768", "96 neurons are fewer than the 128 columns"),
+        (  # the phase that keeps most counts for the FLOPs, and that which keeps least for the columns
+            "moe_160m --training.local_batch_size 2 --activations.sample 1 --schedule.phases "
+            '[{mode="sparse",end=50},{mode="sparse",keep=0.5,end=1.0}]',
+            "a block keeps 288 or 1,152 of 2,304 neurons; 58% or 133% of the dense",
+            "they execute 133% of the FLOPs",
+        ),
+        (
+            "moe_160m --model.hidden_dim 768 --schedule.phases "
+            '[{mode="sparse",end=50},{mode="sparse",keep=0.5,end=1.0}]',
+            "a block keeps 96 or 384 of 768",
+            "96 neurons are fewer than the 128 columns",
+        ),
         ("moe_1b --recipe dense", "8,192 tokens of a micro-batch for each of 8 on average", ""),
     ],
 )
