@@ -7,6 +7,7 @@ where the value stands; what keys mean together is checked afterwards (`recipes/
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -360,6 +361,30 @@ def resolved(config: JobConfig) -> dict[str, Any]:
             holder = holder.get(section, {})
         holder.pop(name, None)
     return values
+
+
+def as_word(value: Any, inside: bool = False) -> str:
+    """A value as TOML text, such as the command line takes.
+
+    Args:
+        value: TOML's, or None for a key of a table that is not given.
+        inside: of a list or table, or in a message: a string is in quotes.
+    """
+    match value:
+        case dict():
+            pairs = []
+            for key, item in value.items():
+                if item is not None:  # which TOML has not
+                    name = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+                    pairs.append(f"{name} = {as_word(item, True)}")
+            return "{" + ", ".join(pairs) + "}"
+        case list():
+            return "[" + ", ".join(as_word(item, True) for item in value) + "]"
+        case str() if not inside:
+            return value
+        case bool() | str():
+            return json.dumps(value)
+    return str(value)
 
 
 def restored(values: dict[str, Any], source: str) -> JobConfig:

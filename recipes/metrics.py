@@ -5,13 +5,13 @@ run goes on as the run that it was there.
 
 Columns (a row has those that apply):
 
-    step, phase, loss, lr, grad_norm, tokens (seen so far, all ranks)
+    step, phase, keep (where it is the phase's own), loss, lr, grad_norm, tokens (seen so far, all ranks)
     skipped_batches   so far, with training.skip_bad_batches; a skipped one has null where a number is not finite
     tokens_per_second (all ranks), step_seconds
     peak_memory_gib   most that a process held of its GPU's memory so far, of all ranks: what a GPU must have
     peak_active_gib   most that tensors held since the row before, of all ranks: what the phase needs
     switch_seconds    entering the phase since the row before: clustering, fitting the scales
-    graphs_compiled   graphs that torch.compile made since the row before: in the first step of either mode, then none
+    graphs_compiled   graphs that torch.compile made since the row before: as a kind of phase begins, then none
     mfu           model FLOPs utilisation in percent, dense-equivalent: FLOPs of the dense model over time and peak
     mfu_executed  the same with the FLOPs that the backend executed, recomputation for checkpointing not counted
     val_loss, val_bpb                 dense inference, comparable in all phases and with a dense model

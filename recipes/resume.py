@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.loader import restored
+from configs.loader import as_word, restored
 from configs.schema import RECIPE_SECTIONS, JobConfig
 from models.llama import LlamaArgs
 from recipes.check import model_args
@@ -100,7 +100,8 @@ def check_resume(config: JobConfig, args: LlamaArgs, corpus: dict[str, Any]) -> 
 
 def _compare(key: str, new: Any, old: Any, file: Path, remedy: str) -> None:
     if new != old:
-        raise ConfigError(f"{key} = {json.dumps(new)}, but the run in {file.parent} has {json.dumps(old)}: {remedy}")
+        shown, had = (as_word(value, inside=True) for value in (new, old))
+        raise ConfigError(f"{key} = {shown}, but the run in {file.parent} has {had}: {remedy}")
 
 
 def _compare_sources(

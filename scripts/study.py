@@ -63,7 +63,7 @@ import torch
 from matplotlib import rc_context
 
 from configs.errors import ConfigError, TooLargeError, run_program
-from configs.loader import load_config, resolved
+from configs.loader import as_word, load_config, resolved
 from configs.repository import ROOT
 from configs.schema import JobConfig
 from recipes.check import check_config, recorded_dtype
@@ -260,23 +260,8 @@ def _options(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested tables to the words of a command line: {"training": {"steps": 10}} to {"training.steps": "10"}."""
     options: dict[str, str] = {}
     for key, value in table.items():
-        options |= _options(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _word(value)}
+        options |= _options(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": as_word(value)}
     return options
-
-
-def _word(value: Any, inside: bool = False) -> str:
-    """A TOML value as TOML text; a string outside of lists and tables is written without quotes."""
-    match value:
-        case dict():
-            given = {key: item for key, item in value.items() if item is not None}  # TOML has no None
-            return "{" + ", ".join(f"{json.dumps(key)} = {_word(item, True)}" for key, item in given.items()) + "}"
-        case list():
-            return "[" + ", ".join(_word(item, True) for item in value) + "]"
-        case str() if not inside:
-            return value
-        case bool() | str():
-            return json.dumps(value)
-    return str(value)
 
 
 def waves(runs: list[StudyRun], chosen: list[StudyRun]) -> list[list[int]]:

@@ -67,6 +67,11 @@ def stopped(tmp_path_factory):
         ("activations.n", "4", "activations.n = 4"),
         ("weights.pattern", "none", 'weights.pattern = "none"'),
         ("schedule.dense_layers", "1", "schedule.dense_layers = 1"),
+        (
+            "schedule.phases",
+            '[{mode = "dense", end = 9}, {end = 1.0}]',
+            'schedule.phases = [{mode = "dense", end = 9}, {mode = "dense", end = 1.0}], but the run in',
+        ),
     ],
 )
 def test_another_run_is_refused_and_nothing_is_lost(stopped, train, tmp_path, key, value, said):
