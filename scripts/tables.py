@@ -652,6 +652,8 @@ SWITCHES = (
     "training.global_batch_size",
     "training.sparse_local_batch_size",
     "router.token_clusters",
+    "activations.sample",
+    "schedule.dense_layers",
 )
 
 
