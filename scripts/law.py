@@ -32,6 +32,9 @@ The file says which runs count:
 The timed slice of a 7B model has no dense layer. Where a whole model has some, as many times fewer milliseconds are
 saved as the third value of a speed says: the share of the layers that are sparse, 30 of 32 here.
 
+A recipe whose phases keep different shares has a contender for each, with the share of the steps that it takes; the other
+steps are dense: `{"columns_eighth_fp8": 0.475, "columns_quarter_fp8": 0.3}` in place of the name of one contender.
+
 Two keys of it replace what the runs cannot tell, and the table says so. With two budgets of one size the exponent b
 cannot be fitted: `"exponent": [0.28, 0.7]` takes the middle of this range for the estimate, and draws from the whole
 range for the intervals. Runs of a second size then add one number, its constant; B and b are those of both. Without a
@@ -67,6 +70,7 @@ from scripts.runs import amount, load_groups, mean_step, rounded, seed_of
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
 SMALLEST_SCALE = 1e-6  # nats, of a law's terms at the smallest size and budget
 EXPONENTS = 0.05, 2.0  # bounds of a and b
+ROUNDING = 1e-9  # of a sum of shares
 
 
 @dataclass(frozen=True)
@@ -348,10 +352,11 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
 
     Args:
         entry: a recipe of the file, whose `speeds` name the folder of a training.json and the contender for each model,
-            and perhaps a share of the layers, see the module's docstring.
+            or several with their shares of the steps, and perhaps a share of the layers, see the module's docstring.
 
     Raises:
-        ConfigError: a training.json that cannot be read, a contender that it has not timed, or a share not in (0, 1].
+        ConfigError: a training.json that cannot be read, a contender that it has not timed, a share not in (0, 1], or
+            shares of the steps that add up to more than 1.
     """
     found, model, where = {}, "", entry.get("speeds", {})
     try:
@@ -360,17 +365,28 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
             if not 0 < layers <= 1:
                 raise ValueError(f"the share of sparse layers is {layers}, not above 0 and at most 1")
             contenders = json.loads((root / folder / "training.json").read_text())["contenders"]
-            dense, own = contenders["dense"]["ms"]["dense"], contenders[contender]
+            dense = contenders["dense"]["ms"]["dense"]
+            if isinstance(contender, dict):
+                steps = {name: _number(share) for name, share in contender.items()}
+            else:
+                steps = {contender: contenders[contender]["sparse_share"]}
+            total = sum(steps.values())
+            if not (steps and min(steps.values()) > 0 and total <= 1 + ROUNDING):
+                raise ValueError(f"the shares of the steps are {contender}, not above 0 and in sum at most 1")
             rival = min(
                 each["ms"]["dense"] for each in contenders.values() if not (each["failed"] or each["sparse_share"])
             )
-            sparse = mean_step(own["ms"]["dense"], own["ms"]["sparse"], layers)
-            whole = mean_step(own["ms"]["dense"], sparse, own["sparse_share"])
-            found[model] = Speed(dense / sparse, dense / whole, dense / rival)
+            # Of the sparse steps: each contender's part of their sum. Its dense steps are weighted alike.
+            times = {name: contenders[name]["ms"] for name in steps}
+            own = sum(share * times[name]["dense"] for name, share in steps.items()) / total
+            kept = sum(share * times[name]["sparse"] for name, share in steps.items()) / total
+            sparse = mean_step(own, kept, layers)
+            found[model] = Speed(dense / sparse, dense / mean_step(own, sparse, total), dense / rival)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"speeds of {model or json.dumps(where)}: give the folder of a training.json, a contender that it has "
-            f"timed and, if fewer layers are sparse than were timed, their share ({error!r})"
+            f"timed, or several with their shares of the steps, and, if fewer layers are sparse than were timed, their "
+            f"share ({error!r})"
         ) from None
     return found
 

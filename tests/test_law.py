@@ -235,6 +235,24 @@ def test_speeds_that_were_not_timed_are_one_message(tmp_path):
             law.speeds({"speeds": told}, tmp_path)
 
 
+def test_a_recipe_whose_share_rises_has_the_mean_time_of_its_phases(tmp_path):
+    contenders = {
+        "dense": {"failed": "", "ms": {"dense": 200.0}, "sparse_share": 0.0},
+        "eighth": {"failed": "", "ms": {"dense": 160.0, "sparse": 80.0}, "sparse_share": 0.8},
+        "half": {"failed": "", "ms": {"dense": 160.0, "sparse": 120.0}, "sparse_share": 0.8},
+    }
+    (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
+    shares = {"eighth": 0.5, "half": 0.25}
+    found = law.speeds({"speeds": {"1B": ["", shares], "7B": ["", shares, 0.5]}}, tmp_path)
+    # 50 steps of 80 ms, 25 of 120 and 25 of 160; with half of the layers of 120, 140 and 160.
+    assert found["1B"].whole == pytest.approx(200 / 110)
+    assert found["1B"].step == pytest.approx(200 / (7000 / 75))
+    assert found["7B"].whole == pytest.approx(200 / 135)
+    for wrong in ({}, {"eighth": 0.8, "half": 0.3}, {"eighth": 0}, {"eighth": True}, {"none": 0.5}, {"eighth": "0.5"}):
+        with pytest.raises(ConfigError, match="or several with their shares of the steps"):
+            law.speeds({"speeds": {"1B": ["", wrong]}}, tmp_path)
+
+
 def test_one_seed_has_no_interval(evidence):
     for run in evidence.parent.glob("study/*_s1"):
         run.rename(run.with_name(run.name + "_left_out"))
