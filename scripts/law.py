@@ -32,8 +32,8 @@ The file says which runs count:
 The timed slice of a 7B model has no dense layer. Where a whole model has some, as many times fewer milliseconds are
 saved as the third value of a speed says: the share of the layers that are sparse, 30 of 32 here.
 
-A recipe whose phases keep different shares has a contender for each, with the share of the steps that it takes; the other
-steps are dense: `{"columns_eighth_fp8": 0.475, "columns_quarter_fp8": 0.3}` in place of the name of one contender.
+A recipe whose phases keep different shares has a contender for each, with the share of the steps that it takes; the
+other steps are dense: `{"columns_eighth_fp8": 0.475, "columns_quarter_fp8": 0.3}` in place of one contender's name.
 
 Two keys of it replace what the runs cannot tell, and the table says so. With two budgets of one size the exponent b
 cannot be fitted: `"exponent": [0.28, 0.7]` takes the middle of this range for the estimate, and draws from the whole
