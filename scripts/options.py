@@ -60,6 +60,9 @@ def _out(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!a} names nothing: give a path")
     path = Path(text)
+    for each in (path, *path.parents):  # the folder above one that is not there yet has no name to be made by
+        if each.name == ".." and not os.path.exists(each):
+            raise argparse.ArgumentTypeError(f"{text!a}: there is no folder {each}: give another path")
     existing = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
     if existing != path and not existing.is_dir():
         raise argparse.ArgumentTypeError(f"{text!a}: {existing} is no folder: give another path")

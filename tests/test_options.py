@@ -41,13 +41,19 @@ def test_paths_that_cannot_be_used_are_named(metavar, tmp_path, monkeypatch, cap
         (["--out", LONG], "File name too long: give another path"),
         (["--out", " "], "' ' names nothing"),
         (["--out", str(tmp_path / other)], why),
+        (["--out", f"{tmp_path}/new/.."], f"there is no folder {tmp_path}/new/.."),
+        (["--out", f"{tmp_path}/new/../file.png"], f"there is no folder {tmp_path}/new/.."),
         (["--out", str(tmp_path / "file" / "in")], f"{tmp_path}/file is no folder"),
         (["--out", str(tmp_path / "closed" / "new" / "in")], f"{tmp_path}/closed may not be written to"),
     ):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(words)
         assert message in capsys.readouterr().err, words
-    for out in (tmp_path / "new" / "in", Path("/dev/null") if metavar == "FILE" else tmp_path / "folder"):
+    for out in (
+        tmp_path / "new" / "in",
+        tmp_path / "folder" / ".." / "new",
+        Path("/dev/null") if metavar == "FILE" else tmp_path / "folder",
+    ):
         assert parser.parse_args([str(tmp_path), "--out", str(out)]).out == out
 
 
