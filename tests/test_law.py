@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from configs.errors import ConfigError
 from scripts import law
 from scripts.law import Cell, Law
+from scripts.pictures import DATA
 from scripts.tables import law_table
 
 TRUE = Law(1.8, 60.0, 0.3, 900.0, 0.32)
@@ -267,4 +269,14 @@ def test_the_command(tmp_path, capsys):
     assert law.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert "columns_quarter_fp8" in printed and "Dense law: L =" in printed
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    drawn_from = json.loads(Image.open(file.with_suffix(".png")).text[DATA])
+    assert [name.rpartition("/")[2] for name in drawn_from] == ["evidence.json", "rates_12m", "fp8_12m"]
+
+
+def test_a_picture_shows_all_sizes_and_recipes():
+    """Also where there are more of them than colours."""
+    dense = cells(TRUE, [1e7 * size for size in range(1, 10)])
+    recipes = {f"recipe_{place}": [Cell(1e7, 1e8, (0.01,))] for place in range(9)}
+    drawn = {name: np.full((2, 1), 0.01) for name in recipes}
+    left, right = law.draw(law.Evidence(dense, recipes, TRUE, [TRUE] * 2, drawn)).axes
+    assert len(left.get_legend().get_texts()) == 2 * 9 and len(right.get_yticklabels()) == 9
