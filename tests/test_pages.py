@@ -55,7 +55,7 @@ def test_each_picture_is_shown_on_a_page():
 def perform(call: list[str], tiny: list[str]) -> None:
     """Run a command of the README in this process or, if it trains, as a tiny job in a forked one."""
     match call:
-        case ["python", "-m", "pip", *_] | ["python", "-c", _]:
+        case ["python", "-m", "pip" | "uv", *_] | ["python", "-c", _]:
             pass  # tests/test_setup.py
         case ["ruff" | "mypy" | "pytest", *_]:
             assert shutil.which(call[0], path=Path(sys.executable).parent)  # the checks that this test is one of

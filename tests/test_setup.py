@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -31,15 +32,46 @@ def checkout(tmp_path):
 
 def test_another_torch_is_installed_and_stays(checkout, tmp_path):
     def installs(**environment):
-        return [call.split()[-1] for call in checkout("setup.sh", **environment) if "pip install" in call]
+        called = checkout("setup.sh", **environment)
+        return [call.split(" --requirements .venv/where.txt ")[1] for call in called if "uv pip install" in call]
 
-    assert installs() == ["torch==2.13.0", ".[dev]"]
+    assert installs() == ["torch==2.13.0 --editable .[dev]"]
     assert installs() == []
-    assert installs(TORCH="torch==2.11.0") == ["torch==2.11.0", ".[dev]"]
+    assert installs(TORCH="torch==2.11.0") == ["torch==2.11.0 --editable .[dev]"]
     assert installs(TORCH="torch==2.11.0") == installs() == []
     with (tmp_path / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
-    assert installs() == ["torch==2.11.0", ".[dev]"]
+    assert installs() == ["torch==2.11.0 --editable .[dev]"]
+
+
+CONFIGURED = r"""
+:env:.cert='/etc/ssl/ca.crt'
+global.extra-index-url='\nfile:///one/simple\nhttps://user:word=1@two/simple'
+global.find-links='/wheels'
+install.constraint='/etc/constraints.txt'
+"""
+
+
+def test_uv_looks_where_pip_would_look(checkout, tmp_path):
+    python = tmp_path / ".venv" / "bin" / "python"
+    says = f"*config*) cat <<'END'\n{CONFIGURED.strip()}\nEND\n;;"
+    python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n-c*) exec {sys.executable} "$@";;\nesac\n')
+    checkout("setup.sh")
+    assert (tmp_path / ".venv" / "where.txt").read_text().splitlines() == [
+        "--extra-index-url file:///one/simple",
+        "--extra-index-url https://user:word=1@two/simple",
+        "--find-links /wheels",
+        "--constraint /etc/constraints.txt",
+    ]
+
+
+@pytest.mark.parametrize("fails", [r"*\ uv", r"*uv\ pip\ install*"], ids=["absent", "fails"])
+def test_pip_installs_where_uv_does_not(checkout, tmp_path, fails):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'{python.read_text()}case "$*" in {fails}) exit 1;; esac\n')
+    called = [call for call in checkout("setup.sh") if call.endswith(" torch==2.13.0 --editable .[dev]")]
+    assert called[-1].startswith("python -m pip install ")
+    assert checkout("setup.sh") == []
 
 
 def test_an_installation_shows_that_it_goes_on(checkout, tmp_path):
