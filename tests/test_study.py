@@ -297,6 +297,10 @@ def test_list_prints_the_names_that_only_takes_and_waves_what_can_run_at_once(wr
     assert printed("--list")[3:] == ["second_s0", "third_s0", "other_s0"]
     assert printed("--waves") == ["0,1,2", "3,5", "4"]
     assert printed("--waves", "--only", "second", "third") == ["3", "4"]  # by which study.sbatch finds them
+    assert printed("--list", "--place", "0") == ["dense_s0"] and printed("--list", "--place", "4") == ["third_s0"]
+    for place in ("-1", "6"):
+        with pytest.raises(ConfigError, match=rf"--place {place}: .*study.toml has runs in places 0 to 5"):
+            printed("--list", "--place", place)
 
 
 def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
