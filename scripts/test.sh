@@ -3,6 +3,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ruff check .
 ruff format --check .
-mypy
+# Beside the tests: while pytest and its workers import, a core would be idle.
+mypy &
 # Files go to the workers in the order of tests/conftest.py, and not by their numbers of tests.
-pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@"
+failed=0
+pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+wait $! || { echo "mypy: errors, see above" >&2; exit 1; }
+exit $failed

@@ -21,24 +21,15 @@ from typing import IO
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-import torch.distributed as dist
 
-# Without a GPU the Triton kernels are tested in its interpreter; Triton asks for this when it is first imported.
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
-
-import kernels.feed_forward
-from configs.loader import load_config
 from configs.repository import ROOT
-from recipes.check import check_config
-from recipes.data import check_data
-from recipes.trainer import SparseTrainer
-from recipes.watchdog import Watchdog
 from scripts.chaos import make_corpus, tiny_job
 
+# What imports torch is imported where it is used: the process that hands the tests to the workers starts them sooner.
+GPU = Path("/dev/nvidiactl").exists()
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
-PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+PROCESSES = multiprocessing.get_context("spawn" if GPU else "forkserver")
 PROCESSES.set_forkserver_preload(["train"])
 # These files start first, the longest before the others: at the end one of them would leave the other workers idle.
 LONGEST = ["slurm", "chaos", "train", "parallel", "study", "export", "probe", "two_four", "kernels", "watchdog"]
@@ -47,11 +38,20 @@ LONGEST = ["slurm", "chaos", "train", "parallel", "study", "export", "probe", "t
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_auto_num_workers():
     """With `-n auto`: a GPU is for one test at a time; else one worker more than cores, as some wait, four at most."""
-    return 1 if torch.cuda.is_available() else min(4, 1 + (os.cpu_count() or 1))
+    return 1 if GPU else min(4, 1 + (os.cpu_count() or 1))
+
+
+def pytest_collectstart():
+    """Without a GPU the Triton kernels are tested in its interpreter; it asks for this when it is first imported."""
+    import torch
+
+    os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    import torch
+
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
@@ -81,6 +81,8 @@ def no_ranks():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is allocated without a value holds NaN, or -1."""
+    import torch
+
     # `with torch.device(...)` remembers the constructors that it finds first: later tests need the real ones.
     torch.utils._device._device_constructors()
 
@@ -119,6 +121,13 @@ def train(tiny):
 
     With `stop_after` the run dies, as by an exception nobody expects, after that step's checkpoint.
     """
+    import torch.distributed as dist
+
+    from configs.loader import load_config
+    from recipes.check import check_config
+    from recipes.data import check_data
+    from recipes.trainer import SparseTrainer
+    from recipes.watchdog import Watchdog
 
     def run(folder: Path, *words: str, recipe: str = "venom_2of16", stop_after: int | None = None) -> dict[int, dict]:
         command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *tiny]
@@ -159,6 +168,8 @@ def free_port() -> str:
 
 def sparse_feed_forward(x, w1, w2, pattern=None, w1_scale=None, w2_scale=None, cut_along_tokens=False, **more):
     """`kernels.sparse_feed_forward` with the specification that follows from a pattern and the given scales."""
+    import kernels
+
     products = tuple(n for n, scale in ((1, w1_scale), (3, w2_scale)) if scale is not None)
     sparsity = kernels.FeedForwardSparsity(pattern, products, cut_along_tokens)
     return kernels.sparse_feed_forward(x, w1, w2, sparsity, w1_scale, w2_scale, **more)
@@ -166,7 +177,9 @@ def sparse_feed_forward(x, w1, w2, pattern=None, w1_scale=None, w2_scale=None, c
 
 def family_named(name, sparsity):
     """The family of that name for a sparsity; "reference": the masked one."""
-    families = [*kernels.feed_forward.FAMILIES, kernels.MASKED]
+    from kernels.feed_forward import FAMILIES, MASKED
+
+    families = [*FAMILIES, MASKED]
     return next(family for family in families if family.name == name and family.handles(sparsity))
 
 
