@@ -241,11 +241,16 @@ def launch(*words: str, processes: int = 0, timeout: int = 300, **env: str) -> s
 
 
 def fork(
-    *words: str, processes: int = 0, timeout: int = 300, prepare: Callable[[], None] | None = None, **env: str
+    *words: str,
+    program: str = "train",
+    processes: int = 0,
+    timeout: int = 300,
+    prepare: Callable[[], None] | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess:
     """As `launch`, without the start of Python and torchrun: in a process or, with their variables set, several.
 
-    Each calls `prepare`, a function of a module, before it runs train.py.
+    Each calls `prepare`, a function of a module, before it runs train.py, or another program, such as scripts.plot.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -257,7 +262,7 @@ def fork(
         started = []
         for rank in range(processes or 1):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
-            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs, prepare)))
+            started.append(PROCESSES.Process(target=run_train, args=(words, shared | own, outputs, prepare, program)))
             started[-1].start()
         deadline, running = time.monotonic() + timeout, started
         try:
@@ -274,12 +279,23 @@ def fork(
 
 
 class Forked:
-    """As a subprocess.Popen of train.py that leads a session and writes into a file, without the start of Python."""
+    """As a subprocess.Popen of train.py or a script that writes into a file, without the start of Python."""
 
-    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO, **others: object) -> None:
-        assert command[:2] == [sys.executable, "train.py"] and others["start_new_session"]
-        files = [Path(stdout.name)] * 2
-        self._process = PROCESSES.Process(target=run_train, args=(tuple(command[2:]), dict(env), files, os.setsid))
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdout: IO,
+        env: dict[str, str] | None = None,
+        start_new_session: bool = False,
+        **others: object,
+    ) -> None:
+        python, *command = command
+        program, *words = ["train", *command[1:]] if command[0] == "train.py" else command[1:]
+        assert python == sys.executable and command[0] in ("train.py", "-m")
+        prepare = os.setsid if start_new_session else None
+        args = (tuple(words), dict(env or os.environ), [Path(stdout.name)] * 2, prepare, program)
+        self._process = PROCESSES.Process(target=run_train, args=args)
         self._process.start()
         self.pid = self._process.pid
 
@@ -304,15 +320,16 @@ def run_train(
     environment: dict[str, str],
     outputs: list[Path],
     prepare: Callable[[], None] | None = None,
+    program: str = "train",
 ) -> None:
-    """A process of `fork`: train.py with its output in files."""
+    """A process of `fork`: a program with its output in files."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     multiprocessing.set_start_method(None, force=True)  # whatever started this process, its own are as ever
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = ["train.py", *words]
+    sys.argv = [f"{program}.py", *words]
     if prepare is not None:
         prepare()
-    runpy.run_path("train.py", run_name="__main__")
+    runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -3,11 +3,13 @@
 import json
 import shlex
 import signal
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 
 from configs.errors import ConfigError
 from configs.loader import load_config
@@ -282,6 +284,7 @@ def test_signals_end_the_run_at_hand_and_keep_those_before_it(tmp_path, monkeypa
 def test_a_round(tiny, tmp_path, monkeypatch, capsys):
     """torchtitan's trainer and one of ours with a sparse phase, from processes to tables and picture."""
     monkeypatch.setattr(benchmark, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     out = tmp_path / "out"
     own = {f"--{key}" for key in benchmark.BENCHMARK_KEYS | benchmark.FULL.keys("sparse")}
     keys = [word for pair in zip(tiny[::2], tiny[1::2], strict=True) if pair[0] not in own for word in pair]

@@ -507,16 +507,18 @@ def test_transformers_leaves_our_kernels_alone(train, trained, tmp_path):
 
     unguarded = run("-c", "import transformers.integrations.hub_kernels")
     assert "cannot import name" in unguarded.stderr and "kernels" in unguarded.stderr
-    guarded = run("-m", "scripts.generate", trained(train), "--prompt", "def f", "--max-new-tokens", 2)
-    assert guarded.returncode == 0 and guarded.stdout.startswith("def f"), guarded.stderr
-    trainer = run("train.py", "--config", "configs/debug.toml", "--check")
-    assert trainer.returncode == 0, trainer.stderr
-    assert "torchao" not in trainer.stderr  # its warnings of extensions that this machine lacks
+    # The trainer, then generation, in one start of Python.
+    programs = (
+        "import train; train.main(['--config', 'debug', '--check']); from scripts import generate; generate.main()"
+    )
+    guarded = run("-c", programs, trained(train), "--prompt", "def f", "--max-new-tokens", 2)
+    assert guarded.returncode == 0, guarded.stderr
+    assert "This job can run.\ndef f" in guarded.stdout
+    assert "torchao" not in guarded.stderr  # its warnings of extensions that this machine lacks
 
 
 def test_an_error_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "scripts.export_hf", str(tmp_path / "nowhere"), "OUT"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = fork(str(tmp_path / "nowhere"), "OUT", program="scripts.export_hf")
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: ") and "nowhere" in result.stderr
 

@@ -306,9 +306,8 @@ def test_a_signal_saves_and_the_same_command_resumes(tiny, train, uninterrupted,
     command = [sys.executable, "train.py", "--config", "configs/debug.toml", *words]
     os.mkfifo(pipe := tmp_path / "pipe")
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    start = subprocess.Popen if number == signal.SIGINT else Forked  # one as a user starts it
     with pipe.open("w") as writer:
-        process = start(
+        process = Forked(
             command, cwd=ROOT, env=dict(os.environ), stdout=writer, stderr=subprocess.STDOUT, start_new_session=True
         )
     deadline = time.monotonic() + 300
