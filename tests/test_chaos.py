@@ -21,6 +21,7 @@ from recipes.check import UNSHARED
 from scripts.chaos import (
     AT_RANDOM,
     DAMAGES,
+    DATA_PROCESS,
     FULL,
     HANGS,
     KINDS,
@@ -38,18 +39,26 @@ DRAWN = [Fault.draw(0, number) for number in range(200)]
 # within a save, when files are there and not yet valid.
 UNSURE = AT_RANDOM, "while a checkpoint's data is written"
 WAITS = STOPPED, HANGS
-SAMPLE = {fault.kind: fault for fault in reversed(DRAWN) if fault.moment not in UNSURE and fault.kind not in WAITS}
+SURE = [fault for fault in DRAWN if fault.moment not in UNSURE and fault.kind not in WAITS]
+# Two processes where they have to agree on what happened to one, or where both fail and one of them says so.
+TWO = "SIGKILL in a resume", "SIGTERM", READ_ONLY, DATA_PROCESS
+SAMPLE = {fault.kind: fault for fault in reversed(SURE) if fault.processes == 1 + (fault.kind in TWO)}
 KILLS = [fault for fault in DRAWN if fault.kind == "SIGKILL" and fault.moment.startswith("between")]
 
 
+@pytest.fixture(scope="module")
+def job():
+    """The job, and the undisturbed runs that there were of it."""
+    with tempfile.TemporaryDirectory() as folder:  # whom root becomes for a read-only folder may not enter pytest's
+        yield make_job(Path(folder))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
-def test_a_resumed_run_is_the_undisturbed_one():
+def test_a_resumed_run_is_the_undisturbed_one(job):
     PROCESSES.set_forkserver_preload(["train"])
     sample = {(fault.kind, fault.moment): fault for fault in (*SAMPLE.values(), KILLS[0])}
     assert {FULL, READ_ONLY, NAN, *DAMAGES, "SIGKILL", "SIGTERM"} <= {kind for kind, _ in sample}
-    with tempfile.TemporaryDirectory() as folder:  # whom root becomes for a read-only folder may not enter pytest's
-        job = make_job(Path(folder))
-        tried = [try_fault(job, Fault.draw(0, fault.number)) for fault in sample.values()]
+    tried = [try_fault(job, Fault.draw(0, fault.number)) for fault in sample.values()]
     assert all(fault.happened for fault in tried), [asdict(fault) for fault in tried if not fault.happened]
     assert not any(fault.problems for fault in tried), [asdict(fault) for fault in tried if fault.problems]
 
@@ -104,8 +113,7 @@ def _rank(command: list[str], output: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
-def test_torchrun_restarts_a_job_that_loses_ranks_and_it_ends_as_if_it_had_lost_none(tmp_path):
-    job = make_job(tmp_path / "job")
+def test_torchrun_restarts_a_job_that_loses_ranks_and_it_ends_as_if_it_had_lost_none(job, tmp_path):
     expected, reference, _ = job.reference(2, 0)
     run, output, status = tmp_path / "run", tmp_path / "log", PROCESSES.Value("i", 1)
     launcher = PROCESSES.Process(target=_under_torchrun, args=(job.command(run, 0), output, status))
