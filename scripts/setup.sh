@@ -4,6 +4,8 @@
 # one that was installed last stays.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# With it Python keeps no module compiled: each start would compile thousands anew, and take three times as long.
+unset PYTHONDONTWRITEBYTECODE
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -44,7 +46,8 @@ if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
     fi
     kill $! 2>/dev/null || true
     echo "$sum $torch" >"$installed"
-    .venv/bin/python -c 'import torch; print(f"installed: torch {torch.__version__}, on", "a GPU" if torch.cuda.is_available() else "the CPU")'
+    # All of the trainer is imported, and so compiled, once: else the first programs would each compile it.
+    .venv/bin/python -c 'import torch, train; print(f"installed: torch {torch.__version__}, on", "a GPU" if torch.cuda.is_available() else "the CPU")'
     echo "that took $((SECONDS / 60))m$((SECONDS % 60))s"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -25,6 +25,9 @@ import pytest
 from configs.repository import ROOT
 from scripts.chaos import make_corpus, tiny_job
 
+# As scripts/setup.sh does: else each process that a test starts would compile anew what it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # What imports torch is imported where it is used: the process that hands the tests to the workers starts them sooner.
 GPU = Path("/dev/nvidiactl").exists()
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

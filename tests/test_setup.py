@@ -56,6 +56,7 @@ def test_uv_looks_where_pip_would_look(checkout, tmp_path):
     python = tmp_path / ".venv" / "bin" / "python"
     says = f"*config*) cat <<'END'\n{CONFIGURED.strip()}\nEND\n;;"
     python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n-c*) exec {sys.executable} "$@";;\nesac\n')
+    (tmp_path / "train.py").touch()
     checkout("setup.sh")
     assert (tmp_path / ".venv" / "where.txt").read_text().splitlines() == [
         "--extra-index-url file:///one/simple",
@@ -100,3 +101,11 @@ def test_the_run_that_was_trained_is_drawn(checkout, words, drawn):
     calls = checkout("train_debug.sh", *words)
     assert calls[-1] == f"python -m scripts.plot {drawn}"
     assert f"train.py --config configs/debug.toml {' '.join(words)}".strip() in calls[-2]
+
+
+def test_programs_keep_what_they_compile(checkout, tmp_path):
+    """Where that is forbidden, as in many containers, each start of the trainer would take three times as long."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'{python.read_text()}echo "${{PYTHONDONTWRITEBYTECODE-unset}}" >>"{tmp_path}/kept"\n')
+    checkout("setup.sh", PYTHONDONTWRITEBYTECODE="1")
+    assert set((tmp_path / "kept").read_text().split()) == {"unset"}
