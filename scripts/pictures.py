@@ -27,6 +27,7 @@ A recipe has the same colour in every picture, its family's hue. Further runs of
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -220,6 +221,9 @@ class Picture:
         self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
         self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
         self.any_sparse = any(phase == "sparse" for spans in self.spans for phase, _, _ in spans)
+        # Between two sparse phases, which keep different shares.
+        pairs = [pair for spans in self.spans for pair in itertools.pairwise(spans)]
+        self.borders = sorted({b[1] for a, b in pairs if a[0] == b[0] == "sparse"})
         # A line only where it is the same for all: of one validation text in one tokenizer.
         entropies = {run.unigram_entropy for run in runs}
         self.entropy = entropies.pop() if len(entropies) == 1 else None
@@ -299,6 +303,8 @@ class Picture:
             for phase, start, end in self.spans[0]:
                 if phase == "sparse":
                     axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
+            for border in self.borders:
+                axes.axvline(border, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
 
     def loss(self, axes: Axes) -> None:
         """Training loss, every step and smoothed, and both validations."""
@@ -339,7 +345,8 @@ class Picture:
             texts.append(f"unigram entropy {self.entropy:.3f}")
         if self.any_sparse:
             handles.append(Patch(facecolor=SHADE if self.one_schedule else GREY, edgecolor="#BBBBBB", linewidth=0.5))
-            texts.append("sparse phase")
+            # Of several runs the legend is one line, which has no room for more.
+            texts.append("sparse phase" + (", at each border another share" if self.borders and self.single else ""))
         if self.single:
             title = self.label(self.runs[0])
             axes.legend(handles, texts, title=title, loc="upper right", alignment="left", title_fontsize=10.5)
@@ -355,6 +362,11 @@ class Picture:
             for phase, start, end in spans:
                 fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
                 axes.broken_barh([(start, end - start)], (place - 0.36, 0.72), facecolor=fill, linewidth=0)
+            for (before, *_), (after, start, _) in itertools.pairwise(spans):
+                if before == after:  # both sparse, with different shares
+                    axes.broken_barh(
+                        [(start - 0.002 * self.end, 0.004 * self.end)], (place - 0.36, 0.72), color="white"
+                    )
         axes.set_ylim(len(self.runs) - 0.5, -0.5)
         axes.set_yticks([(len(self.runs) - 1) / 2], ["phases"])
         axes.tick_params(axis="y", length=0)

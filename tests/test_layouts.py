@@ -125,6 +125,27 @@ def test_four_ranks_begin_a_sparse_phase_as_one_process(tiny, as_in, tmp_path, l
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=() if each == "fsdp" else pytest.mark.slow) for each in LAYOUTS]
+)
+def test_ranks_change_the_share_of_a_phase_as_one_process(tiny, as_in, tmp_path, layout):
+    """The step before and after a change between sparse phases, and the share that the rows name."""
+    words = merge(
+        [*SHARDABLE, *ALONE, "--training.global_batch_size", "4"], [*CLUSTERS, "--router.cluster_by", "weights"]
+    )
+    phases = '{mode = "dense", end = 1}, {mode = "sparse", keep = 0.125, end = 3}, {mode = "sparse", end = 4}'
+    words = merge(words, ["--schedule.phases", f'[{phases}, {{mode = "sparse", keep = 0.5, end = 1.0}}]'])
+    found = run_in(layout, tiny, tmp_path / "ranks", "columns_quarter", words, 2 if layout == "fsdp" else 4)
+    assert [found[step].get("keep") for step in (1, 2, 3, 4, 5)] == [None, 0.125, 0.125, None, 0.5]
+    train = as_in(layout)
+    assert_steps_of_one(
+        tmp_path / "ranks",
+        lambda copy, step: train(copy, *words, recipe="columns_quarter", stop_after=step),
+        (2, 3, 4) if layout != "fsdp" else (3, 4),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 @pytest.mark.parametrize("recipe", ["dense", "columns_quarter", "venom_2of16"])

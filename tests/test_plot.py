@@ -220,6 +220,22 @@ def test_a_logarithmic_axis_has_few_round_numbers():
         assert bottom < low and high < top and 3 <= len(ticks) <= 32, ticks
 
 
+def test_sparse_phases_of_different_shares_have_a_border(tmp_path):
+    run = write_run(tmp_path / "rising")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["phase"] == "sparse" and line["step"] <= 100:
+            line["keep"] = 0.125
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = drawn(run)
+    dotted = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == ":" and line.get_zorder() == 1]
+    assert [line.get_xdata()[0] for line in dotted] == [100 * 4096]
+    assert "sparse phase, at each border another share" in texts(figure)
+    assert "border" not in texts(drawn(write_run(tmp_path / "constant")))
+    strips = drawn(run, write_run(tmp_path / "dense", [("dense", 1.0)], "dense")).axes[1]
+    assert len(strips.collections) == 6  # four phases, a gap between two of them, and the dense run
+
+
 def test_smoothing_stops_at_a_change_of_phase():
     values = np.array([1.0, 2.0, 3.0, 10.0, math.nan, 12.0])
     index = np.array([0, 0, 0, 1, 1, 1])
