@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def pytest_collection_finish():
     """Later collections of garbage leave out what the imports have made: they take milliseconds."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show why scripts/test.sh has run a test again: pytest-rerunfailures only counts it."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"{report.nodeid} ran again, because of:")
+        terminalreporter.line(report.longreprtext)
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +286,10 @@ def fork(
             for process in started:
                 process.kill()
                 process.join()
-        return subprocess.CompletedProcess(words, status, *(file.read_text() for file in outputs))
+        stdout, stderr = (file.read_text() for file in outputs)
+        # Python alone does not get there. scripts/test.sh runs such a test once more, by this message.
+        assert status != -signal.SIGSEGV, f"Segmentation fault in compiled code\n{stdout}{stderr}"
+        return subprocess.CompletedProcess(words, status, stdout, stderr)
 
 
 class Forked:
@@ -333,6 +344,10 @@ def run_train(
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [f"{program}.py", *words]
+    import torch
+
+    # The stacks of threads of C++ as well, which Python does not know.
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     if prepare is not None:
         prepare()
     runpy.run_module(program, run_name="__main__", alter_sys=True)
