@@ -253,12 +253,14 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
     of = f" / parallelism.tensor_parallel_degree = {args.hidden_dim} / {tensor} = {neurons}" if tensor > 1 else ""
     pattern = activation_pattern(activations)
     why = f" (model.hidden_dim{of})" if of else ""
-    for keys, each in _activations_of_phases(config):
+    for section, each in _activations_of_phases(config):
         try:
             if (of_phase := activation_pattern(each)) is not None:
                 of_phase.check(neurons)
         except ValueError as error:
-            raise ConfigError(f"{keys}activations.{error}{why}; change it or what it has to fit") from None
+            share = f"keep = {each.keep}"
+            said = f"activations.{error}".replace(f"activations.{share}", share).replace(share, f"{section}.{share}")
+            raise ConfigError(f"{said}{why}; change it or what it has to fit") from None
     context = config.parallelism.context_parallel_degree
     tokens = micro_batch_size(config, sparse=True) * config.training.seq_len // context
     share = f" / parallelism.context_parallel_degree = {context}" if context > 1 else ""
@@ -290,8 +292,8 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             "sparse phase: lower it, or use --recipe recipes/dense.toml"
         )
     if config.precision.ffn == "fp8":
-        for keys, each in _activations_of_phases(config):
-            _check_fp8(config, keys, each, args.dim, neurons)
+        for section, each in _activations_of_phases(config):
+            _check_fp8(config, section, each, args.dim, neurons)
     args.sparsity, args.dense_layers = feed_forward_sparsity(config, args.hidden_dim), config.schedule.dense_layers
 
 
@@ -321,15 +323,14 @@ def _check_sparse_experts(config: JobConfig, args: LlamaArgs) -> None:
 
 
 def _activations_of_phases(config: JobConfig) -> Iterator[tuple[str, Activations]]:
-    """The section [activations] of the recipe and of each phase with a share of its own, after the key of that share.
+    """The section [activations] of the recipe and of each phase with a share of its own, after where the share is set.
 
     The recipe's own share counts as well where no phase reads it: modes of inference do.
     """
-    yield "", config.activations
+    yield "activations", config.activations
     for index, phase in enumerate(config.schedule.phases):
         if phase.keep is not None:
-            key = f"schedule.phases[{index}].keep = {phase.keep:g}: "
-            yield key, dataclasses.replace(config.activations, keep=phase.keep)
+            yield f"schedule.phases[{index}]", dataclasses.replace(config.activations, keep=phase.keep)
 
 
 def _check_phases(config: JobConfig) -> None:
@@ -345,7 +346,7 @@ def _check_phases(config: JobConfig) -> None:
             raise ConfigError(f'{key} is not read by activations.pattern = "{name}": leave it out')
 
 
-def _check_fp8(config: JobConfig, keys: str, activations: Activations, dim: int, neurons: int) -> None:
+def _check_fp8(config: JobConfig, section: str, activations: Activations, dim: int, neurons: int) -> None:
     pattern = activation_pattern(activations)
     if not isinstance(pattern, Groups) or pattern.v < LARGE:
         raise ConfigError(
@@ -358,10 +359,15 @@ def _check_fp8(config: JobConfig, keys: str, activations: Activations, dim: int,
             "set one of them to its default"
         )
     kept = pattern.kept_groups(neurons) * pattern.g
-    for name, value in (("activations.v", pattern.v), ("model.dim", dim), ("the kept neurons", kept)):
+    share = f"{section}.keep = {activations.keep:g}: "
+    for key, name, value in (
+        ("", "activations.v", pattern.v),
+        ("", "model.dim", dim),
+        (share, "the kept neurons", kept),
+    ):
         if value % ALIGNED:
             raise ConfigError(
-                f'{keys}precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use '
+                f'{key}precision.ffn = "fp8" needs multiples of {ALIGNED}, but {name} = {value}: change it, or use '
                 '"model"'
             )
 

@@ -276,7 +276,7 @@ BAD = [
             ("columns_quarter", 'mode = "dense", keep = 0.5, end = 3', ["= 0.5", "dense phase", "leave it out"]),
             ("venom_2of16", 'mode = "sparse", keep = 0.5, end = 3', ["= 0.5", '"venom"', "leave it out"]),
             ("weights_2of4", 'mode = "sparse", keep = 0.5, end = 3', ["= 0.5", '"none"', "leave it out"]),
-            ("columns_quarter", 'mode = "sparse", keep = 0.0, end = 3', ["= 0", "activations.keep = 0", "above 0"]),
+            ("columns_quarter", 'mode = "sparse", keep = 0.0, end = 3', [".keep = 0.0: the share of", "above 0"]),
             ("columns_quarter", 'mode = "sparse", keep = 1.5, end = 3', ["1.5", "1.0"]),
             ("columns_quarter_fp8", 'mode = "sparse", keep = 0.3, end = 3', ["= 0.3", "fp8", "multiples of 16"]),
         )
@@ -309,6 +309,28 @@ def test_bad_command_line(words, named):
     assert "\n" not in message
     for part in named:
         assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "keep, others, first",
+    [
+        (0.0, "", "schedule.phases[0].keep = 0.0: the share of groups"),
+        (1e-9, "--activations.window 64", "activations.window = 64: the share schedule.phases[0].keep = 1e-09 of its"),
+        (0.3, "--precision.ffn fp8", 'schedule.phases[0].keep = 0.3: precision.ffn = "fp8" needs multiples'),
+    ],
+)
+def test_a_share_that_does_not_fit_is_named_once(keep, others, first):
+    """By the key of the phase, or of the recipe, that has it."""
+    recipe, of_phase = f"{DEBUG} --recipe columns_quarter {others}", f'{{mode = "sparse", keep = {keep}, end = 3}}'
+    for words, section in (
+        (f"--schedule.phases '[{of_phase}, {{}}]'", "schedule.phases[0]"),
+        (f"--activations.keep {keep}", "activations"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            check(f"{recipe} {words}")
+        message = str(error.value)
+        assert message.startswith(first.replace("schedule.phases[0]", section))
+        assert message.count("keep = ") == 1, message
 
 
 BAD_FILES = [
