@@ -36,7 +36,19 @@ RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 PROCESSES = multiprocessing.get_context("spawn" if GPU else "forkserver")
 PROCESSES.set_forkserver_preload(["train"])
 # These files start first, the longest before the others: at the end one of them would leave the other workers idle.
-LONGEST = ["slurm", "chaos", "train", "parallel", "study", "export", "probe", "two_four", "shares", "kernels", "watchdog"]
+LONGEST = [
+    "slurm",
+    "chaos",
+    "train",
+    "parallel",
+    "study",
+    "export",
+    "probe",
+    "two_four",
+    "shares",
+    "kernels",
+    "watchdog",
+]
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's

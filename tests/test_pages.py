@@ -192,6 +192,16 @@ class AcceptedError(Exception):
     """A script's parser has read its command line."""
 
 
+def split_words(line: str) -> list[str] | None:
+    """The words and operators of a shell's line; None if a quotation does not end in it."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        return list(lexer)
+    except ValueError:
+        return None
+
+
 def commands(page: Path) -> list[list[str]]:
     """The simple commands of a page's bash blocks, but for those of an earlier commit."""
     found = []
@@ -199,11 +209,12 @@ def commands(page: Path) -> list[list[str]]:
         if re.match("# At commit", block):
             continue
         text = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", block, flags=re.DOTALL).replace("\\\n", " ")
-        for line in text.splitlines():
-            words: list[str] = []
-            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-            lexer.whitespace_split = True
-            for word in [*lexer, ";"]:
+        lines = text.splitlines()
+        while lines:
+            line, words = lines.pop(0), list[str]()
+            while (split := split_words(line)) is None:  # a quotation goes on in the next line
+                line += "\n" + lines.pop(0)
+            for word in [*split, ";"]:
                 if set(word) <= set("();<>|&"):
                     found += [words] if words else []
                     words = []
