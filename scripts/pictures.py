@@ -15,6 +15,8 @@ How to read the picture of loss, sparsity health and throughput (`plot`):
   Measured for configs/debug.toml, whose documents last 30 steps on average: the model of step 200 has a loss of 4.60
   on the eight batches that come next, of 5.20 on those from 56 steps later on, and of 5.15 in validation. When the
   learning rate has decayed, the two curves meet.
+- Where phases keep shares of their own, each has its share above it, `keep 1/8`. Of runs whose phases differ it is in
+  their bars, as far as there is room for it, and a gap parts two shares.
 - Sparsity health, if a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
   layers that differ from the others. For several runs only the aggregates are drawn.
 - Throughput and learning rate, which show a slow node or a wrong schedule.
@@ -33,6 +35,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,10 @@ TRAINING = "#9A9A9A"  # the training loss of a single run, whose validation has 
 
 # Numbers beside a logarithmic axis, each about an eighth above the one before.
 ROUND = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9)
+
+NARROWEST = 8.8  # inches that the x axis is long at least
+SHARE_ROWS = 4  # of shares above phases that are too short for it; what needs more is left out
+BAR_TEXT = 7.5  # font size of the shares in bars
 
 MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
 
@@ -138,6 +145,14 @@ def run_colours(runs: Iterable[tuple[str, str]]) -> list[str]:
     colours = {place: RECIPE_COLOURS[recipe] for recipe, place in owner.items()}
     colours |= {place: OTHER_COLOURS[number % len(OTHER_COLOURS)] for number, place in enumerate(others)}
     return [colours[place] for place in range(len(named))]
+
+
+def share_in_words(share: float | None) -> str:
+    """A share of the groups: "keep 1/8", or "keep 0.334" where it is no simple fraction; empty where there is none."""
+    if share is None:
+        return ""
+    simple = Fraction(share).limit_denominator(32)
+    return f"keep {simple if float(simple) == share else format(share, '.3g')}"
 
 
 def digest(data: Path) -> str:
@@ -219,7 +234,11 @@ class Picture:
             self.x_label, self.x = "step", [run.values("step") for run in runs]
         self.end = max(float(x.max()) for x in self.x)
         self.spans = [run.spans(x) for run, x in zip(runs, self.x, strict=True)]
+        # Written where any phase has a share of its own.
+        own = any(run.has("keep") for run in runs)
+        self.shares = [[share_in_words(share if own else None) for share in run.shares] for run in runs]
         self.one_schedule = all(self._same(spans, self.spans[0]) for spans in self.spans)
+        self.one_schedule &= all(shares == self.shares[0] for shares in self.shares)
         self.any_sparse = any(phase == "sparse" for spans in self.spans for phase, _, _ in spans)
         # Between two sparse phases, which keep different shares.
         pairs = [pair for spans in self.spans for pair in itertools.pairwise(spans)]
@@ -246,7 +265,7 @@ class Picture:
         per_row = {0: 1, 1: 1, 2: 2, 3: 3, 4: 2}[len(health)]
         rows = {
             "loss": 3.9,
-            "strips": 0.13 * len(self.runs) + 0.05 if self.strips else 0.0,
+            "strips": (0.19 if any(map(any, self.shares)) else 0.13) * len(self.runs) + 0.05 if self.strips else 0.0,
             "bar": 0.13 if len(depth) > 1 else 0.0,
         }
         rows |= {f"health{row}": 1.85 for row in range(math.ceil(len(health) / per_row))}
@@ -306,6 +325,28 @@ class Picture:
             for border in self.borders:
                 axes.axvline(border, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
 
+    def fits(self, text: str, size: float, width: float) -> bool:
+        """Whether a text of that font size is narrower than a width on the x axis; its letters are 0.6 em or less."""
+        return 0.6 * size / 72 * (len(text) + 1) < width / self.end * NARROWEST
+
+    def write_shares(self, axes: Axes) -> int:
+        """Write the share of each phase above it, in as many rows as they need; return their number."""
+        rows: list[float] = []  # where the last text of each ends
+        size = 9.0
+        for (_, start, end), share in zip(self.spans[0], self.shares[0], strict=True):
+            if not share:
+                continue
+            text = share if self.fits(share, size, end - start) else share.removeprefix("keep ")
+            centre, half = (start + end) / 2, 0.3 * size / 72 * (len(text) + 1) / NARROWEST * self.end
+            row = next((row for row, taken in enumerate(rows) if taken <= centre - half), len(rows))
+            if row == SHARE_ROWS:
+                continue
+            rows[row : row + 1] = [centre + half]
+            at, above = (centre, 1.0), (0, 3 + 11 * row)
+            style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": size, "color": GREY}
+            axes.annotate(text, at, above, ("data", "axes fraction"), "offset points", **style)
+        return len(rows)
+
     def loss(self, axes: Axes) -> None:
         """Training loss, every step and smoothed, and both validations."""
         self.frame(axes)
@@ -329,10 +370,10 @@ class Picture:
         axes.set_ylabel("loss (nats a token)")
         if not self.strips:
             axes.set_xlabel(self.x_label)
-        self.legends(axes)
+        self.legends(axes, self.write_shares(axes) if self.one_schedule else 0)
 
-    def legends(self, axes: Axes) -> None:
-        """Legends: the colour of each run (top right), and the kinds of lines."""
+    def legends(self, axes: Axes, rows: int) -> None:
+        """Legends: the colour of each run (top right), and the kinds of lines, above so many rows of shares."""
         ink, mark = (TRAINING, self.colours[0]) if self.single else (GREY, GREY)
         handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
         texts = ["training, on the documents being read" if self.single else "training"]
@@ -345,8 +386,8 @@ class Picture:
             texts.append(f"unigram entropy {self.entropy:.3f}")
         if self.any_sparse:
             handles.append(Patch(facecolor=SHADE if self.one_schedule else GREY, edgecolor="#BBBBBB", linewidth=0.5))
-            # Of several runs the legend is one line, which has no room for more.
-            texts.append("sparse phase" + (", at each border another share" if self.borders and self.single else ""))
+            border = "dotted line" if self.one_schedule else "gap"
+            texts.append("sparse phase" + (f"; {border}: another share" if self.borders else ""))
         if self.single:
             title = self.label(self.runs[0])
             axes.legend(handles, texts, title=title, loc="upper right", alignment="left", title_fontsize=10.5)
@@ -354,14 +395,22 @@ class Picture:
         lines = [Line2D([], [], color=colour, linewidth=2.6) for colour in self.colours]
         names = axes.legend(lines, [self.label(run) for run in self.runs], loc="upper right", alignment="left")
         axes.add_artist(names)
-        axes.legend(handles, texts, loc="lower left", ncols=len(handles), bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+        columns = 3 if self.borders else len(handles)  # one line would be too long
+        at = (0, 1.0 + 0.052 * rows)
+        axes.legend(handles, texts, loc="lower left", ncols=columns, bbox_to_anchor=at, borderaxespad=0.2)
 
     def phase_strips(self, axes: Axes, main: Axes) -> None:
         """One bar for each run, filled in its sparse phases; for runs with different schedules."""
         for place, (spans, colour) in enumerate(zip(self.spans, self.colours, strict=True)):
-            for phase, start, end in spans:
+            dark = sum(to_rgba(colour)[:3]) < 1.6
+            for (phase, start, end), share in zip(spans, self.shares[place], strict=True):
                 fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
                 axes.broken_barh([(start, end - start)], (place - 0.36, 0.72), facecolor=fill, linewidth=0)
+                for text in (share, share.removeprefix("keep ")) if share else ():
+                    if self.fits(text, BAR_TEXT, end - start):
+                        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": BAR_TEXT}
+                        axes.text((start + end) / 2, place, text, color="white" if dark else "black", **style)
+                        break
             for (before, *_), (after, start, _) in itertools.pairwise(spans):
                 if before == after:  # both sparse, with different shares
                     axes.broken_barh(

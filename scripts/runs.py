@@ -45,6 +45,7 @@ class Run:
     lines: list[dict[str, Any]]
     unigram_entropy: float | None = None  # of the validation text, nats a token
     on_cpu: bool = False
+    keep: float | None = None  # the recipe's share of the groups, for phases without one of their own
 
     def values(self, key: str) -> np.ndarray:
         """The value of a key in every line; NaN where it is missing, null or not finite. float [lines]"""
@@ -116,6 +117,13 @@ class Run:
         starts = [0.0] + [float(x[i]) for i in last[:-1]]
         return [(str(self.phases[i]), start, float(x[i])) for i, start in zip(last, starts, strict=True)]
 
+    @property
+    def shares(self) -> list[float | None]:
+        """The share of the groups that every phase keeps, in the order of `spans`; None: it is dense, or not known."""
+        own, first = self.values("keep"), np.flatnonzero(np.diff(self.phase_index, prepend=-1))
+        shares = [float(own[i]) if np.isfinite(own[i]) else self.keep for i in first]
+        return [share if self.phases[i] == "sparse" else None for i, share in zip(first, shares, strict=True)]
+
     def layers(self, metric: str) -> list[int]:
         """The layers that log this metric, by depth."""
         keys = {key for line in self.lines for key in line}
@@ -148,6 +156,7 @@ def load_run(path: Path) -> Run:
         lines=lines,
         unigram_entropy=about.get("unigram_entropy"),
         on_cpu=on_cpu(about),
+        keep=recipe_share(about),
     )
 
 
@@ -163,6 +172,14 @@ def model_name(about: dict[str, Any]) -> str:
     if number := about.get("parameters"):
         parts.append(f"{number / 1e9:.3g} B parameters" if number >= 1e9 else f"{number / 1e6:.3g} M parameters")
     return ", ".join(part for part in parts if part)
+
+
+def recipe_share(about: dict[str, Any]) -> float | None:
+    """activations.keep, from a run.json of a recipe that reads it."""
+    section = about.get("config", {}).get("activations")
+    activations = section if isinstance(section, dict) else {}
+    keep = activations.get("keep") if activations.get("pattern") == "groups" else None
+    return float(keep) if isinstance(keep, int | float) and 0 < keep <= 1 else None
 
 
 def split_paths(paths: list[Path]) -> tuple[list[Path], list[Path]]:

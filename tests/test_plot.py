@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from PIL import Image
@@ -220,20 +221,89 @@ def test_a_logarithmic_axis_has_few_round_numbers():
         assert bottom < low and high < top and 3 <= len(ticks) <= 32, ticks
 
 
-def test_sparse_phases_of_different_shares_have_a_border(tmp_path):
-    run = write_run(tmp_path / "rising")
+def write_shares(folder: Path, shares: dict[float, float | None], begin: float = 0.2) -> Path:
+    """A run whose sparse phases end at these parts of it with these shares, None: the recipe's quarter."""
+    phases = [("dense", begin), *(("sparse", end) for end in shares), ("dense", 1.0)]
+    run = write_run(folder, phases, "columns_quarter", steps=400, drop=tuple(pictures.HEALTH))
+    about = json.loads((run / "run.json").read_text())
+    about["config"]["activations"] = {"pattern": "groups", "keep": 0.25}
+    (run / "run.json").write_text(json.dumps(about))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        if line["phase"] == "sparse" and line["step"] <= 100:
-            line["keep"] = 0.125
+        if line["phase"] == "sparse" and (own := next(shares[end] for end in shares if line["step"] <= 400 * end)):
+            line["keep"] = own
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figure = drawn(run)
+    return run
+
+
+def test_sparse_phases_of_different_shares_are_parted_and_say_them(tmp_path):
+    rising = write_shares(tmp_path / "rising", {0.5: 0.125, 0.8: None})
+    figure = drawn(rising)
     dotted = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == ":" and line.get_zorder() == 1]
-    assert [line.get_xdata()[0] for line in dotted] == [100 * 4096]
-    assert "sparse phase, at each border another share" in texts(figure)
-    assert "border" not in texts(drawn(write_run(tmp_path / "constant")))
-    strips = drawn(run, write_run(tmp_path / "dense", [("dense", 1.0)], "dense")).axes[1]
-    assert len(strips.collections) == 6  # four phases, a gap between two of them, and the dense run
+    assert [line.get_xdata()[0] for line in dotted] == [200 * 4096]
+    said = {text.get_text(): text.xy[0] for text in figure.axes[0].texts}
+    assert said == {"keep 1/8": pytest.approx(140 * 4096), "keep 1/4": pytest.approx(260 * 4096)}
+    assert "sparse phase; dotted line: another share" in texts(figure)
+    for constant in (write_run(tmp_path / "venom"), write_shares(tmp_path / "constant", {0.8: None})):
+        figure = drawn(constant)
+        assert not figure.axes[0].texts and "dotted" not in texts(figure)
+
+    same = drawn(rising, write_shares(tmp_path / "again", {0.5: 0.125, 0.8: None}))
+    assert {text.get_text() for text in same.axes[0].texts} == said.keys()
+    assert "sparse phase; dotted line: another share" in texts(same)
+    falling = write_shares(tmp_path / "falling", {0.5: 0.334, 0.8: 0.1875})
+    assert pictures.Picture(runs.load_runs([rising, falling]), None).strips, "they end together, but keep other shares"
+    other = drawn(rising, falling, tmp_path / "constant", write_run(tmp_path / "dense", [("dense", 1.0)], "dense"))
+    assert not other.axes[0].texts
+    assert "sparse phase; gap: another share" in texts(other)
+    strips = [(text.get_text(), text.get_position()[1]) for text in other.axes[1].texts]
+    shares = [("keep 1/8", 0), ("keep 1/4", 0), ("keep 0.334", 1), ("keep 3/16", 1), ("keep 1/4", 2)]
+    assert strips == shares
+    assert len(other.axes[1].collections) == 4 + 1 + 4 + 1 + 3 + 1  # phases, and gaps between two
+
+
+@pytest.mark.parametrize(
+    "shares, texts, rows",
+    [
+        ({0.8: 0.375}, 1, 1),
+        ({0.5: 0.125, 0.8: None, 0.95: 0.5}, 3, 1),
+        ({0.3: 0.125, 0.5: None, 0.7: 0.375, 0.8: 0.334, 0.9: 0.5}, 5, 1),
+        ({0.21: 0.0625, 0.22: 0.125, 0.235: 0.334, 0.25: 0.5, 0.97: None, 0.98: 0.6}, 6, 4),
+        ({0.2 + 0.005 * each: 0.03 * each for each in range(1, 12)}, 6, 4),
+    ],
+    ids=["one", "three", "five", "short", "too short"],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_shares_cover_nothing(tmp_path, shares, texts, rows, number):
+    """They are above the curves, apart, and below the legend and the title."""
+    figure = drawn(*(write_shares(tmp_path / f"run{place}", shares) for place in range(number)))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes, renderer = figure.axes[0], canvas.get_renderer()
+    assert axes.get_window_extent().width >= pictures.NARROWEST * figure.dpi
+    said = [text.get_window_extent(renderer) for text in axes.texts]
+    assert len(said) == texts and len({round(each.y0) for each in said}) == rows
+    legends = [legend.get_window_extent(renderer) for legend in axes.findobj(Legend)]
+    above = [legend for legend in legends if legend.y0 > axes.get_window_extent().y1]
+    above.append(figure._suptitle.get_window_extent(renderer))
+    assert len(above) == number
+    for place, each in enumerate(said):
+        assert each.y0 > axes.get_window_extent().y1
+        for other in (*said[:place], *above):
+            assert not each.overlaps(other), axes.texts[place].get_text()
+
+
+def test_a_share_that_its_bar_has_no_room_for_is_left_out(tmp_path):
+    short = write_shares(tmp_path / "short", {0.21: 0.0625, 0.25: 0.334, 0.29: 0.125, 0.8: None})
+    figure = drawn(short, write_run(tmp_path / "dense", [("dense", 1.0)], "dense"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes, renderer = figure.axes[1], canvas.get_renderer()
+    assert [text.get_text() for text in axes.texts] == ["1/8", "keep 1/4"]
+    bars = [bar.get_paths()[0].get_extents(axes.transData) for bar in axes.collections]
+    for text in axes.texts:
+        own = text.get_window_extent(renderer)
+        assert any(bar.x0 < own.x0 < own.x1 < bar.x1 and bar.y0 < own.y0 < own.y1 < bar.y1 for bar in bars)
 
 
 def test_smoothing_stops_at_a_change_of_phase():
