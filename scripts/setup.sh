@@ -7,12 +7,30 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # With it Python keeps no module compiled: each start would compile thousands anew, and take three times as long.
 unset PYTHONDONTWRITEBYTECODE
 
+version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null; }
+
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "error: $("$python" --version) is too old: set PYTHON to a Python of 3.11 or later" >&2; exit 2; }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+if .venv/bin/python -c 'import pip' 2>/dev/null; then
+    if [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version .venv/bin/python)" ]; then
+        has=$(version .venv/bin/python)
+        echo "error: PYTHON=$PYTHON is not the Python of .venv, $has: leave PYTHON out, or move .venv away" >&2
+        exit 2
+    fi
+    python=.venv/bin/python
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    found=$("$python" --version 2>/dev/null || echo "not there")
+    echo "error: $python is $found: set PYTHON to a Python of 3.11 or later, and move away a .venv of an older one" >&2
+    exit 2
+}
+if [ "$python" != .venv/bin/python ]; then
+    # Of a .venv that was not finished, or whose Python is gone: venv would leave its links as they are.
+    rm -f .venv/bin/python* .venv/installed
+    "$python" -m venv .venv
+fi
 
 # What was installed: the checksum of pyproject.toml, and which torch. Only when one of them changes there is work to do.
+# An installation that was interrupted has another word in place of the checksum.
 installed=.venv/installed
 sum=$(cksum <pyproject.toml | cut -d' ' -f1)
 read -r sum_before torch_before < <(cat "$installed" 2>/dev/null) || true
@@ -20,31 +38,41 @@ torch=${TORCH:-${torch_before:-torch==2.13.0}}
 
 # uv installs in a third of pip's time, but reads nothing of pip's configuration: it is told where pip would look.
 install_by_uv() {
+    local where
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile --quiet uv || return
-    # The address of an index may hold a password.
-    (umask 077 && .venv/bin/python -m pip config list | .venv/bin/python -c '
+    where=$(.venv/bin/python -m pip config list | .venv/bin/python -c '
 import ast, sys
-for key, value in (line.strip().split("=", 1) for line in sys.stdin):
-    option = key.rpartition(".")[2]
-    if option in ("index-url", "extra-index-url", "find-links", "constraint"):
-        for each in ast.literal_eval(value).split():
-            print(f"--{option} {each}")
-' >.venv/where.txt) || return
-    # Of several indexes pip takes the newest release that any of them has.
+sections = {"global": {}, "install": {}, ":env:": {}}  # a later one overrides
+for line in sys.stdin:
+    key, value = line.strip().split("=", 1)
+    section, option = key.rsplit(".", 1)
+    sections.setdefault(section, {})[option] = ast.literal_eval(value)
+given = sections["global"] | sections["install"] | sections[":env:"]
+for option in ("index-url", "extra-index-url", "find-links", "constraint"):
+    for each in given.get(option, "").split():
+        print(f"--{option} {each}")
+if given.get("no-index", "0").lower() in ("1", "true", "yes", "on"):
+    print("--no-index")
+') || return
+    # Of several indexes pip takes the newest release that any of them has. Their addresses may hold a password, which
+    # stays out of the list of processes.
     .venv/bin/python -m uv pip install --python .venv/bin/python --index-strategy unsafe-best-match \
-        --requirements .venv/where.txt "$@"
+        --requirements - "$@" <<<"$where"
 }
 
 if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
     echo "installing into .venv: $torch, torchtitan, torchao, datasets and what tests need (minutes the first time)"
+    echo "interrupted $torch" >"$installed"
     while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do echo "  $((SECONDS / 60))m$((SECONDS % 60))s so far"; done &
+    trap "kill $!" EXIT # else who reads the output of a failed installation to its end would read on
     if ! install_by_uv "$torch" --editable ".[dev]"; then
         echo "uv did not install it: pip does"
         # Not --quiet: pip shows each download and, on a terminal, how long it will take; it unpacks without a word.
         # Python compiles a module when it first imports it; pip would compile all that there are, for a minute.
         .venv/bin/python -m pip install --disable-pip-version-check --no-compile "$torch" --editable ".[dev]"
     fi
-    kill $! 2>/dev/null || true
+    kill $!
+    trap - EXIT
     echo "$sum $torch" >"$installed"
     # All of the trainer is imported, and so compiled, once: else the first programs would each compile it.
     .venv/bin/python -c 'import torch, train; print(f"installed: torch {torch.__version__}, on", "a GPU" if torch.cuda.is_available() else "the CPU")'

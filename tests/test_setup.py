@@ -1,4 +1,4 @@
-"""scripts/setup.sh and train_debug.sh, with stand-ins for Python and torchrun that write down how they are called."""
+"""scripts/setup.sh and those that source it, with stand-ins for programs that write down how they are called."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ from conftest import ROOT
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout of the two scripts: `run(script, *words, **environment)` returns what was called since."""
+    """A checkout of the scripts: `run(script, *words, **environment)` returns what was called since."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name in ("scripts/setup.sh", "scripts/train_debug.sh", "pyproject.toml"):
+    for name in ("scripts/setup.sh", "scripts/train_debug.sh", "scripts/test.sh", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("python", "torchrun"):
+    for name in ("python", "torchrun", "ruff", "mypy", "pytest"):
         stand_in = tmp_path / ".venv" / "bin" / name
         stand_in.write_text(f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/calls"\n')
         stand_in.chmod(0o755)
@@ -24,7 +24,7 @@ def checkout(tmp_path):
         (tmp_path / "calls").write_text("")
         kept = {name: value for name, value in os.environ.items() if name not in ("TORCH", "PYTHON")}
         command = ["bash", str(tmp_path / "scripts" / script), *words]
-        subprocess.run(command, env=kept | environment, check=True, capture_output=True)
+        subprocess.run(command, env=kept | environment, check=True, capture_output=True, timeout=60)
         return (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -33,7 +33,7 @@ def checkout(tmp_path):
 def test_another_torch_is_installed_and_stays(checkout, tmp_path):
     def installs(**environment):
         called = checkout("setup.sh", **environment)
-        return [call.split(" --requirements .venv/where.txt ")[1] for call in called if "uv pip install" in call]
+        return [call.split(" --requirements - ")[1] for call in called if "uv pip install" in call]
 
     assert installs() == ["torch==2.13.0 --editable .[dev]"]
     assert installs() == []
@@ -46,8 +46,13 @@ def test_another_torch_is_installed_and_stays(checkout, tmp_path):
 
 CONFIGURED = r"""
 :env:.cert='/etc/ssl/ca.crt'
-global.extra-index-url='\nfile:///one/simple\nhttps://user:word=1@two/simple'
+:env:.extra-index-url='\nfile:///one/simple\nhttps://user:word=1@two/simple'
+:env:.index-url='https://environment/simple'
+:env:.no-index='true'
+download.index-url='https://download/simple'
+global.extra-index-url='https://overridden/simple'
 global.find-links='/wheels'
+global.index-url='https://global/simple'
 install.constraint='/etc/constraints.txt'
 """
 
@@ -55,15 +60,65 @@ install.constraint='/etc/constraints.txt'
 def test_uv_looks_where_pip_would_look(checkout, tmp_path):
     python = tmp_path / ".venv" / "bin" / "python"
     says = f"*config*) cat <<'END'\n{CONFIGURED.strip()}\nEND\n;;"
-    python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n-c*) exec {sys.executable} "$@";;\nesac\n')
+    uv = f'*uv\\ pip*) cat >"{tmp_path}/given";;'
+    python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n{uv}\n-c*) exec {sys.executable} "$@";;\nesac\n')
     (tmp_path / "train.py").touch()
     checkout("setup.sh")
-    assert (tmp_path / ".venv" / "where.txt").read_text().splitlines() == [
+    assert (tmp_path / "given").read_text().splitlines() == [
+        "--index-url https://environment/simple",
         "--extra-index-url file:///one/simple",
         "--extra-index-url https://user:word=1@two/simple",
         "--find-links /wheels",
         "--constraint /etc/constraints.txt",
+        "--no-index",
     ]
+
+
+def test_an_interrupted_installation_goes_on_with_the_same_torch(checkout, tmp_path):
+    checkout("setup.sh")
+    python = tmp_path / ".venv" / "bin" / "python"
+    works = python.read_text()
+    python.write_text(f'{works}case "$*" in *torch==*) kill $PPID;; esac\n')
+    with pytest.raises(subprocess.CalledProcessError):
+        checkout("setup.sh", TORCH="torch==2.11.0")
+    python.write_text(works)
+    assert any("torch==2.11.0" in call for call in checkout("setup.sh"))
+
+
+@pytest.mark.parametrize("there", ["no .venv", "no pip", "a link to nothing"])
+def test_a_venv_that_does_not_work_is_made_anew(checkout, tmp_path, there):
+    """One that was not finished, or whose Python was removed since, and what was installed with it."""
+    checkout("setup.sh")
+    python, made = tmp_path / ".venv" / "bin" / "python", tmp_path / "made"
+    python.rename(made)
+    match there:
+        case "no .venv":
+            (tmp_path / ".venv").rename(tmp_path / "away")
+        case "no pip":
+            python.write_text("#!/bin/sh\nexit 1\n")
+            python.chmod(0o755)
+        case _:
+            python.symlink_to(tmp_path / "gone")
+    makes = f'mkdir -p .venv/bin && [ ! -L .venv/bin/python ] && cp "{made}" .venv/bin/python'
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$2" != venv ] || {{ {makes}; }}\n')
+    (tmp_path / "python").chmod(0o755)
+    assert any("torch==2.13.0" in call for call in checkout("setup.sh", PYTHON="./python"))
+
+
+def test_another_python_is_refused(checkout, tmp_path):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'{python.read_text()}case "$2" in *print*) echo 3.10;; *exit*) exit 1;; esac\n')
+    for environment, said in (
+        ({"PYTHON": sys.executable}, f"PYTHON={sys.executable} is not the Python of .venv, 3.10: leave PYTHON out"),
+        ({}, ".venv/bin/python is"),
+    ):
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            checkout("setup.sh", **environment)
+        assert refused.value.returncode == 2 and said in refused.value.stderr.decode()
+    python.unlink()
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        checkout("setup.sh", PYTHON="python9")
+    assert refused.value.stderr.decode().startswith("error: python9 is not there: set PYTHON to a Python of 3.11")
 
 
 @pytest.mark.parametrize("fails", [r"*\ uv", r"*uv\ pip\ install*"], ids=["absent", "fails"])
@@ -72,7 +127,15 @@ def test_pip_installs_where_uv_does_not(checkout, tmp_path, fails):
     python.write_text(f'{python.read_text()}case "$*" in {fails}) exit 1;; esac\n')
     called = [call for call in checkout("setup.sh") if call.endswith(" torch==2.13.0 --editable .[dev]")]
     assert called[-1].startswith("python -m pip install ")
-    assert checkout("setup.sh") == []
+    assert not any("install" in call for call in checkout("setup.sh"))
+
+
+def test_an_installation_that_fails_ends(checkout, tmp_path):
+    """Also for a reader of its output, for whom it has not ended before all that it started has."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'{python.read_text()}case "$*" in *\\ install\\ *) exit 1;; esac\n')
+    with pytest.raises(subprocess.CalledProcessError):
+        checkout("setup.sh")
 
 
 def test_an_installation_shows_that_it_goes_on(checkout, tmp_path):
@@ -109,3 +172,20 @@ def test_programs_keep_what_they_compile(checkout, tmp_path):
     python.write_text(f'{python.read_text()}echo "${{PYTHONDONTWRITEBYTECODE-unset}}" >>"{tmp_path}/kept"\n')
     checkout("setup.sh", PYTHONDONTWRITEBYTECODE="1")
     assert set((tmp_path / "kept").read_text().split()) == {"unset"}
+
+
+@pytest.mark.parametrize("fails, status", [("", 0), ("ruff", 3), ("mypy", 1), ("pytest", 3)])
+def test_all_checks_have_to_pass(checkout, tmp_path, fails, status):
+    if fails:
+        with (tmp_path / ".venv" / "bin" / fails).open("a") as file:
+            file.write("exit 3\n")
+    try:
+        checkout("test.sh", "tests/test_x.py")
+    except subprocess.CalledProcessError as error:
+        assert error.returncode == status
+    else:
+        assert status == 0
+    called = [call.partition(" ")[0] for call in (tmp_path / "calls").read_text().splitlines()]
+    assert sorted(name for name in called if name in ("mypy", "pytest", "ruff")) == (
+        ["ruff"] if fails == "ruff" else ["mypy", "pytest", "ruff", "ruff"]
+    )
