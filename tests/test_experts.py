@@ -550,16 +550,22 @@ def test_experts_train_in_fp8(train, tmp_path):
     words = (*MOE, "--model.num_experts", "2", "--model.top_k", "1", "--training.local_batch_size", "32")
     words += ("--activations.v", "512", "--validation.enable", "false", "--checkpoint.enable", "false")
     runs = {}
-    for name, more in (("bf16", ()), ("fp8", ("--precision.ffn", "fp8"))):
-        runs[name] = losses(train(tmp_path / name, *words, *more, "--training.steps", "9", recipe="columns_quarter"))
+    for name, more in (("float32", ()), ("fp8", ("--precision.ffn", "fp8"))):
+        runs[name] = train(tmp_path / name, *words, *more, "--training.steps", "9", recipe="columns_quarter")
     with kernels.prefer(GROUPED_COLUMNS_FP8):
         more = ("--precision.ffn", "fp8", "--training.steps", "9")
-        grouped = losses(train(tmp_path / "grouped", *words, *more, recipe="columns_quarter"))
-    same = [step for step in runs["fp8"] if runs["fp8"][step] == runs["bf16"][step]]
-    sparse = [step for step, row in rows(tmp_path / "fp8").items() if row["phase"] == "sparse"]
-    assert sparse and same == list(range(1, sparse[0]))
-    assert runs["fp8"] == pytest.approx(runs["bf16"], rel=0.02)
-    assert grouped == pytest.approx(runs["fp8"], rel=1e-4)
+        runs["grouped"] = train(tmp_path / "grouped", *words, *more, recipe="columns_quarter")
+    float32, fp8, grouped = (losses(run) for run in runs.values())
+    first = next(step for step, row in runs["fp8"].items() if row["phase"] == "sparse")
+    assert [step for step in fp8 if fp8[step] == float32[step]] == list(range(1, first))
+    assert fp8 == pytest.approx(float32, rel=0.02)
+    # Later a rounding in float32 moves a number to the next of fp8's; on one CPU two steps later, on others not at all.
+    for step in range(1, first + 2):
+        for name in ("loss", "grad_norm"):
+            of_float32, of_fp8, of_grouped = (run[step][name] for run in runs.values())
+            assert of_grouped == pytest.approx(of_fp8, rel=5e-6), (step, name)
+            assert step < first or of_float32 != pytest.approx(of_fp8, rel=1e-5), (step, name)
+    assert grouped == pytest.approx(fp8, rel=0.01)
     assert json.loads((tmp_path / "grouped" / "run.json").read_text())["backend"]["name"] == "experts_columns_fp8"
 
 

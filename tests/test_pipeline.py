@@ -40,6 +40,9 @@ SPARSE = (
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 # Adam divides by the root of small numbers, so rounding grows by a few orders in twelve steps.
 ROUNDING = 1e-5
+# Where a number lies between two of fp8's, rounding in float32 decides which it becomes, and on some CPUs one does so in
+# these few steps: 5e-5 of a loss was seen, 3e-3 of the share that fires. test_layouts.py compares single steps.
+FP8_ROUNDING = 1e-2
 PHASES = '[{mode = "dense", end = 1}, {mode = "sparse", end = 3}, {mode = "dense", end = 1.0}]'
 TIMES = {"tokens_per_second", "step_seconds", "peak_memory_gib", "peak_active_gib", "switch_seconds", "graphs_compiled"}
 
@@ -55,13 +58,13 @@ def run(tiny, folder, recipe: str, *words: str, processes: int = 2, prepare=None
     return rows(folder)
 
 
-def assert_equal(found: dict[int, dict], expected: dict[int, dict]) -> None:
+def assert_equal(found: dict[int, dict], expected: dict[int, dict], tolerance: float = ROUNDING) -> None:
     """All that the rows have but for times: losses, norms, validation, and the health of every layer."""
     assert found.keys() == expected.keys()
     for step, row in expected.items():
         mine, theirs = ({name: each[name] for name in each.keys() - TIMES} for each in (found[step], row))
         assert mine.pop("phase") == theirs.pop("phase")
-        assert mine == pytest.approx(theirs, rel=ROUNDING)
+        assert mine == pytest.approx(theirs, rel=tolerance)
 
 
 def go_on_after(step: int, folder, copy) -> None:
@@ -131,7 +134,7 @@ def test_stages_accumulate_and_checkpoint_activations(tiny, train, tmp_path, nam
     words += ["--parallelism.pipeline_parallel_schedule", "GPipe", "--activation_checkpoint.mode", "full"]
     two = run(tiny, tmp_path / "two", recipe, *words, *PIPELINE, *TWO_EACH, "--training.skip_bad_batches", "1")
     assert all(row.pop("skipped_batches") == 0 for row in two.values())
-    assert_equal(two, one)
+    assert_equal(two, one, FP8_ROUNDING if name.endswith("fp8") else ROUNDING)
 
 
 def test_four_ranks_shard_stages_by_fsdp(tiny, tmp_path):
