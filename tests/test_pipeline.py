@@ -40,7 +40,7 @@ SPARSE = (
 DENSE = ("--schedule.phases", '[{mode = "dense"}]', "--schedule.decay_with_tail", "false")
 # Adam divides by the root of small numbers, so rounding grows by a few orders in twelve steps.
 ROUNDING = 1e-5
-# Where a number lies between two of fp8's, rounding in float32 decides which it becomes, and on some CPUs one does so in
+# Where a number lies between two of fp8's, rounding in float32 decides which it becomes. On some CPUs one does in
 # these few steps: 5e-5 of a loss was seen, 3e-3 of the share that fires. test_layouts.py compares single steps.
 FP8_ROUNDING = 1e-2
 PHASES = '[{mode = "dense", end = 1}, {mode = "sparse", end = 3}, {mode = "dense", end = 1.0}]'
