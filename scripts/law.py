@@ -307,6 +307,8 @@ def _number(value: Any) -> float:
     """A number of a file of evidence; float() would take true and "0.5" as well."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{json.dumps(value)} is no number")
+    if abs(value) > sys.float_info.max:  # an infinity, or a whole number that no float holds
+        raise ValueError("a number is out of bounds")
     return float(value)
 
 

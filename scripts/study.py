@@ -526,7 +526,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("study", metavar="STUDY.toml", type=Path, help="the study's file, or its folder")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="run only these runs: dense (all seeds), or dense_s0")
-    parser.add_argument("--place", metavar="P", type=int, help="run only the run in this place of --list, from 0")
+    parser.add_argument("--place", metavar="P", type=int, help="run only the run in this place among all, from 0")
     parser.add_argument("--gpus", metavar="I,J", help="GPUs to use; default: all visible ones; each run uses one")
     parser.add_argument(
         "--jobs", metavar="N", type=int, help="runs at once, fewer if GPU memory is short; default: one per GPU"
@@ -565,7 +565,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.place is not None:
         if not 0 <= options.place < len(study.runs):
             raise ConfigError(f"--place {options.place}: {study.file} has runs in places 0 to {len(study.runs) - 1}")
-        chosen = [run for run in chosen if run is study.runs[options.place]]
+        at_place = study.runs[options.place]
+        if at_place not in chosen:
+            raise ConfigError(
+                f"--place {options.place} is {at_place.name}, which --only leaves out: give its place among all runs"
+            )
+        chosen = [at_place]
     if options.list:
         print("\n".join(run.name for run in chosen))
         return 0

@@ -190,6 +190,7 @@ def test_intervals_hold_what_is_true():
         (lambda told: told.update(exponent=[0.5, 0.4]), r"exponent = \[0.5, 0.4\]: give its range"),
         (lambda told: told.update(exponent=[0.5, True]), "true is no number"),
         (lambda told: told.update(exponent=["0.5", 0.6]), '"0.5" is no number'),
+        (lambda told: told.update(exponent=[0.5, 10**400]), "a number is out of bounds"),
         (lambda told: told.update(deviation={"dense": True, "penalty": 0.01}), "true is no number"),
         (lambda told: told.update(deviation={"dense": 0.01}), 'give "dense" and "penalty"'),
         (lambda told: told.update(deviation={"dense": 0.01, "penalty": 0}), 'give "dense" and "penalty"'),
@@ -250,7 +251,15 @@ def test_a_recipe_whose_share_rises_has_the_mean_time_of_its_phases(tmp_path):
     assert found["1B"].whole == pytest.approx(200 / 110)
     assert found["1B"].step == pytest.approx(200 / (7000 / 75))
     assert found["7B"].whole == pytest.approx(200 / 135)
-    for wrong in ({}, {"eighth": 0.8, "half": 0.3}, {"eighth": 0}, {"eighth": True}, {"none": 0.5}, {"eighth": "0.5"}):
+    for wrong in (
+        {},
+        {"eighth": 0.8, "half": 0.3},
+        {"eighth": 0},
+        {"eighth": True},
+        {"none": 0.5},
+        {"eighth": "0.5"},
+        {"eighth": 10**400},
+    ):
         with pytest.raises(ConfigError, match="or several with their shares of the steps"):
             law.speeds({"speeds": {"1B": ["", wrong]}}, tmp_path)
 

@@ -301,6 +301,18 @@ def test_list_prints_the_names_that_only_takes_and_waves_what_can_run_at_once(wr
     for place in ("-1", "6"):
         with pytest.raises(ConfigError, match=rf"--place {place}: .*study.toml has runs in places 0 to 5"):
             printed("--list", "--place", place)
+    assert printed("--list", "--only", "second", "--place", "3") == ["second_s0"]
+    with pytest.raises(ConfigError, match="--place 0 is dense_s0, which --only leaves out"):
+        printed("--only", "second", "--place", "0")
+
+
+def test_a_job_that_is_no_array_is_one_message(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "SLURM_ARRAY_TASK_ID"}
+    command = ["bash", str(ROOT / "scripts/slurm/study.sbatch"), "STUDY"]
+    done = subprocess.run(
+        command, env=environment | {"SLURM_SUBMIT_DIR": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "submit an array" in done.stderr, done
 
 
 def test_gpus_are_taken_in_turn(write_study, tmp_path, monkeypatch):
