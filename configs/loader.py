@@ -375,14 +375,16 @@ def as_word(value: Any, inside: bool = False) -> str:
             pairs = []
             for key, item in value.items():
                 if item is not None:  # which TOML has not
-                    name = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+                    name = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else as_word(key, True)
                     pairs.append(f"{name} = {as_word(item, True)}")
             return "{" + ", ".join(pairs) + "}"
         case list():
             return "[" + ", ".join(as_word(item, True) for item in value) + "]"
         case str() if not inside:
             return value
-        case bool() | str():
+        case str():  # TOML takes no halves of characters beyond 16 bits, and JSON leaves DEL as it is
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
+        case bool():
             return json.dumps(value)
     return str(value)
 

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 
 import recipes.check
 from configs.errors import ConfigError
-from configs.loader import load_config
+from configs.loader import as_word, load_config
 from configs.schema import RECIPE_SECTIONS
 from recipes.check import RING_ATTENTION, check_config
 from recipes.summary import summary
@@ -560,3 +560,10 @@ def test_paths_expand_and_a_check_makes_nothing(tmp_path, monkeypatch):
 def test_numbers_on_the_command_line_are_read_as_people_write_them(word, value):
     config, _ = load_config(["--config", "configs/debug.toml", "--training.max_norm", word.lstrip("-")])
     assert config.training.max_norm == abs(value)
+
+
+@pytest.mark.parametrize(
+    "value", [["a b", "\u00e9", "\U0001f600", 'q"\\', "a\x7f\n"], [{"\u00e9": 1, "a b": 2}], [1e16, 1e-7, True, 10]]
+)
+def test_what_is_written_for_the_command_line_is_read_as_it_was(value):
+    assert tomllib.loads(f"x = {as_word(value)}")["x"] == value
