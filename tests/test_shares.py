@@ -15,6 +15,7 @@ from test_parallel import COMPILED, go_on_after
 import kernels
 from kernels.experts import GROUPED_COLUMNS
 
+SLOW = pytest.mark.slow
 SHARES = {2: 0.125, 3: 0.125, 4: None, 5: None, 6: 0.5, 7: 0.5}
 OF_RECIPE = 0.25
 LAST_STEP = 9
@@ -57,15 +58,24 @@ def assert_shares(run: dict[int, dict]) -> None:
     assert kept[0] + 0.1 < kept[1] < kept[2] - 0.1, kept
 
 
-def test_a_phase_takes_the_steps_of_a_run_of_its_share(train, tmp_path):
+@pytest.mark.parametrize(
+    "recipe, more",
+    [
+        ("columns_quarter", ()),
+        # Blocks of 512 tokens, which have to fit into a micro-batch.
+        pytest.param("columns_quarter_fp8", ("--activations.v", "512", "--training.seq_len", "128"), marks=SLOW),
+        pytest.param("groups_quarter", ("--activations.g", "16"), marks=SLOW),
+    ],
+)
+def test_a_phase_takes_the_steps_of_a_run_of_its_share(train, tmp_path, recipe, more):
     """From the checkpoint before a step of each; dense phases, before and after them, in float8."""
-    words = [*RISING, *FLOAT8]
-    whole = train(tmp_path / "whole", *words, recipe="columns_quarter")
+    words = [*RISING, *FLOAT8, *more]
+    whole = train(tmp_path / "whole", *words, recipe=recipe)
     assert_shares(whole)
 
     def take(step: int, *more: str) -> dict:
         copy = go_on_after(step - 1, tmp_path / "whole", tmp_path / f"{step}")
-        return train(copy, *merge(words, list(more)), recipe="columns_quarter", stop_after=step)[step]
+        return train(copy, *merge(words, list(more)), recipe=recipe, stop_after=step)[step]
 
     for step in (3, 4, 6):
         own = take(step, *CONSTANT, "--activations.keep", str(SHARES[step] or OF_RECIPE))
@@ -92,9 +102,9 @@ def eager(tmp_path_factory):
     [
         pytest.param((*COMPILED, *FULL, "--validation.enable", "false"), id="compiled"),
         pytest.param((*SELECTIVE, "op"), id="selective"),
-        pytest.param(FULL, id="full", marks=pytest.mark.slow),
+        pytest.param(FULL, id="full", marks=SLOW),
         *(
-            pytest.param((*COMPILED, *mode), id=f"compiled-{mode[-1]}", marks=pytest.mark.slow)
+            pytest.param((*COMPILED, *mode), id=f"compiled-{mode[-1]}", marks=SLOW)
             for mode in (FULL, (*SELECTIVE, "op"), (*SELECTIVE, "1"))
         ),
     ],
@@ -125,7 +135,7 @@ def run_ranks(tiny: list[str], folder: Path, *words: str) -> dict[int, dict]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
-@pytest.mark.parametrize("layout", ["shards", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["shards", pytest.param("experts", marks=SLOW)])
 def test_two_ranks_resume_exactly_in_each_share(tiny, tmp_path, layout):
     words = merge([*RISING, *RANKS], list(LAYOUTS[layout]))
     whole = run_ranks(tiny, tmp_path / "whole", *words)
@@ -154,7 +164,7 @@ def test_parallel_experts_take_the_steps_of_one_process_in_each_share(tiny, trai
             assert one[step][name] == pytest.approx(two[step][name], rel=1e-4), (step, name)
 
 
-@pytest.mark.slow
+@SLOW
 def test_compiled_and_recomputed_experts_take_the_eager_steps(train, tmp_path, monkeypatch):
     """The path of a GPU on the CPU: grouped products in bf16, all experts at once, new graphs for each share alone."""
     monkeypatch.setattr(kernels.experts, "_uses_grouped_mm", lambda x, *matrices: True)
