@@ -148,8 +148,8 @@ def run_colours(runs: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def share_in_words(share: float | None) -> str:
-    """A share of the groups: "keep 1/8", or "keep 0.334" where it is no simple fraction; empty where there is none."""
-    if share is None:
+    """A share of the groups: "keep 1/8", or "keep 0.334" where it is no simple fraction; empty where it is none."""
+    if share is None or not 0 < share <= 1:
         return ""
     simple = Fraction(share).limit_denominator(32)
     return f"keep {simple if float(simple) == share else format(share, '.3g')}"

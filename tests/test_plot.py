@@ -306,6 +306,12 @@ def test_a_share_that_its_bar_has_no_room_for_is_left_out(tmp_path):
         assert any(bar.x0 < own.x0 < own.x1 < bar.x1 and bar.y0 < own.y0 < own.y1 < bar.y1 for bar in bars)
 
 
+def test_a_share_is_a_simple_fraction_where_it_is_one():
+    shares = [0.125, 0.1875, 0.3, 0.334, 1.0, 1e-9, 1e308, -1.0, math.nan, None]
+    words = ["keep 1/8", "keep 3/16", "keep 3/10", "keep 0.334", "keep 1", "keep 1e-09", "", "", "", ""]
+    assert list(map(pictures.share_in_words, shares)) == words
+
+
 def test_smoothing_stops_at_a_change_of_phase():
     values = np.array([1.0, 2.0, 3.0, 10.0, math.nan, 12.0])
     index = np.array([0, 0, 0, 1, 1, 1])
