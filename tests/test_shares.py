@@ -137,7 +137,7 @@ def run_ranks(tiny: list[str], folder: Path, *words: str) -> dict[int, dict]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 @pytest.mark.parametrize("layout", ["shards", pytest.param("experts", marks=SLOW)])
 def test_two_ranks_resume_exactly_in_each_share(tiny, tmp_path, layout):
-    words = merge([*RISING, *RANKS], list(LAYOUTS[layout]))
+    words = merge([*RISING, *RANKS, "--checkpoint.interval", "2"], list(LAYOUTS[layout]))
     whole = run_ranks(tiny, tmp_path / "whole", *words)
     assert_shares(whole)
     for step in (2, 4, 6):
