@@ -4,16 +4,20 @@ Each run is dense in step 1, keeps an eighth in 2 and 3, the recipe's quarter in
 dense from step 8 on.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import fork, merge, rows
+from conftest import fork, losses, merge, rows
 from test_experts import MOE
 from test_parallel import COMPILED, go_on_after
 
 import kernels
+from kernels.columns.ffn import LARGE_BLOCKS
+from kernels.columns.ffn_fp8 import LARGE_BLOCKS_FP8
 from kernels.experts import GROUPED_COLUMNS
+from kernels.groups.ffn import TILE_GROUPS
 
 SLOW = pytest.mark.slow
 SHARES = {2: 0.125, 3: 0.125, 4: None, 5: None, 6: 0.5, 7: 0.5}
@@ -33,6 +37,7 @@ RISING = (
 )
 # One of two phases that keep the recipe's share.
 CONSTANT = (*phases("", "", ""), "--checkpoint.change_recipe", "true")
+BLOCKS_OF_512 = ("--activations.v", "512", "--training.seq_len", "128")  # as fp8 has them, in a whole micro-batch
 FLOAT8 = ("--model.converters", '["quantize.linear.float8"]', "--quantize.linear.float8.emulate", "true")
 QAT = ("--precision.qat", "int4")
 FULL = ("--activation_checkpoint.mode", "full")
@@ -62,8 +67,7 @@ def assert_shares(run: dict[int, dict]) -> None:
     "recipe, more",
     [
         ("columns_quarter", ()),
-        # Blocks of 512 tokens, which have to fit into a micro-batch.
-        pytest.param("columns_quarter_fp8", ("--activations.v", "512", "--training.seq_len", "128"), marks=SLOW),
+        pytest.param("columns_quarter_fp8", BLOCKS_OF_512, marks=SLOW),
         pytest.param("groups_quarter", ("--activations.g", "16"), marks=SLOW),
     ],
 )
@@ -125,6 +129,28 @@ def test_compiled_and_recomputed_steps_are_the_eager_ones(train, eager, tmp_path
         ), step
     graphs = {step: row["graphs_compiled"] for step, row in run.items() if row["graphs_compiled"]}
     assert graphs == (dict.fromkeys((1, 2, 4, 6, 8), 1) if compiled else {})
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "recipe, family, words",
+    [
+        ("columns_quarter", LARGE_BLOCKS, ()),
+        ("columns_quarter_fp8", LARGE_BLOCKS_FP8, BLOCKS_OF_512),
+        ("groups_quarter", TILE_GROUPS, ("--activations.v", "128", "--model.hidden_dim", "1024")),
+    ],
+    ids=["columns", "fp8", "groups"],
+)
+def test_the_kernels_operators_are_compiled_for_each_share(train, tmp_path, recipe, family, words):
+    """The shapes that they tell the compiler depend on the share; their CPU path computes what the reference does."""
+    torch._dynamo.reset()
+    words = (*RISING, *words, "--validation.enable", "false")
+    reference = train(tmp_path / "reference", *words, recipe=recipe)
+    with kernels.prefer(family):
+        run = train(tmp_path / "run", *words, *COMPILED, *FULL, recipe=recipe)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["backend"]["name"] == family.name
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-3 if family == LARGE_BLOCKS_FP8 else 1e-4)
+    assert {step for step, row in run.items() if row["graphs_compiled"]} == {1, 2, 4, 6}
 
 
 def run_ranks(tiny: list[str], folder: Path, *words: str) -> dict[int, dict]:
