@@ -667,27 +667,31 @@ def switches_table(folder: Path) -> str:
     measured = _measurements(folder)
     results = [result for result, _, _ in measured]
     rows: list[tuple[tuple, dict[str, str]]] = []
-    without = {(result["model"], name): entry["ms"] for result, name, entry in measured if not _switches(result)}
-    for result, name, entry in measured:
-        keys, before = _switches(result), without.get((result["model"], name), {})
-        changes = [result["changes"]] if "changes" in result else []
-        settings = [f"`{key.split('.')[1]} = {value}`" for key, value in keys.items()] + changes
+    settings = [
+        [f"`{key.split('.')[1]} = {value}`" for key, value in _switches(result).items()]
+        + ([result["changes"]] if "changes" in result else [])
+        for result in results
+    ]
+    fewest: dict[tuple[str, str], tuple[list[str], dict[str, float]]] = {}  # settings of each, and its times
+    for given, (result, name, entry) in sorted(zip(settings, measured, strict=True), key=lambda each: len(each[0])):
+        few, before = fewest.setdefault((result["model"], name), (given, entry["ms"]))
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in entry["ms"])
         row = {
             "model": result["model"],
             "contender": f"`{name}`",
-            "keys": ", ".join(settings) or "none",
+            "keys": ", ".join(given) or "none",
         }
         for mode in ("dense", "sparse"):
             time, old = entry["ms"].get(mode), before.get(mode)
-            same_batch = "training.global_batch_size" not in keys
-            change = f" ({time - old:+.1f})" if time and old and keys and same_batch else ""
+            comparable = set(few) < set(given) and "training.global_batch_size" not in _switches(result)
+            change = f" ({time - old:+.1f})" if time and old and comparable else ""
             row[f"{mode} step, ms"] = f"{time:.1f}{change}" if time else "-"
         (*_, rate) = entry["tokens_per_second"].values()
         row |= {"tokens/s": rounded(rate), "memory, GiB, dense / sparse": memory}
-        rows.append(((result["model"], name, len(keys), *map(str, keys.values()), *changes), row))
+        rows.append(((result["model"], name, len(given), *given), row))
     first = results[0]
-    brackets = "; in brackets the change to the step without keys" if without else ""
+    compared = len(fewest) < len(rows)
+    brackets = "; in brackets the change to the model's row of the fewest keys" if compared else ""
     text = (
         f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, {_job(first)}{brackets}. "
         "tokens/s: of sparse steps where there are some. Memory: of tensors. "

@@ -310,7 +310,7 @@ def test_a_round(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_steps_are_compared_by_their_keys(tmp_path):
-    """A row for each file, with the change to the row without keys; not where the batch is another."""
+    """A row for each file, with the change to the row of the fewest keys; not where the batch is another."""
     source = json.loads((ROOT / "docs" / "training" / "1b_fp8_2nd" / "training.json").read_bytes())
 
     def write(name: str, contender: str, faster: float, *words: str) -> None:
@@ -324,8 +324,14 @@ def test_steps_are_compared_by_their_keys(tmp_path):
     write("new", "columns_quarter_fp8", 5.0, "--training.bf16_residual", "true", "--optimizer.moments=bfloat16")
     write("batch", "columns_quarter_fp8", 0.0, "--training.global_batch_size", "8")
     write("dense", "dense", 0.0)
+    all_sparse = ("--schedule.dense_layers", "0")  # the other keys' change is over a step that has it, too
+    write("half", "columns_half_fp8", 0.0, *all_sparse)
+    write("half_new", "columns_half_fp8", 5.0, *all_sparse, "--training.bf16_residual", "true")
     lines = fill(f"<!-- switches: {tmp_path} -->\n<!-- end -->").splitlines()
-    assert lines[3:7] == [
+    assert lines[3:9] == [
+        "| 1b | `columns_half_fp8` | `dense_layers = 0` | 204.2 | 188.1 | 87.1k | 27.6 / 25.0 |",
+        "| 1b | `columns_half_fp8` | `bf16_residual = true`, `dense_layers = 0` | 199.2 (-5.0) | 183.1 (-5.0) | 87.1k | "
+        "27.6 / 25.0 |",
         "| 1b | `columns_quarter_fp8` | none | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
         "| 1b | `columns_quarter_fp8` | `global_batch_size = 8` | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
         "| 1b | `columns_quarter_fp8` | `bf16_residual = true`, `moments = bfloat16` | 198.9 (-5.0) | 159.8 (-5.0) | "
