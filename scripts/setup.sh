@@ -1,7 +1,8 @@
 # Make .venv in the checkout with everything that training and tests need. Sourced by the other scripts; safe to run again.
 #
 # PYTHON names another interpreter (3.11 or later), TORCH another torch, such as TORCH="torch==2.11.0". Without TORCH the
-# one that was installed last stays.
+# one that was installed last stays. Packages are from where pip would take them. PyPI's torch for Linux brings CUDA;
+# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash scripts/setup.sh` installs the smaller one for a CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # With it Python keeps no module compiled: each start would compile thousands anew, and take three times as long.
