@@ -330,8 +330,8 @@ def test_steps_are_compared_by_their_keys(tmp_path):
     lines = fill(f"<!-- switches: {tmp_path} -->\n<!-- end -->").splitlines()
     assert lines[3:9] == [
         "| 1b | `columns_half_fp8` | `dense_layers = 0` | 204.2 | 188.1 | 87.1k | 27.6 / 25.0 |",
-        "| 1b | `columns_half_fp8` | `bf16_residual = true`, `dense_layers = 0` | 199.2 (-5.0) | 183.1 (-5.0) | 87.1k | "
-        "27.6 / 25.0 |",
+        "| 1b | `columns_half_fp8` | `bf16_residual = true`, `dense_layers = 0` | 199.2 (-5.0) | 183.1 (-5.0) | "
+        "87.1k | 27.6 / 25.0 |",
         "| 1b | `columns_quarter_fp8` | none | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
         "| 1b | `columns_quarter_fp8` | `global_batch_size = 8` | 203.9 | 164.8 | 99.4k | 27.6 / 24.1 |",
         "| 1b | `columns_quarter_fp8` | `bf16_residual = true`, `moments = bfloat16` | 198.9 (-5.0) | 159.8 (-5.0) | "
