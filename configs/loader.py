@@ -316,7 +316,7 @@ def _check(cls: type, values: dict[str, Any], prefix: str, source: str) -> None:
                 _check(typing.get_args(hint)[0], item, f"{key}[{index}].", source)
         metadata = fields[name].metadata
         low, high = BOUNDS.get(key, (metadata.get("low"), metadata.get("high")))
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > WHOLE:
+        if isinstance(value, int) and abs(value) > WHOLE:
             low, high = (-WHOLE if low is None else low), (WHOLE if high is None else high)
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             bounds = f"from {low} to {high}" if high is not None else f"at least {low}"

@@ -70,7 +70,6 @@ from scripts.runs import amount, load_groups, mean_step, rounded, seed_of
 DRAWS, INTERVAL, SEED = 200, 0.9, 0
 SMALLEST_SCALE = 1e-6  # nats, of a law's terms at the smallest size and budget
 EXPONENTS = 0.05, 2.0  # bounds of a and b
-ROUNDING = 1e-9  # of a sum of shares
 
 
 @dataclass(frozen=True)
@@ -372,8 +371,8 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
                 steps = {name: _number(share) for name, share in contender.items()}
             else:
                 steps = {contender: contenders[contender]["sparse_share"]}
-            total = sum(steps.values())
-            if not (steps and min(steps.values()) > 0 and total <= 1 + ROUNDING):
+            total = math.fsum(steps.values())  # which rounds once: shares of all steps are 1
+            if not (steps and min(steps.values()) > 0 and total <= 1):
                 raise ValueError(f"the shares of the steps are {contender}, not above 0 and in sum at most 1")
             rival = min(
                 each["ms"]["dense"] for each in contenders.values() if not (each["failed"] or each["sparse_share"])

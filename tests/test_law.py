@@ -242,15 +242,19 @@ def test_a_recipe_whose_share_rises_has_the_mean_time_of_its_phases(tmp_path):
     contenders = {
         "dense": {"failed": "", "ms": {"dense": 200.0}, "sparse_share": 0.0},
         "eighth": {"failed": "", "ms": {"dense": 160.0, "sparse": 80.0}, "sparse_share": 0.8},
-        "half": {"failed": "", "ms": {"dense": 160.0, "sparse": 120.0}, "sparse_share": 0.8},
+        "half": {"failed": "", "ms": {"dense": 190.0, "sparse": 120.0}, "sparse_share": 0.8},
     }
+    contenders["quarter"] = contenders["half"]
     (tmp_path / "training.json").write_text(json.dumps({"contenders": contenders}))
     shares = {"eighth": 0.5, "half": 0.25}
     found = law.speeds({"speeds": {"1B": ["", shares], "7B": ["", shares, 0.5]}}, tmp_path)
-    # 50 steps of 80 ms, 25 of 120 and 25 of 160; with half of the layers of 120, 140 and 160.
-    assert found["1B"].whole == pytest.approx(200 / 110)
+    # 50 steps of 80 ms, 25 of 120, and 25 dense ones of 170, the mean of 160 twice and 190; with half of the layers of
+    # 120 and 155.
+    assert found["1B"].whole == pytest.approx(200 / 112.5)
     assert found["1B"].step == pytest.approx(200 / (7000 / 75))
-    assert found["7B"].whole == pytest.approx(200 / 135)
+    assert found["7B"].whole == pytest.approx(200 / (0.5 * 120 + 0.25 * 155 + 0.25 * 170))
+    all_steps = {"eighth": 0.33, "half": 0.56, "quarter": 0.11}  # in floats their sum is above 1
+    law.speeds({"speeds": {"1B": ["", all_steps]}}, tmp_path)
     for wrong in (
         {},
         {"eighth": 0.8, "half": 0.3},

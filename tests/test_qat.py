@@ -12,6 +12,7 @@ from configs.loader import load_config
 from models.llama import Llama, llama_args
 from recipes.check import check_keys
 from recipes.qat import prepare_qat, set_fake_quantization
+from recipes.watchdog import Watchdog
 from scripts.evaluate import quantize
 
 
@@ -66,13 +67,16 @@ def test_the_last_phase_rounds_and_resumes_exactly(train, tmp_path, capsys):
         train(tmp_path / "whole", *words[2:], "--training.steps", "14")
 
 
-def test_a_compiled_run_with_recomputed_activations_is_the_eager_one(train, tmp_path):
+def test_a_compiled_run_with_recomputed_activations_is_the_eager_one(train, tmp_path, monkeypatch):
+    watched, watch = [], Watchdog.watch
+    monkeypatch.setattr(Watchdog, "watch", lambda *args, **more: [watched.append(args[1:]), watch(*args, **more)])
     torch._dynamo.reset()
     words = ("--precision.qat", "int4", *DENSE, "--training.steps", "2")
     compiled = ("--compile.enable", "true", "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "full")
     run = train(tmp_path / "compiled", *words, *compiled, recipe="dense")
     eager = train(tmp_path / "eager", *words, recipe="dense")
     assert run[1]["graphs_compiled"] > 0
+    assert ("the validation of step 2 with rounded weights", True) in watched  # the limit of what compiles
     assert losses(run) == pytest.approx(losses(eager), rel=1e-5)
     assert run[2]["val_loss_quantised"] == pytest.approx(eager[2]["val_loss_quantised"], rel=1e-5)
 
