@@ -25,7 +25,7 @@ from typing import Any
 
 from configs.errors import ConfigError, first_line, run_program
 from models.hugging_face import import_transformers
-from scripts.options import Parser
+from scripts.options import Parser, out_file
 
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -127,7 +127,7 @@ def quantise(source: Path, out: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that scripts.export_hf wrote")
-    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("out", type=out_file, help="the file to write")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", required=True, help="a checkout of llama.cpp")
     parser.add_argument(
         "--outtype", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), default="f32", help="of the matrices; default: f32"

@@ -631,6 +631,8 @@ def test_the_converter_of_llama_cpp_is_told_how_our_tokenizer_splits(train, trai
     assert (tmp_path / "model.gguf").read_text() == "gpt-2 f32"
     with pytest.raises(ConfigError, match="exists: name another file"):
         script(export_gguf, *words)
+    with pytest.raises(SystemExit, match="2"):  # a folder that cannot be made
+        script(export_gguf, words[0], tmp_path / "model.gguf" / "in.gguf", *words[2:])
     (tmp_path / "model.gguf").unlink()
     edited = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     edited["pre_tokenizer"]["use_regex"] = False
