@@ -30,7 +30,7 @@ from scripts.chaos import make_corpus, tiny_job
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # What imports torch is imported where it is used: the process that hands the tests to the workers starts them sooner.
-GPU = Path("/dev/nvidiactl").exists()
+GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Importing the trainer takes longer than a tiny job: most processes are forked from one that has. CUDA allows no fork.
 PROCESSES = multiprocessing.get_context("spawn" if GPU else "forkserver")

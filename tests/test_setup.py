@@ -189,3 +189,20 @@ def test_all_checks_have_to_pass(checkout, tmp_path, fails, status):
     assert sorted(name for name in called if name in ("mypy", "pytest", "ruff")) == (
         ["ruff"] if fails == "ruff" else ["mypy", "pytest", "ruff", "ruff"]
     )
+
+
+@pytest.mark.parametrize(
+    "visible, context", [(None, "spawn"), ("0", "spawn"), ("", "forkserver"), ("-1", "forkserver")]
+)
+def test_hidden_gpus_leave_the_tests_as_fast_as_without(visible, context):
+    code = (
+        "from pathlib import Path; exists = Path.exists\n"
+        "Path.exists = lambda path: str(path) == '/dev/nvidiactl' or exists(path)\n"
+        "import conftest; print(conftest.PROCESSES.get_start_method())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | (
+        {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == context
