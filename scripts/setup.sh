@@ -9,20 +9,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE
 
 version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null; }
+refuse() { echo "error: $1" >&2; exit 2; }
 
 python=${PYTHON:-python3}
 if .venv/bin/python -c 'import pip' 2>/dev/null; then
-    if [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version .venv/bin/python)" ]; then
-        has=$(version .venv/bin/python)
-        echo "error: PYTHON=$PYTHON is not the Python of .venv, $has: leave PYTHON out, or move .venv away" >&2
-        exit 2
-    fi
+    has=$(version .venv/bin/python)
+    [ "$(version "${PYTHON:-.venv/bin/python}")" = "$has" ] ||
+        refuse "PYTHON=$PYTHON is not the Python of .venv, $has: leave PYTHON out, or move .venv away"
     python=.venv/bin/python
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
     found=$("$python" --version 2>/dev/null || echo "not there")
-    echo "error: $python is $found: set PYTHON to a Python of 3.11 or later, and move away a .venv of an older one" >&2
-    exit 2
+    refuse "$python is $found: set PYTHON to a Python of 3.11 or later, and move away a .venv of an older one"
 }
 if [ "$python" != .venv/bin/python ]; then
     # Of a .venv that was not finished, or whose Python is gone: venv would leave its links as they are.
@@ -31,7 +29,7 @@ if [ "$python" != .venv/bin/python ]; then
 fi
 
 # What was installed: the checksum of pyproject.toml, and which torch. Only when one of them changes there is work to do.
-# An installation that was interrupted has another word in place of the checksum.
+# During an installation "interrupted" stands in place of the checksum.
 installed=.venv/installed
 sum=$(cksum <pyproject.toml | cut -d' ' -f1)
 read -r sum_before torch_before < <(cat "$installed" 2>/dev/null) || true
@@ -43,17 +41,12 @@ install_by_uv() {
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile --quiet uv || return
     where=$(.venv/bin/python -m pip config list | .venv/bin/python -c '
 import ast, sys
-sections = {"global": {}, "install": {}, ":env:": {}}  # a later one overrides
-for line in sys.stdin:
-    key, value = line.strip().split("=", 1)
-    section, option = key.rsplit(".", 1)
-    sections.setdefault(section, {})[option] = ast.literal_eval(value)
-given = sections["global"] | sections["install"] | sections[":env:"]
+given = dict(line.strip().split("=", 1) for line in sys.stdin)
 for option in ("index-url", "extra-index-url", "find-links", "constraint"):
-    for each in given.get(option, "").split():
+    found = [given[key] for section in (":env:", "install", "global") if (key := f"{section}.{option}") in given]
+    for each in ast.literal_eval(found[0]).split() if found else ():
         print(f"--{option} {each}")
-if given.get("no-index", "0").lower() in ("1", "true", "yes", "on"):
-    print("--no-index")
+sys.exit(any(key.endswith(".no-index") for key in given))  # pip knows when it holds
 ') || return
     # Of several indexes pip takes the newest release that any of them has. Their addresses may hold a password, which
     # stays out of the list of processes.
@@ -65,7 +58,7 @@ if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
     echo "installing into .venv: $torch, torchtitan, torchao, datasets and what tests need (minutes the first time)"
     echo "interrupted $torch" >"$installed"
     while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do echo "  $((SECONDS / 60))m$((SECONDS % 60))s so far"; done &
-    trap "kill $!" EXIT # else who reads the output of a failed installation to its end would read on
+    trap "kill $!" EXIT # after a failure too: the loop would keep the output open for who reads it to its end
     if ! install_by_uv "$torch" --editable ".[dev]"; then
         echo "uv did not install it: pip does"
         # Not --quiet: pip shows each download and, on a terminal, how long it will take; it unpacks without a word.

@@ -48,7 +48,6 @@ CONFIGURED = r"""
 :env:.cert='/etc/ssl/ca.crt'
 :env:.extra-index-url='\nfile:///one/simple\nhttps://user:word=1@two/simple'
 :env:.index-url='https://environment/simple'
-:env:.no-index='true'
 download.index-url='https://download/simple'
 global.extra-index-url='https://overridden/simple'
 global.find-links='/wheels'
@@ -57,21 +56,26 @@ install.constraint='/etc/constraints.txt'
 """
 
 
-def test_uv_looks_where_pip_would_look(checkout, tmp_path):
-    python = tmp_path / ".venv" / "bin" / "python"
-    says = f"*config*) cat <<'END'\n{CONFIGURED.strip()}\nEND\n;;"
-    uv = f'*uv\\ pip*) cat >"{tmp_path}/given";;'
-    python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n{uv}\n-c*) exec {sys.executable} "$@";;\nesac\n')
-    (tmp_path / "train.py").touch()
+READ = """
+--index-url https://environment/simple
+--extra-index-url file:///one/simple
+--extra-index-url https://user:word=1@two/simple
+--find-links /wheels
+--constraint /etc/constraints.txt
+"""
+
+
+@pytest.mark.parametrize("configured, read", [(CONFIGURED, READ), ("global.no-index='true'", "")], ids=["uv", "pip"])
+def test_uv_looks_where_pip_would_look(checkout, tmp_path, configured, read):
+    """Or, where pip is configured to ask no index, does not install."""
+    python, requirements = tmp_path / ".venv" / "bin" / "python", tmp_path / "requirements"
+    requirements.touch()
+    says = f"*config*) cat <<'END'\n{configured.strip()}\nEND\n;;"
+    uv = f'*uv\\ pip*) cat >"{requirements}";;'
+    imports = "*import\\ torch*|*import\\ pip*) ;;"
+    python.write_text(f'#!/bin/bash\ncase "$*" in\n{says}\n{uv}\n{imports}\n-c*) exec {sys.executable} "$@";;\nesac\n')
     checkout("setup.sh")
-    assert (tmp_path / "given").read_text().splitlines() == [
-        "--index-url https://environment/simple",
-        "--extra-index-url file:///one/simple",
-        "--extra-index-url https://user:word=1@two/simple",
-        "--find-links /wheels",
-        "--constraint /etc/constraints.txt",
-        "--no-index",
-    ]
+    assert requirements.read_text().strip() == read.strip()
 
 
 def test_an_interrupted_installation_goes_on_with_the_same_torch(checkout, tmp_path):
