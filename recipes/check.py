@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -258,8 +259,7 @@ def _check_sparsity(config: JobConfig, args: LlamaArgs) -> None:
             if (of_phase := activation_pattern(each)) is not None:
                 of_phase.check(neurons)
         except ValueError as error:
-            share = f"keep = {each.keep}"
-            said = f"activations.{error}".replace(f"activations.{share}", share).replace(share, f"{section}.{share}")
+            said = re.sub(r"\b(activations\.)?keep = ", f"{section}.keep = ", f"activations.{error}")
             raise ConfigError(f"{said}{why}; change it or what it has to fit") from None
     context = config.parallelism.context_parallel_degree
     tokens = micro_batch_size(config, sparse=True) * config.training.seq_len // context

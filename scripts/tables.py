@@ -7,7 +7,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -664,16 +663,11 @@ def switches_table(folder: Path) -> str:
         folder: has files of scripts/benchmark.py, one contender each. `changes`, added to a file by hand, says how the
             code that ran differs from its commit.
     """
-    measured = _measurements(folder)
-    results = [result for result, _, _ in measured]
-    rows: list[tuple[tuple, dict[str, str]]] = []
-    settings = [
-        [f"`{key.split('.')[1]} = {value}`" for key, value in _switches(result).items()]
-        + ([result["changes"]] if "changes" in result else [])
-        for result in results
-    ]
+    measured = [(_settings(result), result, name, entry) for result, name, entry in _measurements(folder)]
+    results = [result for _, result, _, _ in measured]
+    rows: list[dict[str, str]] = []
     fewest: dict[tuple[str, str], tuple[list[str], dict[str, float]]] = {}  # settings of each, and its times
-    for given, (result, name, entry) in sorted(zip(settings, measured, strict=True), key=lambda each: len(each[0])):
+    for given, result, name, entry in sorted(measured, key=lambda row: (row[1]["model"], row[2], len(row[0]), row[0])):
         few, before = fewest.setdefault((result["model"], name), (given, entry["ms"]))
         memory = " / ".join(f"{entry['active_gib'][mode]:.1f}" for mode in entry["ms"])
         row = {
@@ -687,16 +681,21 @@ def switches_table(folder: Path) -> str:
             change = f" ({time - old:+.1f})" if time and old and comparable else ""
             row[f"{mode} step, ms"] = f"{time:.1f}{change}" if time else "-"
         (*_, rate) = entry["tokens_per_second"].values()
-        row |= {"tokens/s": rounded(rate), "memory, GiB, dense / sparse": memory}
-        rows.append(((result["model"], name, len(given), *given), row))
+        rows.append(row | {"tokens/s": rounded(rate), "memory, GiB, dense / sparse": memory})
     first = results[0]
     compared = len(fewest) < len(rows)
-    brackets = "; in brackets the change to the model's row of the fewest keys" if compared else ""
+    brackets = "; in brackets the change to the contender's row with the fewest keys" if compared else ""
     text = (
         f"Sequences of {first['sequence']} tokens, four in a micro-batch of dense steps, {_job(first)}{brackets}. "
         "tokens/s: of sparse steps where there are some. Memory: of tensors. "
     )
-    return _table([row for _, row in sorted(rows, key=itemgetter(0))], text + _measured_on(results))
+    return _table(rows, text + _measured_on(results))
+
+
+def _settings(result: dict[str, Any]) -> list[str]:
+    """What steps are compared by: keys with their values, and `changes`."""
+    keys = [f"`{key.split('.')[1]} = {value}`" for key, value in _switches(result).items()]
+    return [*keys, result["changes"]] if "changes" in result else keys
 
 
 def _switches(result: dict[str, Any]) -> dict[str, str]:
