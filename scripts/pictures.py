@@ -15,8 +15,8 @@ How to read the picture of loss, sparsity health and throughput (`plot`):
   Measured for configs/debug.toml, whose documents last 30 steps on average: the model of step 200 has a loss of 4.60
   on the eight batches that come next, of 5.20 on those from 56 steps later on, and of 5.15 in validation. When the
   learning rate has decayed, the two curves meet.
-- Where phases keep shares of their own, each has its share above it, `keep 1/8`. Of runs whose phases differ it is in
-  their bars, as far as there is room for it, and a gap parts two shares.
+- Where phases keep shares of their own, each has its share above it, `keep 1/8`, or just `1/8`, if there is room. For
+  runs whose phases differ it is in their bars, and a gap parts two shares.
 - Sparsity health, if a run logs it: one line for each layer, coloured by depth, and the aggregate in bold. Look for
   layers that differ from the others. For several runs only the aggregates are drawn.
 - Throughput and learning rate, which show a slow node or a wrong schedule.
@@ -89,8 +89,7 @@ TRAINING = "#9A9A9A"  # the training loss of a single run, whose validation has 
 ROUND = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9)
 
 NARROWEST = 8.8  # inches that the x axis is long at least
-SHARE_ROWS = 4  # of shares above phases that are too short for it; what needs more is left out
-BAR_TEXT = 7.5  # font size of the shares in bars
+SHARE_TEXT = 8.0  # font size of shares
 
 MARKED: dict[str, Any] = {"markersize": 4.6, "markerfacecolor": "white", "linewidth": 1.1}
 
@@ -325,27 +324,14 @@ class Picture:
             for border in self.borders:
                 axes.axvline(border, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
 
-    def fits(self, text: str, size: float, width: float) -> bool:
-        """Whether a text of that font size is narrower than a width on the x axis; its letters are 0.6 em or less."""
-        return 0.6 * size / 72 * (len(text) + 1) < width / self.end * NARROWEST
-
-    def write_shares(self, axes: Axes) -> int:
-        """Write the share of each phase above it, in as many rows as they need; return their number."""
-        rows: list[float] = []  # where the last text of each ends
-        size = 9.0
-        for (_, start, end), share in zip(self.spans[0], self.shares[0], strict=True):
-            if not share:
-                continue
-            text = share if self.fits(share, size, end - start) else share.removeprefix("keep ")
-            centre, half = (start + end) / 2, 0.3 * size / 72 * (len(text) + 1) / NARROWEST * self.end
-            row = next((row for row, taken in enumerate(rows) if taken <= centre - half), len(rows))
-            if row == SHARE_ROWS:
-                continue
-            rows[row : row + 1] = [centre + half]
-            at, above = (centre, 1.0), (0, 3 + 11 * row)
-            style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": size, "color": GREY}
-            axes.annotate(text, at, above, ("data", "axes fraction"), "offset points", **style)
-        return len(rows)
+    def write_shares(self, axes: Axes, run: int, y: float, **style: Any) -> None:
+        """Write the share of each phase of a run at its middle, or only its number, or nothing, as there is room."""
+        for (_, start, end), share in zip(self.spans[run], self.shares[run], strict=True):
+            width = (end - start) / (self.end or 1.0) * NARROWEST  # inches; those of a letter are 0.6 em or less
+            for text in (share, share.removeprefix("keep ")) if share else ():
+                if 0.6 * SHARE_TEXT / 72 * (len(text) + 1) < width:
+                    axes.text((start + end) / 2, y, text, ha="center", fontsize=SHARE_TEXT, **style)
+                    break
 
     def loss(self, axes: Axes) -> None:
         """Training loss, every step and smoothed, and both validations."""
@@ -370,10 +356,12 @@ class Picture:
         axes.set_ylabel("loss (nats a token)")
         if not self.strips:
             axes.set_xlabel(self.x_label)
-        self.legends(axes, self.write_shares(axes) if self.one_schedule else 0)
+        if self.one_schedule:
+            self.write_shares(axes, 0, 1.01, transform=axes.get_xaxis_transform(), va="bottom", color=GREY)
+        self.legends(axes)
 
-    def legends(self, axes: Axes, rows: int) -> None:
-        """Legends: the colour of each run (top right), and the kinds of lines, above so many rows of shares."""
+    def legends(self, axes: Axes) -> None:
+        """Legends: the colour of each run (top right), and the kinds of lines, above the shares of phases."""
         ink, mark = (TRAINING, self.colours[0]) if self.single else (GREY, GREY)
         handles: list[Any] = [Line2D([], [], color=ink, linewidth=2)]
         texts = ["training, on the documents being read" if self.single else "training"]
@@ -396,21 +384,17 @@ class Picture:
         names = axes.legend(lines, [self.label(run) for run in self.runs], loc="upper right", alignment="left")
         axes.add_artist(names)
         columns = 3 if self.borders else len(handles)  # one line would be too long
-        at = (0, 1.0 + 0.052 * rows)
+        at = (0, 1.05 if axes.texts else 1.0)
         axes.legend(handles, texts, loc="lower left", ncols=columns, bbox_to_anchor=at, borderaxespad=0.2)
 
     def phase_strips(self, axes: Axes, main: Axes) -> None:
         """One bar for each run, filled in its sparse phases; for runs with different schedules."""
         for place, (spans, colour) in enumerate(zip(self.spans, self.colours, strict=True)):
-            dark = sum(to_rgba(colour)[:3]) < 1.6
-            for (phase, start, end), share in zip(spans, self.shares[place], strict=True):
+            for phase, start, end in spans:
                 fill = to_rgba(colour, 1.0 if phase == "sparse" else 0.15)
                 axes.broken_barh([(start, end - start)], (place - 0.36, 0.72), facecolor=fill, linewidth=0)
-                for text in (share, share.removeprefix("keep ")) if share else ():
-                    if self.fits(text, BAR_TEXT, end - start):
-                        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": BAR_TEXT}
-                        axes.text((start + end) / 2, place, text, color="white" if dark else "black", **style)
-                        break
+            dark = sum(to_rgba(colour)[:3]) < 1.6
+            self.write_shares(axes, place, place, va="center_baseline", color="white" if dark else "black")
             for (before, *_), (after, start, _) in itertools.pairwise(spans):
                 if before == after:  # both sparse, with different shares
                     axes.broken_barh(

@@ -179,7 +179,7 @@ def recipe_share(about: dict[str, Any]) -> float | None:
     section = about.get("config", {}).get("activations")
     activations = section if isinstance(section, dict) else {}
     keep = activations.get("keep") if activations.get("pattern") == "groups" else None
-    return float(keep) if isinstance(keep, int | float) else None
+    return keep if isinstance(keep, int | float) else None
 
 
 def split_paths(paths: list[Path]) -> tuple[list[Path], list[Path]]:
