@@ -382,7 +382,7 @@ def as_word(value: Any, inside: bool = False) -> str:
             return "[" + ", ".join(as_word(item, True) for item in value) + "]"
         case str() if not inside:
             return value
-        case str():  # TOML takes no halves of characters beyond 16 bits, and JSON leaves DEL as it is
+        case str():  # TOML refuses JSON's surrogate pairs, and DEL, which JSON does not escape
             return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
         case bool():
             return json.dumps(value)

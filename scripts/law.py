@@ -371,7 +371,7 @@ def speeds(entry: dict[str, Any], root: Path = ROOT) -> dict[str, Speed]:
                 steps = {name: _number(share) for name, share in contender.items()}
             else:
                 steps = {contender: contenders[contender]["sparse_share"]}
-            total = math.fsum(steps.values())  # which rounds once: shares of all steps are 1
+            total = math.fsum(steps.values())  # rounded once: a plain sum of shares of all steps can exceed 1
             if not (steps and min(steps.values()) > 0 and total <= 1):
                 raise ValueError(f"the shares of the steps are {contender}, not above 0 and in sum at most 1")
             rival = min(

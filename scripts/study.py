@@ -568,7 +568,7 @@ def main(arguments: list[str] | None = None) -> int:
         at_place = study.runs[options.place]
         if at_place not in chosen:
             raise ConfigError(
-                f"--place {options.place} is {at_place.name}, which --only leaves out: give its place among all runs"
+                f"--place {options.place} is {at_place.name}, which --only leaves out: places count all runs"
             )
         chosen = [at_place]
     if options.list:

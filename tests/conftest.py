@@ -299,7 +299,7 @@ def fork(
                 process.kill()
                 process.join()
         stdout, stderr = (file.read_text() for file in outputs)
-        # Python alone does not get there. scripts/test.sh runs such a test once more, by this message.
+        # Not by an error in Python code. scripts/test.sh runs a test with this message once more.
         assert status != -signal.SIGSEGV, f"Segmentation fault in compiled code\n{stdout}{stderr}"
         return subprocess.CompletedProcess(words, status, stdout, stderr)
 

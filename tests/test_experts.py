@@ -559,12 +559,12 @@ def test_experts_train_in_fp8(train, tmp_path):
     first = next(step for step, row in runs["fp8"].items() if row["phase"] == "sparse")
     assert [step for step in fp8 if fp8[step] == float32[step]] == list(range(1, first))
     assert fp8 == pytest.approx(float32, rel=0.02)
-    # Later a rounding in float32 moves a number to the next of fp8's; on one CPU two steps later, on others not at all.
-    for step in range(1, first + 2):
-        for name in ("loss", "grad_norm"):
-            of_float32, of_fp8, of_grouped = (run[step][name] for run in runs.values())
-            assert of_grouped == pytest.approx(of_fp8, rel=5e-6), (step, name)
-            assert step < first or of_float32 != pytest.approx(of_fp8, rel=1e-5), (step, name)
+    # Closely in the first two sparse steps alone: later, on some CPUs, a rounding error in float32 moves a number to
+    # the next of fp8's. In the second, fp8 itself changes both by 1e-4.
+    for name in ("loss", "grad_norm"):
+        of_float32, of_fp8, of_grouped = ([run[step][name] for step in range(1, first + 2)] for run in runs.values())
+        assert of_grouped == pytest.approx(of_fp8, rel=5e-6), name
+        assert of_float32[-1] != pytest.approx(of_fp8[-1], rel=2e-5), name
     assert grouped == pytest.approx(fp8, rel=0.01)
     assert json.loads((tmp_path / "grouped" / "run.json").read_text())["backend"]["name"] == "experts_columns_fp8"
 
