@@ -22,14 +22,11 @@ fi
     found=$("$python" --version 2>/dev/null || echo "not there")
     refuse "$python is $found: set PYTHON to a Python of 3.11 or later, and move away a .venv of an older one"
 }
-if [ "$python" != .venv/bin/python ]; then
-    # Of a .venv that was not finished, or whose Python is gone: venv would leave its links as they are.
-    rm -f .venv/bin/python* .venv/installed
-    "$python" -m venv .venv
-fi
+# --clear: what is left of a .venv that was not finished, or whose Python is gone, would stay as it is.
+[ "$python" = .venv/bin/python ] || "$python" -m venv --clear .venv
 
 # What was installed: the checksum of pyproject.toml, and which torch. Only when one of them changes there is work to do.
-# During an installation "interrupted" stands in place of the checksum.
+# Until an installation has succeeded, "unfinished" stands in place of the checksum, beside the torch from before.
 installed=.venv/installed
 sum=$(cksum <pyproject.toml | cut -d' ' -f1)
 read -r sum_before torch_before < <(cat "$installed" 2>/dev/null) || true
@@ -56,7 +53,7 @@ sys.exit(any(key.endswith(".no-index") for key in given))  # pip knows when it h
 
 if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
     echo "installing into .venv: $torch, torchtitan, torchao, datasets and what tests need (minutes the first time)"
-    echo "interrupted $torch" >"$installed"
+    echo "unfinished ${torch_before:-}" >"$installed"
     while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do echo "  $((SECONDS / 60))m$((SECONDS % 60))s so far"; done &
     trap "kill $!" EXIT # after a failure too: the loop would keep the output open for who reads it to its end
     if ! install_by_uv "$torch" --editable ".[dev]"; then

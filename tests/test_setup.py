@@ -78,15 +78,19 @@ def test_uv_looks_where_pip_would_look(checkout, tmp_path, configured, read):
     assert requirements.read_text().strip() == read.strip()
 
 
-def test_an_interrupted_installation_goes_on_with_the_same_torch(checkout, tmp_path):
-    checkout("setup.sh")
+def test_after_an_interrupted_installation_the_torch_from_before_is_installed(checkout, tmp_path):
+    """A torch that cannot be installed would otherwise be tried for ever."""
     python = tmp_path / ".venv" / "bin" / "python"
     works = python.read_text()
-    python.write_text(f'{works}case "$*" in *torch==*) kill $PPID;; esac\n')
-    with pytest.raises(subprocess.CalledProcessError):
-        checkout("setup.sh", TORCH="torch==2.11.0")
-    python.write_text(works)
-    assert any("torch==2.11.0" in call for call in checkout("setup.sh"))
+    for before in ({}, {"TORCH": "torch==2.11.0"}):
+        checkout("setup.sh", **before)
+        for fails in ("*torch==2.99*) kill $PPID", "*\\ install\\ *) exit 1"):
+            python.write_text(f'{works}case "$*" in {fails};; esac\n')
+            with pytest.raises(subprocess.CalledProcessError):
+                checkout("setup.sh", TORCH="torch==2.99")
+            python.write_text(works)
+            assert any(before.get("TORCH", "torch==2.13.0") in call for call in checkout("setup.sh"))
+            assert not any("torch==" in call for call in checkout("setup.sh"))
 
 
 @pytest.mark.parametrize("there", ["no .venv", "no pip", "a link to nothing"])
@@ -103,8 +107,8 @@ def test_a_venv_that_does_not_work_is_made_anew(checkout, tmp_path, there):
             python.chmod(0o755)
         case _:
             python.symlink_to(tmp_path / "gone")
-    makes = f'mkdir -p .venv/bin && [ ! -L .venv/bin/python ] && cp "{made}" .venv/bin/python'
-    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$2" != venv ] || {{ {makes}; }}\n')
+    makes = f'rm -rf .venv && mkdir -p .venv/bin && cp "{made}" .venv/bin/python'
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$*" != "-m venv --clear .venv" ] || {{ {makes}; }}\n')
     (tmp_path / "python").chmod(0o755)
     assert any("torch==2.13.0" in call for call in checkout("setup.sh", PYTHON="./python"))
 
