@@ -12,7 +12,7 @@ version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/n
 refuse() { echo "error: $1" >&2; exit 2; }
 
 python=${PYTHON:-python3}
-if .venv/bin/python -c 'import pip' 2>/dev/null; then
+if .venv/bin/python -c "" 2>/dev/null; then
     has=$(version .venv/bin/python)
     [ "$(version "${PYTHON:-.venv/bin/python}")" = "$has" ] ||
         refuse "PYTHON=$PYTHON is not the Python of .venv, $has: leave PYTHON out, or move .venv away"
@@ -22,8 +22,10 @@ fi
     found=$("$python" --version 2>/dev/null || echo "not there")
     refuse "$python is $found: set PYTHON to a Python of 3.11 or later, and move away a .venv of an older one"
 }
-# --clear: what is left of a .venv that was not finished, or whose Python is gone, would stay as it is.
+# --clear: else a .venv whose Python is gone would stay as it is.
 [ "$python" = .venv/bin/python ] || "$python" -m venv --clear .venv
+.venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip ||
+    refuse ".venv has no pip, as one that was not finished: move it away"
 
 # What was installed: the checksum of pyproject.toml, and which torch. Only when one of them changes there is work to do.
 # Until an installation has succeeded, "unfinished" stands in place of the checksum, beside the torch from before.
@@ -62,7 +64,7 @@ if [ "${sum_before:-} ${torch_before:-}" != "$sum $torch" ]; then
         # Python compiles a module when it first imports it; pip would compile all that there are, for a minute.
         .venv/bin/python -m pip install --disable-pip-version-check --no-compile "$torch" --editable ".[dev]"
     fi
-    kill $!
+    kill $! || true
     trap - EXIT
     echo "$sum $torch" >"$installed"
     # All of the trainer is imported, and so compiled, once: else the first programs would each compile it.

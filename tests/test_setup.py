@@ -93,24 +93,35 @@ def test_after_an_interrupted_installation_the_torch_from_before_is_installed(ch
             assert not any("torch==" in call for call in checkout("setup.sh"))
 
 
-@pytest.mark.parametrize("there", ["no .venv", "no pip", "a link to nothing"])
-def test_a_venv_that_does_not_work_is_made_anew(checkout, tmp_path, there):
-    """One that was not finished, or whose Python was removed since, and what was installed with it."""
+@pytest.mark.parametrize("there", ["no .venv", "a link to nothing"])
+def test_a_venv_without_a_python_is_made_anew(checkout, tmp_path, there):
+    """And what was installed with the Python that is gone is installed again."""
     checkout("setup.sh")
     python, made = tmp_path / ".venv" / "bin" / "python", tmp_path / "made"
     python.rename(made)
-    match there:
-        case "no .venv":
-            (tmp_path / ".venv").rename(tmp_path / "away")
-        case "no pip":
-            python.write_text("#!/bin/sh\nexit 1\n")
-            python.chmod(0o755)
-        case _:
-            python.symlink_to(tmp_path / "gone")
+    if there == "no .venv":
+        (tmp_path / ".venv").rename(tmp_path / "away")
+    else:
+        python.symlink_to(tmp_path / "gone")
     makes = f'rm -rf .venv && mkdir -p .venv/bin && cp "{made}" .venv/bin/python'
     (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$*" != "-m venv --clear .venv" ] || {{ {makes}; }}\n')
     (tmp_path / "python").chmod(0o755)
     assert any("torch==2.13.0" in call for call in checkout("setup.sh", PYTHON="./python"))
+
+
+def test_a_venv_without_pip_keeps_what_it_has(checkout, tmp_path):
+    """One that uv has made. Where pip cannot be had, as in what an interruption has left, a person moves it away."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    works, fails = python.read_text(), 'case "$*" in *import\\ pip*) exit 1;; *print*) echo 3.11;; esac\n'
+    python.write_text(works + fails)
+    calls = checkout("setup.sh")
+    assert "python -m ensurepip" in calls and any("torch==2.13.0" in call for call in calls)
+    python.write_text(f'{works}{fails}[ "$2" != ensurepip ] || exit 1\n')
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        checkout("setup.sh")
+    assert refused.value.returncode == 2
+    assert refused.value.stderr.decode() == "error: .venv has no pip, as one that was not finished: move it away\n"
+    assert python.exists()
 
 
 def test_another_python_is_refused(checkout, tmp_path):
