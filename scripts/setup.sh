@@ -5,7 +5,7 @@
 # `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash scripts/setup.sh` installs the smaller one for a CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# With it Python keeps no module compiled: each start would compile thousands anew, and take three times as long.
+# With it Python keeps no module compiled: each start would compile thousands anew.
 unset PYTHONDONTWRITEBYTECODE
 
 version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null; }
@@ -34,7 +34,7 @@ sum=$(cksum <pyproject.toml | cut -d' ' -f1)
 read -r sum_before torch_before < <(cat "$installed" 2>/dev/null) || true
 torch=${TORCH:-${torch_before:-torch==2.13.0}}
 
-# uv installs in a third of pip's time, but reads nothing of pip's configuration: it is told where pip would look.
+# uv installs sooner than pip, but reads nothing of pip's configuration: it is told where pip would look.
 install_by_uv() {
     local where
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile --quiet uv || return

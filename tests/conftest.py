@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -299,9 +300,38 @@ def fork(
                 process.kill()
                 process.join()
         stdout, stderr = (file.read_text() for file in outputs)
-        # Not by an error in Python code. scripts/test.sh runs a test with this message once more.
+        # No error in Python code ends a process so. scripts/test.sh runs a test with this message once more.
         assert status != -signal.SIGSEGV, f"Segmentation fault in compiled code\n{stdout}{stderr}"
         return subprocess.CompletedProcess(words, status, stdout, stderr)
+
+
+def run_ranks(
+    tiny: list[str],
+    folder: Path,
+    recipe: str,
+    *words: str,
+    processes: int = 2,
+    prepare: Callable[[], None] | None = None,
+    logged: Callable[[str], None] | None = None,
+) -> dict[int, dict]:
+    """The rows of the tiny job on several processes, which has to succeed; `logged` is called with what it printed."""
+    command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
+    configuration = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml")
+    result = fork(*configuration, *command, processes=processes, prepare=prepare)
+    assert result.returncode == 0, result.stdout + result.stderr
+    if logged is not None:
+        logged(result.stdout)
+    return rows(folder)
+
+
+def go_on_after(step: int, folder: Path, copy: Path) -> Path:
+    """A copy of a run's folder as it was after a step."""
+    shutil.copytree(folder, copy)
+    for saved in (copy / "checkpoint").glob("step-*"):
+        if int(saved.name.removeprefix("step-")) > step:
+            shutil.rmtree(saved)
+    (copy / "checkpoint" / "latest").write_text(f"step-{step}")
+    return copy
 
 
 class Forked:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fork, launch, merge, rows
+from conftest import launch, merge, rows, run_ranks
 from test_parallel import ALONE, COMPILED, LAST_STEP, ROUNDING, SHARDABLE, assert_steps_of_one
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -59,11 +59,7 @@ def ring_on_a_cpu() -> None:
 
 
 def run(tiny, folder: Path, recipe: str, *words: str, processes: int = 2) -> dict[int, dict]:
-    command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
-    words = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command)
-    result = fork(*words, processes=processes, prepare=ring_on_a_cpu)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return rows(folder)
+    return run_ranks(tiny, folder, recipe, *words, processes=processes, prepare=ring_on_a_cpu)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fork, losses, merge, rows
+from conftest import ROOT, go_on_after, losses, merge, rows, run_ranks
 from test_context import ring_on_a_cpu, shares, whole
 from test_parallel import (
     ALONE,
@@ -18,7 +18,6 @@ from test_parallel import (
     ROUNDING,
     SHARDABLE,
     assert_steps_of_one,
-    go_on_after,
     in_halves,
 )
 from torch import Tensor
@@ -84,12 +83,9 @@ def as_in(train, monkeypatch):
 
 
 def run_in(layout: str, tiny: list[str], folder: Path, recipe: str, words: list[str], processes: int = 4) -> dict:
-    command = merge(merge(tiny, [*words, "--job.dump_folder", str(folder)]), list((LAYOUTS | MIXED)[layout]))
+    words = merge(words, list((LAYOUTS | MIXED)[layout]))
     prepare = ring_on_a_cpu if "context" in layout else None
-    config = ("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml")
-    result = fork(*config, *command, processes=processes, prepare=prepare)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return rows(folder)
+    return run_ranks(tiny, folder, recipe, *words, processes=processes, prepare=prepare)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PROCESSES, fork, losses, merge, rows
+from conftest import PROCESSES, go_on_after, losses, merge, rows, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -54,25 +54,6 @@ def inside_halves(train, monkeypatch):
 
     monkeypatch.setattr(Sparsity, "__init__", init)
     return train
-
-
-def run(tiny, folder, recipe: str, *words: str, processes: int) -> dict[int, dict]:
-    command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
-    result = fork(
-        *("--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command), processes=processes
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return rows(folder)
-
-
-def go_on_after(step: int, folder: Path, copy: Path) -> Path:
-    """A copy of a run's folder as it was after a step."""
-    shutil.copytree(folder, copy)
-    for saved in (copy / "checkpoint").glob("step-*"):
-        if int(saved.name.removeprefix("step-")) > step:
-            shutil.rmtree(saved)
-    (copy / "checkpoint" / "latest").write_text(f"step-{step}")
-    return copy
 
 
 def gradients(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -118,7 +99,7 @@ def assert_steps_of_one(
 def test_two_ranks_train_venom_and_2_4_weights_resume_and_export(tiny, inside_halves, tmp_path):
     """Checkpoints, their resume and the export are whole, whatever the layout."""
     folder = tmp_path / "two"
-    two = run(tiny, folder, "venom_2of16", *SHARDABLE, *TENSOR, processes=2)
+    two = run_ranks(tiny, folder, "venom_2of16", *SHARDABLE, *TENSOR, processes=2)
     one = inside_halves(tmp_path / "one", *SHARDABLE, stop_after=1)
     # Another order of neurons changes the loss by 6e-5; the activations that they are clustered by are equal to
     # rounding, which moves some neurons. From then on the order is in the checkpoints.
@@ -128,7 +109,7 @@ def test_two_ranks_train_venom_and_2_4_weights_resume_and_export(tiny, inside_ha
     assert rows(tmp_path / "two-3")[3]["flip_rate"] == pytest.approx(two[3]["flip_rate"], rel=0.01)
 
     again = go_on_after(3, folder, tmp_path / "again")
-    assert losses(run(tiny, again, "venom_2of16", *SHARDABLE, *TENSOR, processes=2)) == losses(two)
+    assert losses(run_ranks(tiny, again, "venom_2of16", *SHARDABLE, *TENSOR, processes=2)) == losses(two)
     mine, theirs = (export_weights(find_checkpoint(str(each)), None) for each in (folder, again))
     assert mine["model.layers.0.mlp.up_proj.weight"].shape == (256, 32)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -140,7 +121,7 @@ def test_two_shards_of_neurons_sort_tokens_by_the_same_clusters(tiny, inside_hal
     words += ("--activations.window", "128", "--router.cluster_by", "weights", "--router.cluster_size", "32")
     words += ("--activations.g", "32") if recipe == "groups_quarter" else ()
     folder = tmp_path / "two"
-    two = run(tiny, folder, recipe, *words, *TENSOR, processes=2)
+    two = run_ranks(tiny, folder, recipe, *words, *TENSOR, processes=2)
 
     def one_goes_on(copy: Path, step: int) -> dict[int, dict]:
         return inside_halves(copy, *words, recipe=recipe, stop_after=step)
@@ -153,7 +134,7 @@ def test_two_shards_of_neurons_sort_tokens_by_the_same_clusters(tiny, inside_hal
 def test_compiled_ranks_take_the_steps_of_an_eager_process(tiny, inside_halves, tmp_path):
     words = merge(list(SHARDABLE), ["--training.steps", "3", "--validation.enable", "false"])
     words = merge(words, ["--schedule.phases", '[{mode = "sparse", end = 2}, {mode = "dense", end = 1.0}]'])
-    two = run(tiny, tmp_path / "two", "venom_2of16", *words, *TENSOR, *COMPILED, processes=2)
+    two = run_ranks(tiny, tmp_path / "two", "venom_2of16", *words, *TENSOR, *COMPILED, processes=2)
     assert {step: row["graphs_compiled"] for step, row in two.items() if row["graphs_compiled"]} == {1: 1, 3: 1}
     assert_steps_of_one(
         tmp_path / "two", lambda copy, step: inside_halves(copy, *words, stop_after=step if step < 3 else None), (2, 3)
@@ -169,7 +150,7 @@ def test_four_ranks_shard_groups_by_fsdp_and_by_tensor(tiny, inside_halves, tmp_
         *(*ALONE, "--training.global_batch_size", "2"),
     )
     folder = tmp_path / "four"
-    four = run(tiny, folder, "groups_quarter", *words, *TENSOR, processes=4)
+    four = run_ranks(tiny, folder, "groups_quarter", *words, *TENSOR, processes=4)
 
     def one_goes_on(copy: Path, step: int) -> dict[int, dict]:
         return inside_halves(copy, *words, recipe="groups_quarter", stop_after=step)
@@ -189,7 +170,7 @@ def test_two_shards_take_the_steps_of_one(tiny, train, tmp_path, recipe):
         FP8 if recipe.endswith("fp8") else (*ALONE, "--router.cluster_size", "32", "--router.cluster_by", "weights")
     )
     folder = tmp_path / "two"
-    run(tiny, folder, recipe, *words, processes=2)
+    run_ranks(tiny, folder, recipe, *words, processes=2)
     assert_steps_of_one(folder, lambda copy, step: train(copy, *words, recipe=recipe, stop_after=step), (2, 3, 5))
 
 
@@ -199,13 +180,13 @@ def test_replicated_shards_take_the_steps_of_one_and_go_on_under_fsdp(tiny, trai
     words += (*ALONE, "--training.global_batch_size", "4")
     replicas = ("--parallelism.data_parallel_replicate_degree", "2")
     folder = tmp_path / "four"
-    four = run(tiny, folder, "columns_quarter", *words, *replicas, processes=4)
+    four = run_ranks(tiny, folder, "columns_quarter", *words, *replicas, processes=4)
     assert_steps_of_one(
         folder, lambda copy, step: train(copy, *words, recipe="columns_quarter", stop_after=step), (3, 5)
     )
 
     again = go_on_after(3, folder, tmp_path / "again")
-    two = run(tiny, again, "columns_quarter", *words, processes=2)
+    two = run_ranks(tiny, again, "columns_quarter", *words, processes=2)
     assert_same_step(again, folder, 4)
     assert two[LAST_STEP]["tokens"] == four[LAST_STEP]["tokens"]
 
@@ -229,9 +210,9 @@ def test_a_run_resumes_on_other_ranks_with_the_same_batches(tiny, train, tmp_pat
     half = ("--training.local_batch_size", "2", "--training.global_batch_size", "4")
     shutil.copytree(tmp_path / "run", tmp_path / "tensor")
     worker = ("--training.dataloader.num_workers", "1")
-    found = run(tiny, tmp_path / "run", "dense", *dense, *half, *worker, processes=2)
+    found = run_ranks(tiny, tmp_path / "run", "dense", *dense, *half, *worker, processes=2)
     assert losses(found) == pytest.approx(losses(one), rel=1e-4)
-    found = run(tiny, tmp_path / "tensor", "dense", *dense, *half, *TENSOR, processes=4)
+    found = run_ranks(tiny, tmp_path / "tensor", "dense", *dense, *half, *TENSOR, processes=4)
     assert losses(found) == pytest.approx(losses(one), rel=1e-4)
 
 
@@ -256,7 +237,7 @@ FP8 = (
 def test_two_ranks_train_in_fp8_with_a_scale_for_each_shard(tiny, train, tmp_path, monkeypatch):
     words = (*SHARDABLE, *FP8, "--training.global_batch_size", "1")
     folder = tmp_path / "two"
-    run(tiny, folder, "columns_quarter_fp8", *words, *TENSOR, processes=2)
+    run_ranks(tiny, folder, "columns_quarter_fp8", *words, *TENSOR, processes=2)
     monkeypatch.setattr(FeedForward, "_sparse_forward", lambda ffn, x: in_halves(ffn, x.flatten(0, -2)).view_as(x))
 
     def one_goes_on(copy: Path, step: int) -> dict[int, dict]:

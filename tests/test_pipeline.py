@@ -6,13 +6,12 @@ units in the last place of float32, 6e-8. Patterns and clusters are the same cho
 """
 
 import os
-import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fork, merge, rows
+from conftest import go_on_after, run_ranks
 from torch.distributed.pipelining import _utils as pipelining
 
 from configs.loader import load_config
@@ -48,14 +47,13 @@ TIMES = {"tokens_per_second", "step_seconds", "peak_memory_gib", "peak_active_gi
 
 
 def run(tiny, folder, recipe: str, *words: str, processes: int = 2, prepare=None) -> dict[int, dict]:
-    command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
-    command = ["--config", "configs/debug.toml", "--recipe", f"recipes/{recipe}.toml", *command]
-    result = fork(*command, processes=processes, prepare=prepare)
-    assert result.returncode == 0, result.stdout + result.stderr
     splits = sum(word in words for word in (PIPELINE[0], TENSOR[0]))
     without_fsdp = processes == 2**splits
-    assert ("products in float32 (training.dtype)" in result.stdout) == without_fsdp, result.stdout
-    return rows(folder)
+
+    def logged(text: str) -> None:
+        assert ("products in float32 (training.dtype)" in text) == without_fsdp, text
+
+    return run_ranks(tiny, folder, recipe, *words, processes=processes, prepare=prepare, logged=logged)
 
 
 def assert_equal(found: dict[int, dict], expected: dict[int, dict], tolerance: float = ROUNDING) -> None:
@@ -65,15 +63,6 @@ def assert_equal(found: dict[int, dict], expected: dict[int, dict], tolerance: f
         mine, theirs = ({name: each[name] for name in each.keys() - TIMES} for each in (found[step], row))
         assert mine.pop("phase") == theirs.pop("phase")
         assert mine == pytest.approx(theirs, rel=tolerance)
-
-
-def go_on_after(step: int, folder, copy) -> None:
-    """A copy of a run's folder as it was after a step."""
-    shutil.copytree(folder, copy)
-    for saved in (copy / "checkpoint").glob("step-*"):
-        if int(saved.name.removeprefix("step-")) > step:
-            shutil.rmtree(saved)
-    (copy / "checkpoint" / "latest").write_text(f"step-{step}")
 
 
 def signal_the_last_stage() -> None:

@@ -5,13 +5,12 @@ dense from step 8 on.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import fork, losses, merge, rows
+from conftest import go_on_after, losses, merge, run_ranks
 from test_experts import MOE
-from test_parallel import COMPILED, go_on_after
+from test_parallel import COMPILED
 
 import kernels
 from kernels.columns.ffn import LARGE_BLOCKS
@@ -153,22 +152,15 @@ def test_the_kernels_operators_are_compiled_for_each_share(train, tmp_path, reci
     assert {step for step, row in run.items() if row["graphs_compiled"]} == {1, 2, 4, 6}
 
 
-def run_ranks(tiny: list[str], folder: Path, *words: str) -> dict[int, dict]:
-    command = merge(tiny, [*words, "--job.dump_folder", str(folder)])
-    result = fork("--config", "configs/debug.toml", "--recipe", "recipes/columns_quarter.toml", *command, processes=2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return rows(folder)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA allows no fork")
 @pytest.mark.parametrize("layout", ["shards", pytest.param("experts", marks=SLOW)])
 def test_two_ranks_resume_exactly_in_each_share(tiny, tmp_path, layout):
     words = merge([*RISING, *RANKS, "--checkpoint.interval", "2"], list(LAYOUTS[layout]))
-    whole = run_ranks(tiny, tmp_path / "whole", *words)
+    whole = run_ranks(tiny, tmp_path / "whole", "columns_quarter", *words)
     assert_shares(whole)
     for step in (2, 4, 6):
         copy = go_on_after(step, tmp_path / "whole", tmp_path / f"{step}")
-        again = run_ranks(tiny, copy, *merge(words, ["--checkpoint.interval", "100"]))
+        again = run_ranks(tiny, copy, "columns_quarter", *merge(words, ["--checkpoint.interval", "100"]))
         measured = {"loss", "grad_norm", "keep", "val_loss", "val_loss_sparse", "energy_kept", "router_balance"}
         for later in range(step + 1, LAST_STEP + 1):
             mine, theirs = ({name: run[later].get(name) for name in measured} for run in (again, whole))
@@ -179,7 +171,7 @@ def test_two_ranks_resume_exactly_in_each_share(tiny, tmp_path, layout):
 def test_parallel_experts_take_the_steps_of_one_process_in_each_share(tiny, train, tmp_path):
     """A rank has two experts of four, which get the tokens of both; the one process has the shares in activations."""
     words = merge([*RISING, *RANKS], list(LAYOUTS["experts"]))
-    two = run_ranks(tiny, tmp_path / "two", *words)
+    two = run_ranks(tiny, tmp_path / "two", "columns_quarter", *words)
     assert_shares(two)
     alone = merge(words, ["--training.local_batch_size", "4", "--parallelism.expert_parallel_degree", "1", *CONSTANT])
     for step in (2, 4, 6):
